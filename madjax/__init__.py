@@ -1,0 +1,34 @@
+"""madjax: prediction poisoning (MAD), a defence of prediction APIs against model stealing."""
+
+from madjax.config import Knockoff, Sweep
+from madjax.constraints import kl, l1, l2, linf
+from madjax.datasets import Dataset, open_dataset
+from madjax.defenses import MAD
+from madjax.errors import InputError
+from madjax.gram import gram
+from madjax.mad import angle, deviation, extreme, perturb, solve
+from madjax.models import Classifier, LeNet
+from madjax.train import Recipe, fit
+
+__all__ = [
+    "MAD",
+    "Classifier",
+    "Dataset",
+    "InputError",
+    "Knockoff",
+    "LeNet",
+    "Recipe",
+    "Sweep",
+    "angle",
+    "deviation",
+    "extreme",
+    "fit",
+    "gram",
+    "kl",
+    "l1",
+    "l2",
+    "linf",
+    "open_dataset",
+    "perturb",
+    "solve",
+]

@@ -1,0 +1,1 @@
+"""Model-stealing attacks as pure training loops."""

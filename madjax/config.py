@@ -1,0 +1,208 @@
+"""What a sweep is: frozen dataclasses, config files that return them, and `--set` overrides.
+
+A config file is a Python file with a function `config() -> Sweep`; its docstring states the claim,
+the command and the cost.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from madjax.defenses import MAD
+from madjax.errors import InputError
+from madjax.models import LeNet
+from madjax.train import Recipe
+
+Architecture = Callable[[int], nn.Module]
+"""Number of classes -> a linen module; a module class whose first field is that number will do."""
+
+
+@dataclass(frozen=True)
+class Knockoff:
+    """The attacker: how many queries it sends and how it trains the stolen model."""
+
+    budget: int = 50_000
+    architecture: Architecture = LeNet
+    recipe: Recipe = Recipe()
+    name: str = "knockoff"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One grid of cells, epsilon x seed, against one victim.
+
+    dataset and queryset are names for `open_dataset`; query_splits are the parts of the query set
+    that the attacker may draw from. The surrogate has the victim's architecture and random
+    parameters (the paper's best choice), drawn anew for every seed; a seed also fixes the drawn
+    images, the stolen model's first parameters and the order of training.
+    """
+
+    name: str
+    dataset: str
+    queryset: str
+    query_splits: tuple[str, ...] = ("train",)
+    architecture: Architecture = LeNet
+    victim: Recipe = Recipe(weight_decay=5e-4)
+    victim_seed: int = 0
+    defense: Any = MAD()
+    epsilons: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.8, 0.99, 1.1, 1.5)
+    seeds: tuple[int, ...] = (0,)
+    attack: Knockoff = Knockoff()
+
+    def __post_init__(self) -> None:
+        for value in self.epsilons:
+            if not 0 <= value < math.inf:
+                raise InputError(
+                    f"epsilon is {value}: the budget is a distance, give a number >= 0"
+                )
+        for value in self.seeds:
+            if value < 0:
+                raise InputError(f"seed is {value}: give a whole number >= 0")
+        for name in ("epsilons", "seeds", "query_splits"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise InputError(f"{name} is {values}: give at least one value, each once")
+        for split in self.query_splits:
+            if split not in ("train", "test"):
+                raise InputError(f"query_splits holds {split!r}: use 'train' and 'test'")
+
+
+def describe(value: Any) -> Any:
+    """A config as JSON values: dataclasses become objects, functions their import path."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [describe(item) for item in value]
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value
+
+
+def digest(description: Any) -> str:
+    """Twelve hexadecimal digits that change with any value of a described config."""
+    text = json.dumps(description, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def override(config: Any, assignment: str) -> Any:
+    """A copy of a config with one field replaced: "attack.recipe.epochs=5".
+
+    The value is a Python literal, or plain text where the field holds text; a field that holds a
+    function takes its import path. The kind of value must be that of the value it replaces.
+
+    Raises:
+        InputError: no such field, a value of another kind, or one the config refuses.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path.strip():
+        raise InputError(f"--set {assignment}: write it as field=value, for example seeds=(0,1)")
+    return _replace(config, path.strip().split("."), text.strip(), assignment)
+
+
+def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
+    name, *rest = path
+    known = [f.name for f in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+    if name not in known:
+        raise InputError(
+            f"--set {assignment}: there is no field {name!r}; "
+            + (f"choose one of {', '.join(known)}" if known else "the field before it has no parts")
+        )
+    old = getattr(config, name)
+    new = _replace(old, rest, text, assignment) if rest else _parse(text, old, assignment)
+    return dataclasses.replace(config, **{name: new})
+
+
+def _parse(text: str, old: Any, assignment: str) -> Any:
+    """The value of text, of the kind of `old`."""
+    if callable(old):
+        return _import(text, assignment)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    if isinstance(old, str):
+        return text if not isinstance(value, str) else value
+    if isinstance(old, tuple):
+        items = value if isinstance(value, tuple | list) else (value,)
+        return tuple(_same_kind(item, old[0], assignment) for item in items)
+    return _same_kind(value, old, assignment)
+
+
+def _same_kind(value: Any, old: Any, assignment: str) -> Any:
+    kind = type(old)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and whole:
+        return float(value)
+    if type(value) is not kind:
+        wanted = (
+            "a section: set one of its fields" if dataclasses.is_dataclass(old) else kind.__name__
+        )
+        raise InputError(f"--set {assignment}: the field takes {wanted}, like {describe(old)}")
+    return value
+
+
+def _import(path: str, assignment: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise InputError(
+            f"--set {assignment}: {path!r} cannot be imported; give an import path such as "
+            "madjax.mad.extreme"
+        ) from None
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The config files that come with madjax, by name: beside the package, or inside a wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_configs", package.parent / "configs"):
+        found = {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")}
+        if found:
+            return found
+    return {}
+
+
+def load(name: str) -> Sweep:
+    """The config of a file, or of a shipped config by its name ("quickstart").
+
+    Raises:
+        InputError: no such config, a file that cannot be run, or one without `config() -> Sweep`.
+    """
+    shipped = shipped_configs()
+    path = Path(name)
+    if not path.is_file():
+        # `configs/NAME.py` works from any directory, as it does in the repository.
+        stem = path.stem if path.suffix == ".py" else name
+        if stem not in shipped or path.parent.name not in ("", "configs"):
+            raise InputError(
+                f"config {name!r} does not exist: give a Python file, or one of "
+                f"{', '.join(shipped)}"
+            )
+        path = shipped[stem]
+    spec = importlib.util.spec_from_file_location(f"madjax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"config {name!r} is no Python file: give a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.config()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"config {name!r} fails with {type(error).__name__}: {error}; "
+            "it must define config() -> madjax.Sweep"
+        ) from error
+    if not isinstance(config, Sweep):
+        raise InputError(f"config {name!r} returns {type(config).__name__}: return a madjax.Sweep")
+    return config

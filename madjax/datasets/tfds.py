@@ -1,0 +1,117 @@
+"""Data sets that TensorFlow Datasets has prepared, read without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from madjax.datasets.types import Dataset, build, by, first_line
+from madjax.errors import InputError
+
+
+def _prepare_command(name: str, data_dir: str | Path | None) -> str:
+    # Not `tfds build`: in TFDS 4.9.10 that command line also needs apache-beam installed.
+    where = f" data_dir={str(data_dir)!r}," if data_dir else ""
+    return (
+        'pip install tensorflow && python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({name!r},{where} file_format='array_record').download_and_prepare()\""
+    )
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Keeps TFDS from advising OpenCV: these images are small and read once."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def open_tfds(rest: str, data_dir: str | Path | None) -> Dataset:
+    """Opens `tfds:NAME`; the test part is its split `test`, else `validation`, else empty."""
+    import tensorflow_datasets as tfds
+
+    command = _prepare_command(rest, data_dir)
+    data_dir = None if data_dir is None else str(Path(data_dir).expanduser())
+    with _quiet_absl():
+        try:
+            builder = tfds.builder(rest, data_dir=data_dir, file_format="array_record")
+        except tfds.core.DatasetNotFoundError as error:
+            raise InputError(
+                f"TFDS knows no data set {rest!r} and none is prepared under "
+                f"{data_dir or 'its default directory'}: see tfds.list_builders()"
+            ) from error
+        except (ValueError, AssertionError, RuntimeError, ImportError) as error:
+            raise InputError(_cannot_open(rest, data_dir, error)) from error
+        try:
+            source = builder.as_data_source(split="train")
+        except KeyError as error:
+            raise InputError(
+                f"TFDS data set {rest!r} is not prepared under {builder.data_dir}: {command}"
+            ) from error
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(
+                f"TFDS data set {rest!r} has no train split to read ({first_line(error)}): "
+                "choose another"
+            ) from error
+        train = _read_tfds(source, rest)
+        held_out = _held_out(builder)
+        test = None if held_out is None else _read_tfds(held_out, rest)
+    names = getattr(source.dataset_info.features[_tfds_keys(source, rest)[1]], "names", None)
+    return build(f"tfds:{rest}", train, test, tuple(names) if names else None)
+
+
+def _cannot_open(name: str, data_dir: str | None, error: BaseException) -> str:
+    import tensorflow_datasets as tfds
+
+    with contextlib.suppress(ValueError, AssertionError, RuntimeError, ImportError):
+        found = tfds.builder(name, data_dir=data_dir).info.file_format
+        return (
+            f"TFDS data set {name!r} is prepared as {found.value}, which only TensorFlow reads: "
+            f"prepare it in another directory: {_prepare_command(name, 'NEW_DIR')}"
+        )
+    return f"TFDS cannot open {name!r} ({first_line(error)}): check name, config and version"
+
+
+def _held_out(builder: Any) -> Any:
+    for split in ("test", "validation"):
+        with contextlib.suppress(ValueError):  # what TFDS raises for a split that a set lacks
+            return builder.as_data_source(split=split)
+    return None
+
+
+def _tfds_keys(source: Any, name: str) -> tuple[str, str]:
+    info = source.dataset_info
+    keys = info.supervised_keys or ("image", "label")
+    if len(keys) != 2 or not all(isinstance(k, str) and k in info.features for k in keys):
+        raise InputError(
+            f"TFDS data set {name!r} is no image classification set (features "
+            f"{', '.join(info.features)}): choose one with an image and a label"
+        )
+    return tuple(keys)
+
+
+def _read_tfds(source: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    image_key, label_key = _tfds_keys(source, name)
+    images, labels = [], []
+    for index in range(len(source)):
+        example = source[index]
+        images.append(np.asarray(example[image_key]))
+        labels.append(example[label_key])
+        if images[-1].shape != images[0].shape:
+            raise InputError(
+                f"TFDS data set {name!r} has images of several shapes (number {index} is "
+                f"{by(images[-1].shape)}, the first {by(images[0].shape)}): resize them to a "
+                "folder and open that with folder:PATH"
+            )
+    if not images:
+        raise InputError(f"a split of TFDS data set {name!r} is empty: prepare it again")
+    return np.stack(images), np.asarray(labels)

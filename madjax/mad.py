@@ -1,0 +1,197 @@
+r"""MAD, maximising angular deviation: objective, oracle, step. A reader starts here.
+
+The attacker's gradient on a query with answer y~ is G' y~, where G = d log F_sur(x; w) / d w is
+[K, D] (Eq. 5). The defence wants the answer whose gradient points farthest from that of the true
+posterior y (Eq. 4):
+
+    H(y~) = || G'y~ / |G'y~| - G'y / |G'y| ||^2 = 2 - 2 cos(G'y~, G'y).
+
+Only M = G G', [K, K], enters: cos = y~'M y / sqrt(y~'M y~ . y'M y). `madjax.gram` computes M
+once for a query; everything in this file costs O(K^2) and never sees D.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from madjax.constraints import NORMS, l1
+from madjax.errors import InputError
+from madjax.gram import gram as compute_gram
+
+Array = jax.Array
+Oracle = Callable[[Array, Array], Array]
+Distance = Callable[[Array, Array], Array]
+
+# Products with M are K x K work: full float32, where TPUs and recent GPUs would round to bf16/TF32.
+_dot = partial(jnp.matmul, precision="highest")
+
+
+def _norm(v: Array, gram: Array) -> Array:
+    """|G'v|, with 0 where rounding leaves nothing of it.
+
+    G'p = 0 at the surrogate's posterior p (score identity), so near it v'Mv is a difference of
+    numbers of the size of sum_k v_k M_kk, its upper bound on the simplex, and holds no information
+    below that times the rounding error.
+    """
+    square = _dot(v, _dot(gram, v))
+    noise = 4 * v.size * jnp.finfo(gram.dtype).eps * _dot(jnp.abs(v), jnp.diagonal(gram))
+    known = square > noise
+    return jnp.where(known, jnp.sqrt(jnp.where(known, square, 1)), 0)
+
+
+def _unit(v: Array, gram: Array) -> tuple[Array, Array]:
+    """V / |G'v| and whether it is defined; zeros where it is not."""
+    norm = _norm(v, gram)
+    known = norm > 0
+    return jnp.where(known, v / jnp.where(known, norm, 1), 0), known
+
+
+def defined(y: Array, gram: Array) -> Array:
+    """Whether the true gradient G'y has a direction: False where y is the surrogate's posterior.
+
+    y [K], gram [K, K] -> bool. `solve` returns y unchanged exactly where this is False.
+    """
+    return _norm(y, gram) > 0
+
+
+def deviation(y_tilde: Array, y: Array, gram: Array) -> Array:
+    """H(y~) = || a/|a| - u/|u| ||^2 with a = G'y~ and u = G'y (Eq. 4), in [0, 4].
+
+    y_tilde [K], y [K], gram [K, K] -> scalar. Computed as d'Md with d = y~/|a| - y/|u|, which
+    keeps its digits at small angles where 2 - 2 cos loses them. 0 where either gradient vanishes
+    and the angle is undefined. Does not change with `gram -> c gram`, c > 0.
+    """
+    (a, a_known), (u, u_known) = _unit(y_tilde, gram), _unit(y, gram)
+    d = a - u
+    return jnp.where(a_known & u_known, jnp.clip(_dot(d, _dot(gram, d)), 0, 4), 0)
+
+
+def angle(y_tilde: Array, y: Array, gram: Array) -> Array:
+    """The angle between the poisoned and the true gradient, in degrees, in [0, 180].
+
+    y_tilde [K], y [K], gram [K, K] -> scalar. 2 atan2(|a/|a| - u/|u||, |a/|a| + u/|u||), accurate
+    at both ends (Kahan 2006, section 12). 0 where it is undefined, as in `deviation`.
+    """
+    (a, a_known), (u, u_known) = _unit(y_tilde, gram), _unit(y, gram)
+    difference, total = (jnp.sqrt(jnp.maximum(_dot(d, _dot(gram, d)), 0)) for d in (a - u, a + u))
+    return jnp.where(a_known & u_known, jnp.degrees(2 * jnp.arctan2(difference, total)), 0)
+
+
+def extreme(y: Array, gram: Array) -> Array:
+    """y*: the vertex e_k of the simplex with the largest H(e_k) (Algorithm 1, line 4).
+
+    y [K], gram [K, K] -> one-hot [K]. Needs diag M and M y only: H(e_k) = 2 - 2 (M y)_k /
+    sqrt(M_kk y'My). A vertex whose gradient vanishes counts as H = 0; the first of equal vertices
+    is taken; y itself is returned where its own gradient vanishes. The vertex is the maximiser over
+    the simplex only while the best angle is below 90 degrees.
+    """
+    square = jnp.diagonal(gram)
+    cosine = _dot(gram, y) / jnp.sqrt(jnp.where(square > 0, square, jnp.inf))
+    cosine = jnp.where(square > 0, cosine, jnp.inf)
+    vertex = jax.nn.one_hot(jnp.argmin(cosine), y.size, dtype=y.dtype)
+    return jnp.where(defined(y, gram), vertex, y)
+
+
+def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l1) -> Array:
+    """y~ = (1 - a) y + a y*, a the largest in [0, 1] with distance(y~, y) <= epsilon (OptStep).
+
+    y, y_star [K] -> y_tilde [K]. a = min(epsilon / ||y - y*||_p, 1) for norms (the paper prints
+    max, a slip); 32 bisections for any other distance, which must not fall along the segment.
+    epsilon = 0 returns y and epsilon >= distance(y*, y) returns y*, both bit for bit.
+    """
+    if distance in NORMS:
+        far = distance(y_star, y)
+        a = jnp.where(far > 0, jnp.clip(epsilon / jnp.where(far > 0, far, 1), 0, 1), 0)
+    else:
+        a = _bisect(lambda a: distance((1 - a) * y + a * y_star, y) <= epsilon, y.dtype)
+    return (1 - a) * y + a * y_star
+
+
+def _bisect(feasible: Callable[[Array], Array], dtype: Any) -> Array:
+    """The largest a in [0, 1] with feasible(a), for a predicate true up to a point and then false.
+
+    0 is taken as feasible without asking.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        inside = feasible(middle)
+        return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+
+    one = jnp.ones((), dtype)
+    low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.zeros((), dtype), one))
+    return jnp.where(feasible(one), one, low)
+
+
+def solve(
+    y: Array,
+    gram: Array,
+    *,
+    epsilon: Array | float,
+    oracle: Oracle = extreme,
+    distance: Distance = l1,
+) -> Array:
+    """The MAD answer to one query: y~ = max_{y~} H(y~) s.t. Eq. 6 and 7, by Algorithm 1.
+
+    y [K] on the simplex, gram [K, K], epsilon >= 0 (may be traced) -> y_tilde [K] on the simplex
+    with distance(y_tilde, y) <= epsilon. One example: `jax.vmap` it over queries and over epsilons.
+    oracle(y, gram) -> y* chooses the target; distance(y_tilde, y) -> scalar is the utility
+    constraint. y comes back unchanged where epsilon = 0 or the angle is undefined (`defined`).
+
+    Raises:
+        InputError: shapes that do not fit, or epsilon < 0 (where it is not traced).
+    """
+    if y.ndim != 1 or gram.shape != (y.size, y.size):
+        raise InputError(
+            f"solve takes one query, y [K] and gram [K, K], not {y.shape} and {gram.shape}: "
+            "use jax.vmap over a batch"
+        )
+    _check_epsilon(epsilon)
+    return step(y, oracle(y, gram), epsilon, distance)
+
+
+def perturb(
+    apply: Callable[[Any, Array], Array],
+    params: Any,
+    x: Array,
+    y: Array,
+    *,
+    epsilon: Array | float,
+    oracle: Oracle = extreme,
+    distance: Distance = l1,
+    layers: str = "all",
+    method: str = "auto",
+    chunk: int | None = None,
+) -> Array:
+    """Poison a batch of posteriors: `gram` of the surrogate at x, then `solve` for every query.
+
+    apply(params, x[B, ...]) -> logits [B, K] is the surrogate; y [B, K] are the victim's
+    posteriors; the result y_tilde is [B, K]. Every row is a function of its own x and y alone.
+    `layers`, `method` and `chunk` are those of `gram`, the rest those of `solve`.
+
+    Raises:
+        InputError: shapes that do not fit, or epsilon < 0 (where it is not traced).
+    """
+    _check_epsilon(epsilon)
+    if y.ndim != 2 or y.shape[0] != x.shape[0]:
+        raise InputError(
+            f"perturb takes posteriors y [B, K] for {x.shape[0]} queries, not {y.shape}"
+        )
+    m = compute_gram(apply, params, x, layers=layers, method=method, chunk=chunk)
+    if m.shape[-1] != y.shape[-1]:
+        raise InputError(
+            f"the surrogate has {m.shape[-1]} classes and the posteriors {y.shape[-1]}: "
+            "give a surrogate with the victim's classes"
+        )
+    return jax.vmap(partial(solve, epsilon=epsilon, oracle=oracle, distance=distance))(y, m)
+
+
+def _check_epsilon(epsilon: Array | float) -> None:
+    if isinstance(epsilon, jax.core.Tracer):
+        return
+    if not jnp.all(jnp.asarray(epsilon) >= 0):
+        raise InputError(f"epsilon is {epsilon}: the budget is a distance, give a number >= 0")

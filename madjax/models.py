@@ -1,0 +1,86 @@
+"""Networks: Flax linen modules behind pure `init` and `apply`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from madjax.conv import convolution, max_pool_2x2
+
+Array = jax.Array
+Params = Any
+
+# PyTorch's default for weights, kaiming_uniform(a=sqrt(5)), is U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int) -> Callable[..., Array]:
+    """PyTorch's default for biases: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in of the weights."""
+    limit = 1 / math.sqrt(fan_in)
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+class LeNet(nn.Module):
+    """LeNet of the authors' code: 431,080 parameters for 28x28x1 images and 10 classes.
+
+    conv 5x5 20 - ReLU - pool 2 - conv 5x5 50 - ReLU - pool 2 - dense 500 - ReLU - dense K, no
+    padding, no dropout, PyTorch's default initialisation. Images [B, H, W, C] -> logits [B, K].
+    """
+
+    num_classes: int
+    convolution: Callable[..., Array] = convolution
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # noqa: D102
+        for features in (20, 50):
+            x = nn.Conv(
+                features,
+                (5, 5),
+                padding="VALID",
+                kernel_init=torch_kernel_init,
+                bias_init=torch_bias_init(25 * x.shape[-1]),
+                conv_general_dilated=self.convolution,
+            )(x)
+            x = max_pool_2x2(nn.relu(x))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(self.dense(500, x))
+        return self.dense(self.num_classes, x)
+
+    def dense(self, features: int, x: Array) -> Array:
+        """A dense layer with PyTorch's default initialisation, applied to x."""
+        return nn.Dense(
+            features, kernel_init=torch_kernel_init, bias_init=torch_bias_init(x.shape[-1])
+        )(x)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network together with its preprocessing: uint8 images [B, H, W, C] -> logits [B, K].
+
+    Hashable and free of arrays, so that `classifier.apply` can be a static argument of `jax.jit`.
+    """
+
+    module: nn.Module
+    preprocess: Callable[[Array], Array]
+    image_shape: tuple[int, int, int]
+
+    def init(self, key: Array) -> Params:
+        """Random parameters, a function of the key alone."""
+        blank = jnp.zeros((1, *self.image_shape), jnp.uint8)
+        return self.module.init(key, self.preprocess(blank))
+
+    def apply(self, params: Params, images: Array) -> Array:
+        """Logits [B, K] of raw images [B, H, W, C] with values in [0, 255]."""
+        return self.module.apply(params, self.preprocess(images))
+
+    def posterior(self, params: Params, images: Array) -> Array:
+        """Posteriors y [B, K] on the simplex."""
+        return jax.nn.softmax(self.apply(params, images))

@@ -1,0 +1,136 @@
+"""What a run leaves on disk: its config, its rows, its checkpoints.
+
+    DIR/config.json     the config as run, and its hash
+    DIR/rows.jsonl      one JSON object a line, one line a cell, written once and whole
+    DIR/checkpoints/    Orbax checkpoints of what is under way
+
+No array in a checkpoint belongs to a device: a run may go on on another machine.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from madjax.config import digest
+from madjax.errors import InputError
+
+ROWS = "rows.jsonl"
+
+
+def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> list[dict[str, Any]]:
+    """Make a run's directory, or reopen it, and return the rows it already holds.
+
+    A half-written last row is cut off.
+
+    Raises:
+        InputError: the directory cannot be written, holds something else, holds a run and resume
+            was not asked for, or holds a run of another config.
+    """
+    path = directory / "config.json"
+    if path.is_file():
+        if not resume:
+            raise InputError(
+                f"{directory} already holds a run: add --resume to finish it, or give another --out"
+            )
+        _check_same(directory, json.loads(path.read_text()), description)
+        return _repair(directory / ROWS)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} exists and holds no run: give another --out")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"{directory} cannot be written ({error.strerror}): give another --out"
+        ) from error
+    return []
+
+
+def _check_same(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    if digest(old) == digest(new):
+        return
+    before, after = (dict(_flatten(value)) for value in (old, json.loads(json.dumps(new))))
+    field = next(k for k in sorted({*before, *after}) if before.get(k) != after.get(k))
+    raise InputError(
+        f"{directory} holds a run with {field} = {before.get(field)}, not {after.get(field)}: "
+        "resume with the same config, or give another --out"
+    )
+
+
+def _flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [pair for k, v in value.items() for pair in _flatten(v, f"{name}.{k}" if name else k)]
+
+
+def _repair(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file whose last line may be half written; that line is cut off the file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def append_row(directory: Path, row: dict[str, Any]) -> None:
+    """Add one row: a single write of a whole line, on disk when this returns."""
+    line = json.dumps(row, allow_nan=False) + "\n"
+    handle = os.open(directory / ROWS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line.encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old one or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def save(directory: Path, name: str, step: int, tree: Any) -> None:
+    """Checkpoint a pytree of arrays as `name` at `step`; older steps of that name are removed."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = (directory / "checkpoints" / name).resolve()
+    ocp.save(folder / str(step), jax.tree.map(np.asarray, tree), overwrite=True)
+    for old in _steps(folder):
+        if old != step:
+            shutil.rmtree(folder / str(old))
+
+
+def restore(directory: Path, name: str, like: Any) -> Any | None:
+    """The newest checkpoint of that name, with the structure of `like`, or None if there is none.
+
+    `like` is a pytree of arrays or of `jax.ShapeDtypeStruct`; the result holds numpy arrays.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder = (directory / "checkpoints" / name).resolve()
+    steps = _steps(folder)
+    if not steps:
+        return None
+    return ocp.load(
+        folder / str(max(steps)), jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
+    )
+
+
+def discard(directory: Path, name: str) -> None:
+    """Remove the checkpoints of that name; nothing happens where there is none."""
+    shutil.rmtree(directory / "checkpoints" / name, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d+", p.name)]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from madjax.constraints import l1
-from madjax.gram import gram
+from madjax.gram import check_layers, gram
 from madjax.mad import Distance, Oracle, extreme, solve
 
 Array = jax.Array
@@ -33,6 +33,9 @@ class MAD:
     oracle: Oracle = extreme
     distance: Distance = l1
     name: str = "mad"
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
 
     def evidence(self, apply: Apply, params: Any, x: Array) -> Array:
         """The Gram matrices [B, K, K] of the surrogate at the queries x [B, ...]."""

@@ -66,12 +66,21 @@ def gram(
     Raises:
         InputError: an unknown layers or method; a model that the method cannot handle.
     """
-    for name, value, known in (("layers", layers, _LAYERS), ("method", method, _METHODS)):
-        if value not in known:
-            raise InputError(f"{name} is {value!r}: choose one of {', '.join(map(repr, known))}")
+    check_layers(layers)
+    _check_known("method", method, _METHODS)
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}: give a number of queries >= 1")
     return _gram(apply, layers, method, chunk, params, x)
+
+
+def check_layers(layers: str) -> None:
+    """Refuse a choice of layers that `gram` does not know."""
+    _check_known("layers", layers, _LAYERS)
+
+
+def _check_known(name: str, value: str, known: dict[str, Any]) -> None:
+    if value not in known:
+        raise InputError(f"{name} is {value!r}: choose one of {', '.join(map(repr, known))}")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

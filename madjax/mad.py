@@ -107,6 +107,8 @@ def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l
         a = jnp.where(far > 0, jnp.clip(epsilon / jnp.where(far > 0, far, 1), 0, 1), 0)
     else:
         a = _bisect(lambda a: distance((1 - a) * y + a * y_star, y) <= epsilon, y.dtype)
+        # Rounding may hide a small distance, but no budget is no change.
+        a = jnp.where(epsilon > 0, a, 0)
     return (1 - a) * y + a * y_star
 
 

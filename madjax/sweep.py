@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,9 +139,10 @@ def default_mapping() -> Mapping:
     return serially if jax.default_backend() == "cpu" else together
 
 
-def make_mesh() -> Mesh:
-    """All devices along one axis, `cells`."""
-    return jax.make_mesh((jax.device_count(),), ("cells",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices (by default all) along one axis, `cells`."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("cells",), (AxisType.Auto,), devices=devices)
 
 
 def over_cells(function: Callable[[Any, Shared], Any], mesh: Mesh, mapping: Mapping) -> Callable:
@@ -192,7 +193,7 @@ def run(
     data_dir: str | Path | None = None,
     resume: bool = False,
     cells_per_device: int | None = None,
-    log: Log = print,
+    log: Log = tqdm.write,
 ) -> list[dict[str, Any]]:
     """Run a sweep into a directory and return its rows, one dict a cell.
 
@@ -264,6 +265,11 @@ def run(
                 row["seconds"] = round(seconds / len(wave), 3)
                 store.append_row(directory, row)
                 rows.append(row)
+                log(
+                    f"epsilon {row['epsilon']:g} seed {row['seed']}: "
+                    f"defender {row['defender_accuracy']:.2f} %, "
+                    f"attacker {row['attacker_accuracy']:.2f} %, {row['seconds']:.0f} s"
+                )
             store.discard(directory, name)
     return rows
 
@@ -368,7 +374,7 @@ def _share(
     evidence = []
     for seed in tqdm(config.seeds, unit="seed", desc="evidence", disable=None):
         key = knockoff.keys(seed)
-        surrogate = victim.init(key["surrogate"])
+        surrogate = jax.jit(victim.init)(key["surrogate"])
         drawn = knockoff.draw(key["draw"], len(images), config.attack.budget)
         evidence.append(
             [

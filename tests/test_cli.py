@@ -1,0 +1,150 @@
+"""The command line as a user meets it: the main job, and one clear line for every mistake."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from madjax.cli import main
+from madjax.datasets import base_name
+
+QUICK = (
+    "dataset=embedded:mnist[:200,:100]",
+    "queryset=embedded:fashion_mnist[:200]",
+    "victim.epochs=1",
+    "attack.recipe.epochs=1",
+    "attack.budget=150",
+    "epsilons=0,0.99",
+    "seeds=0",
+)
+
+
+def sets(*assignments):
+    return [word for each in assignments for word in ("--set", each)]
+
+
+def test_the_main_job_and_its_report_from_any_directory(tmp_path):
+    """`madjax sweep` in a fresh process and a strange directory, cut to seconds by --set."""
+    command = [sys.executable, "-m", "madjax.cli"]
+    done = subprocess.run(
+        [*command, "sweep", *sets(*QUICK)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "quickstart"
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [(row["epsilon"], row["seed"]) for row in rows] == [(0.0, 0), (0.99, 0)]
+    assert rows[0]["victim"] == "lenet"
+    assert (rows[0]["dataset"], rows[0]["queryset"]) == ("mnist", "fashion_mnist")
+    np.testing.assert_allclose(rows[1]["l1_mean"], 0.99, atol=1e-5)
+    assert (out / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    table = (out / "report.md").read_text()
+    assert table.strip() in done.stdout
+    report = subprocess.run(
+        [*command, "report", out], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert table.strip() in report.stdout
+    again = subprocess.run(
+        [*command, "sweep", *sets(*QUICK)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 2
+    assert "already holds a run: add --resume" in again.stderr
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Small sets that do and do not fit each other."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def write(name, shape, tests=4):
+        pixels = np.zeros((8, *shape), np.uint8)
+        labels = np.arange(8) % 2
+        np.savez(
+            folder / f"{name}.npz",
+            x_train=pixels,
+            y_train=labels,
+            x_test=pixels[:tests],
+            y_test=labels[:tests],
+        )
+
+    write("grey", (28, 28))
+    write("colour", (28, 28, 3))
+    write("tiny", (4, 4))
+    write("untested", (28, 28), tests=0)
+    (folder / "broken.npz").write_bytes(b"PK nothing")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no_such_config"], "config 'no_such_config' does not exist"),
+        (sets("dataset=no_such_set"), "no data set 'no_such_set'"),
+        (sets("dataset=npz:absent.npz"), "absent.npz"),
+        (sets("dataset=embedded:mnits"), "mnits"),
+        (sets("dataset=broken"), "broken.npz"),
+        (sets("queryset=colour", "dataset=grey"), "colour"),
+        (sets("queryset=tiny", "dataset=grey"), "tiny"),
+        (sets("queryset=tiny", "dataset=tiny", "attack.budget=2"), "cannot take images"),
+        (sets("dataset=untested", "queryset=grey", "attack.budget=2"), "no test images"),
+        (sets("dataset=grey", "queryset=grey", "attack.budget=9"), "budget is 9"),
+        (sets("dataset=grey", "queryset=grey", "attack.budget=0"), "budget is 0"),
+        (sets("epsilons=-0.5"), "epsilon is -0.5"),
+        (sets("epsilons"), "write it as field=value"),
+        (sets("nonsense=1"), "no field 'nonsense'"),
+        (sets("defense.layers=middle"), "layers is 'middle'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    arguments, words, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("MADJAX_DATA", raising=False)
+    out = tmp_path / "out"
+    status = main(["sweep", *arguments, "--out", str(out), "--data-dir", str(data)])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.startswith("madjax: error: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_report_of_nothing_is_one_line(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "absent")]) == 2
+    error = capsys.readouterr().err
+    assert "absent" in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("madjax.sweep.run", stop)
+    assert main(["sweep", "--out", str(tmp_path / "out")]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("mnist", "mnist"),
+        ("embedded:mnist[:10]", "mnist"),
+        ("npz:some/where/letters.npz[:1,:2]", "letters"),
+        ("folder:birds.zip", "birds"),
+        ("tfds:mnist", "mnist"),
+    ],
+)
+def test_rows_call_a_data_set_by_its_plain_name(name, want):
+    assert base_name(name) == want

@@ -1,0 +1,121 @@
+"""Configs: overrides, loading, and the hash that guards a resumed run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import madjax
+from madjax import InputError, Sweep, config, store
+
+BASE = Sweep(name="base", dataset="embedded:mnist", queryset="embedded:fashion_mnist")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "get", "want"),
+    [
+        ("dataset=mnist[:5000]", lambda c: c.dataset, "mnist[:5000]"),
+        ("epsilons=0,0.5", lambda c: c.epsilons, (0.0, 0.5)),
+        ("epsilons=(1,)", lambda c: c.epsilons, (1.0,)),
+        ("seeds=3", lambda c: c.seeds, (3,)),
+        ("attack.recipe.epochs=5", lambda c: c.attack.recipe.epochs, 5),
+        ("attack.recipe.learning_rate=1", lambda c: c.attack.recipe.learning_rate, 1.0),
+        ("defense.layers=all", lambda c: c.defense.layers, "all"),
+        ("defense.distance=madjax.constraints.l2", lambda c: c.defense.distance, madjax.l2),
+        ("query_splits=('train', 'test')", lambda c: c.query_splits, ("train", "test")),
+        ("name = spaced ", lambda c: c.name, "spaced"),
+    ],
+)
+def test_override_replaces_one_field(assignment, get, want):
+    changed = config.override(BASE, assignment)
+    assert get(changed) == want
+    assert type(get(changed)) is type(want)
+    before, after = config.describe(BASE), config.describe(changed)
+    differing = [k for k, v in store._flatten(before) if dict(store._flatten(after))[k] != v]
+    assert differing == [assignment.split("=")[0].strip()]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("epsilons", "write it as field=value"),
+        ("=3", "write it as field=value"),
+        ("epsilon=0.5", "no field 'epsilon'; choose one of name, dataset"),
+        ("attack.recipe.speed=1", "no field 'speed'; choose one of epochs"),
+        ("seeds.first=1", "the field before it has no parts"),
+        ("seeds=0.5", "the field takes int"),
+        ("victim=5", "takes a section"),
+        ("attack.recipe.epochs=many", "the field takes int"),
+        ("attack.recipe.epochs=True", "the field takes int"),
+        ("attack.recipe.epochs=0", "epochs is 0"),
+        ("epsilons=0,-0.5", r"epsilon is -0\.5"),
+        ("epsilons=", "the field takes float"),
+        ("epsilons=0.5,0.5", "each once"),
+        ("seeds=-1", "seed is -1"),
+        ("query_splits=valid", "holds 'valid'"),
+        ("defense.distance=l7", "cannot be imported"),
+        ("defense.distance=madjax.constraints.l7", "cannot be imported"),
+    ],
+)
+def test_a_bad_override_is_one_clear_line(assignment, words):
+    with pytest.raises(InputError, match=words) as caught:
+        config.override(BASE, assignment)
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_configs_load_and_say_their_claim_command_and_cost():
+    shipped = config.shipped_configs()
+    assert {"quickstart", "mnist_knockoff"} <= set(shipped)
+    for name, path in shipped.items():
+        assert config.load(name).name == name
+        assert config.load(f"configs/{name}.py") == config.load(str(path)) == config.load(name)
+        for word in ("Claim:", "Command:", "Cost:"):
+            assert word in path.read_text()
+
+
+def test_a_users_own_file_loads(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from madjax import Sweep\n"
+        "def config():\n"
+        "    return Sweep(name='mine', dataset='a', queryset='b')\n"
+    )
+    assert config.load(str(path)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def config(): return 3", "returns int"),
+        ("x = 1", "AttributeError"),
+        ("def config(:", "SyntaxError"),
+        (
+            "from madjax import Sweep\n"
+            "def config(): return Sweep(name='a', dataset='a', queryset='b', epsilons=(-1.0,))",
+            r"epsilon is -1\.0",
+        ),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        config.load(str(path))
+
+
+def test_a_missing_config_lists_the_shipped_ones():
+    for name in ("nothing", "nothing.py", "elsewhere/quickstart.py"):
+        with pytest.raises(InputError, match=r"does not exist.*quickstart"):
+            config.load(name)
+
+
+def test_hash_sees_every_value_and_survives_json():
+    description = config.describe(BASE)
+    assert config.digest(json.loads(json.dumps(description))) == config.digest(description)
+    for change in ({"seeds": (1,)}, {"name": "other"}, {"defense": madjax.MAD(layers="all")}):
+        assert config.digest(config.describe(replace(BASE, **change))) != config.digest(description)
+
+
+def test_functions_are_described_by_where_they_live():
+    assert config.describe(BASE)["defense"]["oracle"] == "madjax.mad.extreme"
+    assert config.describe(BASE)["architecture"] == "madjax.models.LeNet"

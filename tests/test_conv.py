@@ -1,0 +1,76 @@
+"""Patches times a matrix is the convolution; a reshaped maximum is the pooling."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from madjax.conv import max_pool_2x2, patch_convolution, unfold
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+CASES = [
+    {"window": (5, 5)},
+    {"window": (3, 3), "padding": "SAME"},
+    {"window": (3, 2), "strides": (2, 1), "padding": ((1, 0), (2, 1))},
+    {"window": (2, 3), "dilation": (1, 2), "strides": (2, 2), "padding": "SAME"},
+    {"window": (3, 3), "dilation": (2, 1), "padding": "VALID"},
+    {"window": (1, 1), "strides": (3, 3)},
+]
+
+
+def both(case):
+    """The same convolution as patches and as XLA's own, functions of (x, kernel)."""
+    strides, dilation = case.get("strides", (1, 1)), case.get("dilation", (1, 1))
+    padding = case.get("padding", "VALID")
+
+    def run(convolve):
+        return lambda x, k: convolve(
+            x, k, strides, padding, rhs_dilation=dilation, dimension_numbers=NHWC
+        )
+
+    return run(patch_convolution), run(lax.conv_general_dilated)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_are_those_of_xla(case):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 11, 3))
+    kernel = jax.random.normal(jax.random.key(1), (*case["window"], 3, 4))
+    ours, theirs = both(case)
+    shape = jax.eval_shape(theirs, x, kernel).shape
+    cotangent = jax.random.normal(jax.random.key(2), shape)
+
+    def value_and_pull(convolve):
+        value, pull = jax.vjp(convolve, x, kernel)
+        return value, *pull(cotangent)
+
+    got, want = (jax.jit(value_and_pull, static_argnums=0)(each) for each in (ours, theirs))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_unfold_orders_a_patch_as_a_kernel_is_flattened():
+    x = jnp.arange(2 * 4 * 5 * 3, dtype=jnp.float32).reshape(2, 4, 5, 3)
+    patches = unfold(x, (2, 3))
+    assert patches.shape == (2, 3, 3, 18)
+    for i, j in [(0, 0), (2, 1)]:
+        np.testing.assert_array_equal(patches[1, i, j], x[1, i : i + 2, j : j + 3].reshape(-1))
+
+
+def test_grouped_convolution_is_left_to_xla():
+    layer = nn.Conv(4, (3, 3), feature_group_count=2)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
+    params = layer.init(jax.random.key(1), x)
+    ours = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=patch_convolution)
+    np.testing.assert_allclose(ours.apply(params, x), layer.apply(params, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (1, 7, 5, 2)])
+def test_pooling_is_flax_pooling_with_its_gradient(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    want, pull_want = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), x)
+    got, pull = jax.vjp(max_pool_2x2, x)
+    np.testing.assert_array_equal(got, want)
+    cotangent = jax.random.normal(jax.random.key(1), want.shape)
+    np.testing.assert_allclose(pull(cotangent)[0], pull_want(cotangent)[0], atol=1e-6)

@@ -1,0 +1,249 @@
+"""Objective, oracle, step: closed forms, brute force, the authors' solver, properties."""
+
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import madjax
+from madjax import InputError, angle, deviation, extreme, solve
+from madjax.mad import defined, step
+
+REFERENCE = np.load(Path(__file__).parent / "data" / "mad_reference.npz")
+CASES = range(int(REFERENCE["cases"]))
+DISTANCES = (madjax.l1, madjax.l2, madjax.linf, madjax.kl)
+
+
+jit_solve = jax.jit(solve, static_argnames=("distance",))
+jit_defined = jax.jit(defined)
+jit_deviation = jax.jit(deviation)
+
+
+def problem(seed, k=5, d=40):
+    """A random posterior and a Jacobian with the score structure p'G = 0."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    y = jax.nn.softmax(2 * jax.random.normal(keys[0], (k,)))
+    p = jax.nn.softmax(jax.random.normal(keys[1], (k,)))
+    g = jax.random.normal(keys[2], (k, d))
+    return y, g - (p @ g)[None]
+
+
+def explicit_h(y_tilde, y, g):
+    """Eq. 4 as printed, in float64 with G itself."""
+    a, u = (np.asarray(g, np.float64).T @ np.asarray(v, np.float64) for v in (y_tilde, y))
+    return np.square(a / np.linalg.norm(a) - u / np.linalg.norm(u)).sum()
+
+
+def explicit_angle(y_tilde, y, g):
+    a, u = (np.asarray(g, np.float64).T @ np.asarray(v, np.float64) for v in (y_tilde, y))
+    return np.degrees(np.arccos(a @ u / np.linalg.norm(a) / np.linalg.norm(u)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_deviation_and_angle_are_those_of_the_gradients(seed):
+    y, g = problem(seed)
+    y_tilde = jax.nn.softmax(jax.random.normal(jax.random.key(seed + 99), y.shape))
+    np.testing.assert_allclose(deviation(y_tilde, y, g @ g.T), explicit_h(y_tilde, y, g), rtol=1e-4)
+    np.testing.assert_allclose(angle(y_tilde, y, g @ g.T), explicit_angle(y_tilde, y, g), atol=1e-3)
+
+
+def test_small_angles_keep_their_digits():
+    y, g = problem(0)
+    near = y + 1e-4 * (jnp.eye(5)[2] - y)
+    want = explicit_angle(near, y, g)
+    assert want < 0.1
+    np.testing.assert_allclose(angle(near, y, g @ g.T), want, rtol=1e-2)
+
+
+def test_right_and_opposite_angles():
+    # With G = [u; -u; v], u orthogonal to v, the angles between vertices are known.
+    m = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 4.0]])
+    one, two, three = jnp.eye(3)
+    np.testing.assert_allclose([angle(two, one, m), angle(three, one, m)], [180, 90], atol=1e-3)
+    np.testing.assert_allclose([deviation(two, one, m), deviation(three, one, m)], [4, 2])
+    assert angle(one, one, m) == 0
+    assert deviation(one, one, m) == 0
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_extreme_is_the_best_vertex(seed, k):
+    y, g = problem(seed, k=k)
+    values = [explicit_h(vertex, y, g) for vertex in np.eye(k)]
+    np.testing.assert_array_equal(extreme(y, g @ g.T), np.eye(k)[np.argmax(values)])
+
+
+def test_an_edge_can_beat_every_vertex():
+    # The best angle passes 90 degrees here, where the vertices stop being the maximisers.
+    g = jnp.array([[1.0, 0.0], [-0.2, 1.0], [-0.2, -1.0]])
+    y, m = jnp.array([1.0, 0.0, 0.0]), g @ g.T
+    middle = jnp.array([0.0, 0.5, 0.5])
+    assert deviation(middle, y, m) > 1.5 * deviation(extreme(y, m), y, m)
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "kl"])
+@pytest.mark.parametrize("case", CASES)
+def test_extreme_is_the_authors_solver(case, distance):
+    name = f"{case}/extreme/{distance}"
+    if f"{name}/y_tilde" not in REFERENCE:
+        pytest.skip("the authors' KL line search found no start")
+    g, y = REFERENCE[f"{case}/G"], REFERENCE[f"{case}/y"]
+    m = (g.astype(np.float64) @ g.T.astype(np.float64)).astype(np.float32)
+    epsilon = float(REFERENCE[f"{case}/epsilon"])
+    got = solve(jnp.asarray(y), jnp.asarray(m), epsilon=epsilon, distance=getattr(madjax, distance))
+    # Fifteen bisections leave the authors' KL step 2^-15 short.
+    tolerance = 1e-4 if distance == "kl" else 2e-6
+    np.testing.assert_allclose(got, REFERENCE[f"{name}/y_tilde"], atol=tolerance)
+    np.testing.assert_allclose(deviation(got, y, m), REFERENCE[f"{name}/H"], atol=1e-3)
+
+
+@st.composite
+def posteriors(draw, k):
+    """Points of the simplex: random, peaked, with exact zeros, vertices, uniform, ties."""
+    weights = draw(hnp.arrays(np.float32, k, elements=st.sampled_from([0, 1e-6, 0.1, 0.5, 1, 9])))
+    weights = weights if weights.sum() > 0 else np.ones(k, np.float32)
+    return (weights / weights.sum(dtype=np.float64)).astype(np.float32)
+
+
+@st.composite
+def problems(draw):
+    k = draw(st.integers(2, 6))
+    y = draw(posteriors(k))
+    g = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(size=(k, 9))
+    if draw(st.booleans()):
+        # The surrogate's posterior may be y itself: the undefined angle.
+        g -= draw(st.sampled_from([y, draw(posteriors(k))])).astype(np.float64) @ g
+    return y, (g @ g.T).astype(np.float32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems(), st.sampled_from([0.0, 1e-6, 0.1, 0.99, 1.5, 2.0, 50.0]))
+def test_answers_stay_on_the_simplex_and_in_the_ball(case, epsilon):
+    y, m = case
+    for distance in DISTANCES:
+        got = np.asarray(jit_solve(y, m, epsilon=epsilon, distance=distance))
+        assert np.all(np.isfinite(got))
+        assert got.min() >= 0
+        assert abs(got.sum(dtype=np.float64) - 1) < 1e-6
+        assert distance(jnp.asarray(got), jnp.asarray(y)) <= epsilon + 1e-6
+        if epsilon == 0 or not jit_defined(y, m):
+            np.testing.assert_array_equal(got, y)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.floats(0, 2), st.randoms(use_true_random=False))
+def test_scale_does_not_matter_and_classes_may_be_renamed(case, epsilon, random):
+    y, m = case
+    got = jit_solve(y, m, epsilon=epsilon)
+    np.testing.assert_array_equal(jit_solve(y, 16 * m, epsilon=epsilon), got)
+    order = np.array(random.sample(range(y.size), y.size))
+    renamed = jit_solve(y[order], m[order][:, order], epsilon=epsilon)
+    # Equal vertices may be told apart by their order alone; the objective is the same.
+    h = [float(jit_deviation(v, y, m)) for v in (got, renamed[np.argsort(order)])]
+    np.testing.assert_allclose(h[0], h[1], atol=2e-3)
+
+
+def test_the_surrogates_own_posterior_has_no_angle():
+    y, g = problem(3)
+    g = g - (y @ g)[None]
+    m = g @ g.T
+    assert not defined(y, m)
+    np.testing.assert_array_equal(solve(y, m, epsilon=1.0), y)
+    assert deviation(jnp.eye(5)[0], y, m) == 0
+    assert angle(jnp.eye(5)[0], y, m) == 0
+
+
+def test_the_budgets_ends_are_exact():
+    y, g = problem(1)
+    m = g @ g.T
+    star = extreme(y, m)
+    for distance in DISTANCES:
+        np.testing.assert_array_equal(solve(y, m, epsilon=0.0, distance=distance), y)
+        far = 1e9 if distance is madjax.kl else float(distance(star, y))
+        if distance is not madjax.kl:
+            np.testing.assert_array_equal(solve(y, m, epsilon=far, distance=distance), star)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.4, 1.3])
+def test_bisection_finds_the_closed_form(epsilon):
+    y, g = problem(2)
+    star = extreme(y, g @ g.T)
+
+    def twice_removed(y_tilde, y):
+        return madjax.l1(y_tilde, y)
+
+    np.testing.assert_allclose(
+        step(y, star, epsilon, twice_removed), step(y, star, epsilon, madjax.l1), atol=1e-6
+    )
+
+
+def test_budget_is_spent_to_the_last():
+    y, g = problem(4)
+    for distance in DISTANCES:
+        got = solve(y, g @ g.T, epsilon=0.2, distance=distance)
+        np.testing.assert_allclose(distance(got, y), 0.2, rtol=1e-5)
+
+
+def test_one_call_serves_a_grid_of_epsilons():
+    y, g = problem(5)
+    grid = jnp.linspace(0, 2, 9)
+    together = jax.jit(jax.vmap(lambda e: solve(y, g @ g.T, epsilon=e)))(grid)
+    alone = jnp.stack([solve(y, g @ g.T, epsilon=float(e)) for e in grid])
+    np.testing.assert_allclose(together, alone, atol=1e-7)
+    deviations = jax.vmap(lambda v: deviation(v, y, g @ g.T))(together)
+    assert jnp.all(jnp.diff(deviations) >= -1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [("l1", 0.6), ("l2", 0.3 * 2**0.5), ("linf", 0.3), ("kl", 0.5 * np.log(0.5 / 0.2))],
+)
+def test_distances_by_hand(name, want):
+    y, y_tilde = jnp.array([0.5, 0.0, 0.5]), jnp.array([0.2, 0.3, 0.5])
+    np.testing.assert_allclose(getattr(madjax, name)(y_tilde, y), want, rtol=1e-6)
+
+
+def test_kl_to_an_answer_without_a_possible_class_is_infinite():
+    assert madjax.kl(jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5])) == jnp.inf
+
+
+def test_l2_has_a_gradient_where_nothing_is_changed():
+    y = jnp.array([0.3, 0.7])
+    np.testing.assert_array_equal(jax.grad(madjax.l2)(y, y), [0, 0])
+
+
+def test_perturb_is_gram_then_solve():
+    w = jax.random.normal(jax.random.key(0), (6, 4))
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    y = jax.nn.softmax(jax.random.normal(jax.random.key(2), (5, 4)))
+
+    def apply(w, x):
+        return x @ w
+
+    got = madjax.perturb(apply, w, x, y, epsilon=0.7, method="jacrev")
+    m = madjax.gram(apply, w, x, method="jacrev")
+    want = [solve(y[i], m[i], epsilon=0.7) for i in range(5)]
+    np.testing.assert_allclose(got, jnp.stack(want), atol=1e-7)
+    alone = madjax.perturb(apply, w, x[3:4], y[3:4], epsilon=0.7, method="jacrev")
+    np.testing.assert_allclose(alone[0], got[3], atol=1e-6)
+
+
+def test_bad_input_is_named():
+    y, g = problem(0)
+    m = g @ g.T
+    with pytest.raises(InputError, match=r"epsilon is -0\.1"):
+        solve(y, m, epsilon=-0.1)
+    with pytest.raises(InputError, match="epsilon is nan"):
+        solve(y, m, epsilon=float("nan"))
+    with pytest.raises(InputError, match=r"use jax\.vmap"):
+        solve(y[None], m[None], epsilon=0.1)
+    w, x = jnp.ones((6, 4)), jnp.ones((5, 6))
+    with pytest.raises(InputError, match="4 classes and the posteriors 3"):
+        madjax.perturb(lambda w, x: x @ w, w, x, jnp.ones((5, 3)), epsilon=0.1, method="jacrev")
+    with pytest.raises(InputError, match="5 queries"):
+        madjax.perturb(lambda w, x: x @ w, w, x, jnp.ones((4, 4)), epsilon=0.1, method="jacrev")

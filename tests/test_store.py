@@ -1,0 +1,90 @@
+"""What a run leaves on disk survives a crash, and is never overwritten."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madjax import InputError, store
+from madjax.report import read_rows
+
+CONFIG = {"name": "a", "attack": {"budget": 10}, "seeds": [0]}
+
+
+def test_rows_are_whole_lines(tmp_path):
+    store.open_run(tmp_path / "run", CONFIG, resume=False)
+    for i in range(3):
+        store.append_row(tmp_path / "run", {"i": i})
+    lines = (tmp_path / "run" / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"i": 0}, {"i": 1}, {"i": 2}]
+
+
+def test_a_half_written_row_is_cut_off_on_resume(tmp_path):
+    store.open_run(tmp_path, CONFIG, resume=False)
+    store.append_row(tmp_path, {"i": 0})
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"i": 1, "accur')
+    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}]
+    store.append_row(tmp_path, {"i": 1})
+    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}, {"i": 1}]
+
+
+def test_a_row_that_json_cannot_hold_is_an_error_and_not_written(tmp_path):
+    store.open_run(tmp_path, CONFIG, resume=False)
+    with pytest.raises(ValueError, match="JSON"):
+        store.append_row(tmp_path, {"kl_mean": float("inf")})
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_another_run_is_never_touched(tmp_path):
+    store.open_run(tmp_path, CONFIG, resume=False)
+    store.append_row(tmp_path, {"i": 0})
+    with pytest.raises(InputError, match="already holds a run: add --resume"):
+        store.open_run(tmp_path, CONFIG, resume=False)
+    changed = {**CONFIG, "attack": {"budget": 20}}
+    with pytest.raises(InputError, match=r"attack\.budget = 10, not 20"):
+        store.open_run(tmp_path, changed, resume=True)
+    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}]
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="holds no run"):
+        store.open_run(tmp_path, CONFIG, resume=False)
+    with pytest.raises(InputError, match="holds no run"):
+        store.open_run(tmp_path / "thesis.tex", CONFIG, resume=True)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_resume_of_nothing_starts_a_run(tmp_path):
+    assert store.open_run(tmp_path / "new", CONFIG, resume=True) == []
+    assert (tmp_path / "new" / "config.json").is_file()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        store.open_run(tmp_path / "file" / "run", CONFIG, resume=False)
+
+
+def test_checkpoints_come_back_as_they_were_and_only_the_newest_stays(tmp_path):
+    tree = {"w": jnp.arange(6.0).reshape(2, 3), "n": (jnp.int32(4), None)}
+    assert store.restore(tmp_path, "wave-0", tree) is None
+    store.save(tmp_path, "wave-0", 1, {"w": tree["w"] * 0, "n": (jnp.int32(0), None)})
+    store.save(tmp_path, "wave-0", 2, tree)
+    back = store.restore(tmp_path, "wave-0", tree)
+    np.testing.assert_array_equal(back["w"], tree["w"])
+    assert isinstance(back["n"], tuple)
+    assert back["n"][0] == 4
+    assert back["n"][0].dtype == np.int32
+    assert [p.name for p in (tmp_path / "checkpoints" / "wave-0").iterdir()] == ["2"]
+    store.discard(tmp_path, "wave-0")
+    store.discard(tmp_path, "wave-0")
+    assert store.restore(tmp_path, "wave-0", tree) is None
+
+
+def test_rows_of_a_run_are_what_a_report_reads(tmp_path):
+    store.open_run(tmp_path, CONFIG, resume=False)
+    with pytest.raises(InputError, match=r"rows\.jsonl"):
+        read_rows(tmp_path)

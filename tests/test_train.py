@@ -1,0 +1,132 @@
+"""The training loop against a plain Python loop, PyTorch's rules, and itself after a stop."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from madjax import Classifier, InputError, LeNet, Recipe, fit
+from madjax.datasets import MNIST_FAMILY
+from madjax.train import order, start
+
+
+class Linear(nn.Module):
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
+
+
+CLASSIFIER = Classifier(Linear(), MNIST_FAMILY.preprocess, (4, 4, 1))
+RECIPE = Recipe(
+    epochs=3, batch_size=8, learning_rate=0.05, weight_decay=0.01, decay=0.5, decay_epochs=2
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """21 images: the last batch of eight holds five."""
+    keys = jax.random.split(jax.random.key(7), 2)
+    x = jax.random.randint(keys[0], (21, 4, 4, 1), 0, 256).astype(jnp.uint8)
+    y = jax.nn.softmax(3 * jax.random.normal(keys[1], (21, 3)))
+    return (x, y), (x[:10], y[:10].argmax(-1))
+
+
+def plain_loop(recipe, key, data, test):
+    """SGD as PyTorch writes it: g += wd w; v = m v + g; w -= lr v; a smaller last batch."""
+    (x, y), (x_test, labels) = data, test
+    state = start(CLASSIFIER, recipe, len(y), key)
+    params, accuracies = state.params, []
+    velocity = jax.tree.map(jnp.zeros_like, params)
+
+    def loss(params, x, y):
+        log_p = jax.nn.log_softmax(CLASSIFIER.apply(params, x))
+        return -jnp.mean(jnp.sum(y * log_p, axis=-1))
+
+    for e in range(recipe.epochs):
+        rate = recipe.learning_rate * recipe.decay ** (e // recipe.decay_epochs)
+        visit = order(jax.random.wrap_key_data(state.key), e, len(y))
+        for at in range(0, len(y), recipe.batch_size):
+            i = visit[at : at + recipe.batch_size]
+            g = jax.grad(loss)(params, x[i], y[i])
+            g = jax.tree.map(lambda g, w: g + recipe.weight_decay * w, g, params)
+            velocity = jax.tree.map(lambda v, g: recipe.momentum * v + g, velocity, g)
+            params = jax.tree.map(lambda w, v, rate=rate: w - rate * v, params, velocity)
+        hits = CLASSIFIER.apply(params, x_test).argmax(-1) == labels
+        accuracies.append(100 * hits.mean())
+    return params, accuracies
+
+
+def test_fit_is_a_plain_python_loop(data):
+    key = jax.random.key(0)
+    state = fit(CLASSIFIER, RECIPE, key, *data)
+    params, accuracies = plain_loop(RECIPE, key, *data)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
+    np.testing.assert_allclose(state.accuracy, accuracies)
+
+
+def test_order_is_a_permutation_by_key_and_epoch():
+    key = jax.random.key(3)
+    first, second = order(key, 0, 50), order(key, 1, 50)
+    np.testing.assert_array_equal(np.sort(first), np.arange(50))
+    assert np.any(first != second)
+    np.testing.assert_array_equal(first, order(key, 0, 50))
+    assert np.any(first != order(jax.random.key(4), 0, 50))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(data):
+    states = []
+    whole = fit(CLASSIFIER, RECIPE, jax.random.key(1), *data, after_epoch=states.append)
+    again = fit(CLASSIFIER, RECIPE, jax.random.key(1), *data, state=states[0])
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    assert [int(s.epoch) for s in states] == [1, 2, 3]
+    assert np.isnan(states[0].accuracy).tolist() == [False, True, True]
+
+
+def test_labels_are_one_hot_posteriors(data):
+    (x, y), test = data
+    labels = y.argmax(-1)
+    hard = fit(CLASSIFIER, RECIPE, jax.random.key(1), (x, labels), test)
+    soft = fit(CLASSIFIER, RECIPE, jax.random.key(1), (x, jax.nn.one_hot(labels, 3)), test)
+    jax.tree.map(np.testing.assert_array_equal, hard, soft)
+
+
+def test_any_optax_optimiser_serves(data):
+    def adam(schedule, momentum, weight_decay):
+        return optax.adam(schedule)
+
+    recipe = Recipe(epochs=40, batch_size=8, learning_rate=0.05, optimizer=adam)
+    state = fit(CLASSIFIER, recipe, jax.random.key(1), *data)
+    assert state.loss[-1] < 0.8 * state.loss[0]
+    assert state.accuracy.max() > state.accuracy[0]
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size"])
+def test_recipe_refuses_nothing_to_do(name):
+    with pytest.raises(InputError, match=f"{name} is 0"):
+        Recipe(**{name: 0})
+
+
+def test_lenet_is_the_authors_network():
+    classifier = Classifier(LeNet(10), MNIST_FAMILY.preprocess, (28, 28, 1))
+    params = jax.jit(classifier.init)(jax.random.key(0))["params"]
+    shapes = {name: layer["kernel"].shape for name, layer in params.items()}
+    assert shapes == {
+        "Conv_0": (5, 5, 1, 20),
+        "Conv_1": (5, 5, 20, 50),
+        "Dense_0": (800, 500),
+        "Dense_1": (500, 10),
+    }
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 431_080
+    for name, fan_in in {"Conv_0": 25, "Conv_1": 500, "Dense_0": 800, "Dense_1": 500}.items():
+        limit = fan_in**-0.5
+        for leaf in jax.tree.leaves(params[name]):
+            assert jnp.abs(leaf).max() <= limit
+        # U(-l, l) has standard deviation l / sqrt(3).
+        kernel = params[name]["kernel"]
+        spread = 4 / np.sqrt(kernel.size)
+        np.testing.assert_allclose(kernel.std() * 3**0.5 / limit, 1, atol=spread)
+        assert jnp.abs(params[name]["bias"]).max() > 0.5 * limit

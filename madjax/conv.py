@@ -6,10 +6,13 @@ one matrix product, and turns a `vmap` over kernels into a grouped convolution, 
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 Array = jax.Array
 Padding = str | Sequence[tuple[int, int]]
@@ -27,29 +30,97 @@ def unfold(
 
     The last axis is ordered (row, column, channel), as `kernel.reshape(-1, features)` of a kernel
     [h, w, C, features] is, so that `unfold(x, ...) @ kernel.reshape(-1, features)` is the
-    convolution. Columns are cut first, then rows: h + w slices in place of h * w, each a long run
-    of memory, and as many additions in the transpose.
+    convolution. Columns are cut first, then rows: long runs of memory in place of h * w short ones.
     """
+    x, (rows, columns) = _pad(x, window, strides, padding, dilation)
     (h, w), (sh, sw), (dh, dw) = window, strides, dilation
-    reach = ((h - 1) * dh + 1, (w - 1) * dw + 1)
-    pads = (
-        lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
-        if isinstance(padding, str)
-        else padding
-    )
-    if any(p for pair in pads for p in pair):
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows, columns = ((n - r) // s + 1 for n, r, s in zip(x.shape[1:3], reach, strides, strict=True))
     b, height, width, c = x.shape
     if dw == 1:  # one run of w * C numbers for every output column
         x = x.reshape(b, height, width * c)
         starts = range(0, columns * sw * c, sw * c)
         x = jnp.stack([x[:, :, at : at + w * c] for at in starts], axis=2)
     else:
-        cut = [x[:, :, j * dw :: sw][:, :, :columns] for j in range(w)]
-        x = jnp.stack(cut, axis=3).reshape(b, height, columns, w * c)
-    cut = [x[:, i * dh :: sh][:, :rows] for i in range(h)]
-    return jnp.stack(cut, axis=3).reshape(b, rows, columns, h * w * c)
+        x = _cut_columns(x, w, columns, sw, dw)
+    return jnp.stack(_cut_rows(x, h, rows, sh, dh), axis=3).reshape(b, rows, columns, h * w * c)
+
+
+def _pad(
+    x: Array,
+    window: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+    dilation: tuple[int, int],
+) -> tuple[Array, tuple[int, int]]:
+    """The image with its margins, and the rows and columns of the result."""
+    reach = tuple((n - 1) * d + 1 for n, d in zip(window, dilation, strict=True))
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
+    if any(p for pair in padding for p in pair):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    sizes = zip(x.shape[1:3], reach, strides, strict=True)
+    rows, columns = ((n - r) // s + 1 for n, r, s in sizes)
+    return x, (rows, columns)
+
+
+def _cut_columns(x: Array, w: int, columns: int, stride: int, dilation: int) -> Array:
+    """[B, H, W, C] -> [B, H, W', w*C]: the columns under each position of the window."""
+    cut = [x[:, :, j * dilation :: stride][:, :, :columns] for j in range(w)]
+    return jnp.concatenate(cut, axis=-1)
+
+
+def _cut_rows(x: Array, h: int, rows: int, stride: int, dilation: int) -> list[Array]:
+    """The i-th array holds the row of x under the i-th row of the window, for every position."""
+    return [x[:, i * dilation :: stride][:, :rows] for i in range(h)]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _convolve(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    dilation: tuple[int, int],
+    precision: lax.PrecisionLike,
+) -> Array:
+    h, w, _, features = kernel.shape
+    patches = unfold(x, (h, w), strides=strides, padding=padding, dilation=dilation)
+    # Two-dimensional, so that its transpose is a product without a transposed copy.
+    flat = patches.reshape(-1, patches.shape[-1])
+    out = jnp.matmul(flat, kernel.reshape(-1, features), precision=precision)
+    return out.reshape(*patches.shape[:-1], features)
+
+
+def _convolve_jvp(
+    strides: tuple[int, int],
+    padding: Padding,
+    dilation: tuple[int, int],
+    precision: lax.PrecisionLike,
+    primals: tuple[Array, Array],
+    tangents: tuple[Any, Any],
+) -> tuple[Array, Array]:
+    """Linear in each argument; the image's tangent is cut so that its transpose adds few arrays.
+
+    The transpose of `unfold` would scatter h * w overlapping pieces. One product for each row of
+    the kernel has h products of the same total size, whose transposes are added row by row.
+    """
+    (x, kernel), (dx, dkernel) = primals, tangents
+    options = (strides, padding, dilation, precision)
+    out = _convolve(x, kernel, *options)
+    tangent = jnp.zeros_like(out)
+    if not isinstance(dkernel, SymbolicZero):
+        tangent += _convolve(x, dkernel, *options)
+    if not isinstance(dx, SymbolicZero):
+        h, w, _, features = kernel.shape
+        dx, (rows, columns) = _pad(dx, (h, w), strides, padding, dilation)
+        dx = _cut_columns(dx, w, columns, strides[1], dilation[1])
+        for i, part in enumerate(_cut_rows(dx, h, rows, strides[0], dilation[0])):
+            flat = part.reshape(-1, part.shape[-1])
+            product = jnp.matmul(flat, kernel[i].reshape(-1, features), precision=precision)
+            tangent += product.reshape(out.shape)
+    return out, tangent
+
+
+_convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
 def patch_convolution(
@@ -84,15 +155,10 @@ def patch_convolution(
             precision=precision,
             **kwargs,
         )
-    h, w, _, features = kernel.shape
-    patches = unfold(
-        x,
-        (h, w),
-        strides=tuple(window_strides),
-        padding=padding,
-        dilation=tuple(rhs_dilation or (1, 1)),
+    padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
+    return _convolve(
+        x, kernel, tuple(window_strides), padding, tuple(rhs_dilation or (1, 1)), precision
     )
-    return jnp.matmul(patches, kernel.reshape(-1, features), precision=precision)
 
 
 def convolution(x: Array, kernel: Array, *args, **kwargs) -> Array:
@@ -105,6 +171,7 @@ def convolution(x: Array, kernel: Array, *args, **kwargs) -> Array:
     return chosen(x, kernel, *args, **kwargs)
 
 
+@jax.custom_jvp
 def max_pool_2x2(x: Array) -> Array:
     """Maximum over disjoint 2 x 2 windows, [B, H, W, C] -> [B, H/2, W/2, C], by reshaping.
 
@@ -112,6 +179,19 @@ def max_pool_2x2(x: Array) -> Array:
     gradient of a reshaped maximum is a comparison; that of a window reduction is a
     select-and-scatter, slow on a CPU. Equal maxima share the gradient.
     """
+    return _windows(x).max(axis=(2, 4))
+
+
+@max_pool_2x2.defjvp
+def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # JAX's own rule for a maximum counts ties by another reduction; adding four is cheaper.
+    windows, dwindows = _windows(primals[0]), _windows(tangents[0])
+    out = windows.max(axis=(2, 4))
+    ties = sum((windows[:, :, i, :, j] == out).astype(out.dtype) for i in (0, 1) for j in (0, 1))
+    largest = windows == out[:, :, None, :, None]
+    return out, jnp.where(largest, dwindows, 0).sum(axis=(2, 4)) / ties
+
+
+def _windows(x: Array) -> Array:
     b, h, w, c = x.shape
-    x = x[:, : h // 2 * 2, : w // 2 * 2]
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)

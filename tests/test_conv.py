@@ -74,3 +74,24 @@ def test_pooling_is_flax_pooling_with_its_gradient(shape):
     np.testing.assert_array_equal(got, want)
     cotangent = jax.random.normal(jax.random.key(1), want.shape)
     np.testing.assert_allclose(pull(cotangent)[0], pull_want(cotangent)[0], atol=1e-6)
+
+
+def test_forward_mode_agrees_with_reverse_mode():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+
+    def network(x, kernel):
+        return jnp.sum(jnp.square(max_pool_2x2(patch_convolution(x, kernel, (1, 2), "SAME"))))
+
+    direction = jax.tree.map(jnp.cos, (x, kernel))
+    _, forward = jax.jvp(network, (x, kernel), direction)
+    gradient = jax.grad(network, argnums=(0, 1))(x, kernel)
+    reverse = sum(jnp.vdot(g, d) for g, d in zip(gradient, direction, strict=True))
+    np.testing.assert_allclose(forward, reverse, rtol=1e-5)
+
+
+def test_equal_maxima_share_the_gradient():
+    gradient = jax.grad(lambda x: max_pool_2x2(x).sum())(
+        jnp.array([[3.0, 1], [3, 0]])[None, ..., None]
+    )
+    np.testing.assert_allclose(gradient[0, ..., 0], [[0.5, 0], [0.5, 0]])

@@ -108,7 +108,14 @@ def _convolve_jvp(
     out = _convolve(x, kernel, *options)
     tangent = jnp.zeros_like(out)
     if not isinstance(dkernel, SymbolicZero):
-        tangent += _convolve(x, dkernel, *options)
+        # The barrier keeps the kernel's gradient as [features, h*w*C] until it is summed: XLA would
+        # fold the transpose into a product that runs at half the speed.
+        flat = lax.optimization_barrier(dkernel.reshape(-1, dkernel.shape[-1]).T)
+        patches = unfold(x, kernel.shape[:2], strides=strides, padding=padding, dilation=dilation)
+        product = jnp.einsum(
+            "np,op->no", patches.reshape(-1, patches.shape[-1]), flat, precision=precision
+        )
+        tangent += product.reshape(out.shape)
     if not isinstance(dx, SymbolicZero):
         h, w, _, features = kernel.shape
         dx, (rows, columns) = _pad(dx, (h, w), strides, padding, dilation)

@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 from madjax.errors import InputError
+from madjax.files import write_atomically
 
 NUMBERS = ("epsilon", "budget", "seed", "defender_accuracy", "attacker_accuracy")
 NAMES = {"mad": "MAD", "mad_argmax": "MAD-argmax", "last": "last layer", "all": "all parameters"}
@@ -147,7 +148,7 @@ def tradeoff_figure(rows: list[dict], path: str | Path) -> None:
     """Write `figure(rows)` as a PNG at 160 dpi: whole or not at all, the same bytes every time."""
     # matplotlib's version in the metadata would make the bytes differ between machines.
     options = {"format": "png", "dpi": 160, "metadata": {"Software": None}}
-    _write(Path(path), lambda part: figure(rows).savefig(part, **options))
+    write_atomically(Path(path), lambda part: figure(rows).savefig(part, **options))
 
 
 def write_report(directory: str | Path) -> str:
@@ -155,17 +156,10 @@ def write_report(directory: str | Path) -> str:
     rows = read_rows(directory)
     text = table(rows)
     tradeoff_figure(rows, Path(directory) / "tradeoff.png")
-    _write(Path(directory) / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(
+        Path(directory) / "report.md", lambda part: part.write_text(text, encoding="utf-8")
+    )
     return text
-
-
-def _write(path: Path, write) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _problem(row) -> str | None:

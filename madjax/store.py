@@ -19,6 +19,7 @@ import numpy as np
 
 from madjax.config import digest
 from madjax.errors import InputError
+from madjax.files import write_atomically
 
 ROWS = "rows.jsonl"
 
@@ -44,7 +45,8 @@ def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> l
         raise InputError(f"{directory} exists and holds no run: give another --out")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(description, indent=2) + "\n")
+        text = json.dumps(description, indent=2) + "\n"
+        write_atomically(path, lambda draft: draft.write_text(text))
     except OSError as error:
         raise InputError(
             f"{directory} cannot be written ({error.strerror}): give another --out"
@@ -89,13 +91,6 @@ def append_row(directory: Path, row: dict[str, Any]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old one or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(text)
-    os.replace(draft, path)
 
 
 def save(directory: Path, name: str, step: int, tree: Any) -> None:

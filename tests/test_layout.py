@@ -9,7 +9,7 @@ import madjax
 
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
-    {"errors", "conv", "batching"},
+    {"errors", "files", "conv", "batching"},
     {"gram", "constraints", "models", "datasets"},
     {"mad", "train"},
     {"defenses"},
@@ -71,4 +71,4 @@ def test_only_the_sweep_knows_devices():
 def test_files_stay_readable():
     for path in FILES:
         lines = len(path.read_text().splitlines())
-        assert lines <= 480, f"{path} has {lines} lines: make it a folder"
+        assert lines <= 400, f"{path} has {lines} lines: make it a folder"

@@ -359,7 +359,10 @@ def test_imports_are_light_and_pyplot_is_not_used():
     third_party = roots - set(sys.stdlib_module_names)
     assert third_party == {"numpy", "matplotlib", "madjax"}
     inside = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name for name in inside if name.startswith("madjax")} == {"madjax.errors"}
+    assert {name for name in inside if name.startswith("madjax")} == {
+        "madjax.errors",
+        "madjax.files",
+    }
     top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert not any(name.startswith("matplotlib") for name in top)
     assert "pyplot" not in source

@@ -1,0 +1,32 @@
+"""The grid epsilon x seed as one program over all devices, and the pipeline around it."""
+
+from madjax.sweep.cells import (
+    Attacker,
+    Cell,
+    Program,
+    Shared,
+    default_mapping,
+    device_name,
+    make_mesh,
+    over_cells,
+    serially,
+    together,
+    waves,
+)
+from madjax.sweep.pipeline import grid, run
+
+__all__ = [
+    "Attacker",
+    "Cell",
+    "Program",
+    "Shared",
+    "default_mapping",
+    "device_name",
+    "grid",
+    "make_mesh",
+    "over_cells",
+    "run",
+    "serially",
+    "together",
+    "waves",
+]

@@ -1,0 +1,99 @@
+"""What a row says: the cell, what was measured, and where the numbers come from."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from madjax.config import Sweep, digest
+from madjax.datasets import Dataset, base_name
+from madjax.sweep.cells import Cell, device_name
+from madjax.train import State
+
+Array = jax.Array
+
+_PACKAGES = ("madjax", "jax", "flax", "optax")
+
+
+def identity(cell: Cell) -> tuple[float, int]:
+    """What a row says of its cell: epsilon with the digits the user gave, and the seed."""
+    return float(str(cell.epsilon)), int(cell.seed)
+
+
+def identity_of_row(row: dict[str, Any]) -> tuple[float, int]:
+    """The cell that a row belongs to."""
+    return row["epsilon"], row["seed"]
+
+
+def measured(cell: Cell, usefulness: dict[str, Array], accuracy: Array) -> dict[str, Any]:
+    """The fields of one cell: which it is, the defence's utility, the attacker after each epoch."""
+    epsilon, seed = identity(cell)
+    return {
+        "epsilon": epsilon,
+        "seed": seed,
+        **{name: number(value) for name, value in usefulness.items()},
+        "attacker_accuracy": number(accuracy[-1]),
+        "attacker_accuracy_best": number(accuracy.max()),
+        "attacker_accuracies": [number(value) for value in accuracy],
+    }
+
+
+def number(value: Any) -> float | None:
+    """A float32 in as few digits as tell it apart; None for what JSON lacks (infinite KL)."""
+    return float(str(np.float32(value))) if np.isfinite(value) else None
+
+
+def shared_facts(
+    config: Sweep, description: dict[str, Any], data: Dataset, victim: State, mesh: Mesh
+) -> dict[str, Any]:
+    """The fields that all rows of a run share."""
+    return {
+        "config": config.name,
+        "dataset": base_name(config.dataset),
+        "dataset_source": config.dataset,
+        "victim": config.architecture.__name__.lower(),
+        "queryset": base_name(config.queryset),
+        "queryset_source": config.queryset,
+        **config.defense.describe(),
+        "attack": config.attack.name,
+        "attack_architecture": config.attack.architecture.__name__.lower(),
+        "budget": config.attack.budget,
+        "epochs": config.attack.recipe.epochs,
+        "victim_epochs": config.victim.epochs,
+        "victim_accuracy": number(victim.accuracy[-1]),
+        "num_classes": data.num_classes,
+        "n_train": len(data.x_train),
+        "n_test": len(data.x_test),
+        "device": device_name(mesh),
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("madjax", "jax", "flax", "optax")
+            },
+        },
+        "git_commit": _git_commit(),
+        "config_hash": digest(description),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, "+" where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

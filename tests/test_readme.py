@@ -1,0 +1,49 @@
+"""What README says can be done as it says it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "experiments" / "results"
+
+
+def test_the_python_example_runs_and_is_short(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    degrees = float(capsys.readouterr().out.split()[0])
+    assert 0 < degrees < 180
+
+
+def test_every_link_to_a_file_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_table_of_results_is_that_of_the_committed_report():
+    report = (RESULTS / "mnist_knockoff" / "report.md").read_text()
+    lines = [line for line in report.splitlines() if line.startswith("|")]
+    assert len(lines) >= 10
+    assert "\n".join(lines) in README
+
+
+def test_committed_reports_are_made_from_their_rows():
+    from madjax.report import read_rows, table
+
+    folders = [path.parent for path in RESULTS.glob("*/rows.jsonl")]
+    assert folders
+    for folder in folders:
+        assert (folder / "report.md").read_text() == table(read_rows(folder))
+        assert (folder / "tradeoff.png").is_file()
+
+
+@pytest.mark.parametrize("field", ["examples_per_second", "ratio_to_pytorch"])
+def test_the_benchmark_table_is_that_of_the_committed_file(field):
+    results = json.loads((RESULTS / "bench_training.json").read_text())["results"]
+    for result in results:
+        (line,) = [x for x in README.splitlines() if x.startswith(f"| {result['variant']} |")]
+        assert str(result[field]) in line

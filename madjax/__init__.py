@@ -6,7 +6,7 @@ from madjax.datasets import Dataset, open_dataset
 from madjax.defenses import MAD
 from madjax.errors import InputError
 from madjax.gram import gram
-from madjax.mad import angle, deviation, extreme, perturb, solve
+from madjax.mad import angle, argmax_preserving, deviation, extreme, perturb, solve
 from madjax.models import Classifier, LeNet
 from madjax.train import Recipe, fit
 
@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "Sweep",
     "angle",
+    "argmax_preserving",
     "deviation",
     "extreme",
     "fit",

@@ -9,15 +9,20 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def map_chunks(function: Callable[[Array], Any], x: Array, chunk: int) -> Any:
-    """Function over x [N, ...] in chunks of `chunk` rows, results joined along their first axis.
+def map_chunks(function: Callable[[Any], Any], x: Any, chunk: int) -> Any:
+    """Apply function to x [N, ...] in chunks of `chunk` rows, and join the results' first axes.
 
-    function([n, ...]) -> a pytree of [n, ...], every row a function of its own row of x. The last
-    chunk is padded with zeros, whose results are dropped, so that one body is compiled.
+    x is an array or a pytree of arrays with the same N; function([n, ...]) -> a pytree of
+    [n, ...], every row a function of its own row of x. The last chunk is padded with zeros, whose
+    results are dropped, so that one body is compiled.
     """
-    n = x.shape[0]
+    n = jax.tree.leaves(x)[0].shape[0]
     if n <= chunk:
         return function(x)
-    x = jnp.concatenate([x, jnp.zeros((-n % chunk, *x.shape[1:]), x.dtype)])
-    results = jax.lax.map(function, x.reshape(-1, chunk, *x.shape[1:]))
+
+    def cut(a: Array) -> Array:
+        a = jnp.concatenate([a, jnp.zeros((-n % chunk, *a.shape[1:]), a.dtype)])
+        return a.reshape(-1, chunk, *a.shape[1:])
+
+    results = jax.lax.map(function, jax.tree.map(cut, x))
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], results)

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from madjax.batching import map_chunks
 from madjax.constraints import l1
 from madjax.gram import check_layers, gram
-from madjax.mad import Distance, Oracle, extreme, solve
+from madjax.mad import Distance, Oracle, argmax_preserving, extreme, solve
 
 Array = jax.Array
 Apply = Callable[[Any, Array], Array]
@@ -26,13 +27,13 @@ class MAD:
     """Maximising angular deviation (Algorithm 1); the strength is the budget epsilon.
 
     layers: the surrogate's parameters that G is taken over, "all" (Eq. 5) or "last" (the authors'
-    code). oracle and distance are those of `madjax.solve`.
+    code). oracle and distance are those of `madjax.solve`; with `oracle=argmax_preserving` rows
+    call it MAD-argmax.
     """
 
     layers: str = "last"
     oracle: Oracle = extreme
     distance: Distance = l1
-    name: str = "mad"
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
@@ -49,7 +50,7 @@ class MAD:
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which defence this was."""
         return {
-            "defense": self.name,
+            "defense": "mad_argmax" if self.oracle is argmax_preserving else "mad",
             "layers": self.layers,
             "oracle": self.oracle.__name__,
             "distance": self.distance.__name__,
@@ -61,8 +62,13 @@ def answers(defense: Any, key: Array, y: Array, evidence: Any, strength: Array |
 
     The key of query i is fold_in(key, i).
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(y.shape[0]))
-    return jax.vmap(lambda k, y, e: defense.answer(k, y, e, strength))(keys, y, evidence)
+
+    def answer(query: tuple[Array, Array, Any]) -> Array:
+        i, y, evidence = query
+        return defense.answer(jax.random.fold_in(key, i), y, evidence, strength)
+
+    # In chunks: an oracle may look at hundreds of candidates for every query.
+    return map_chunks(jax.vmap(answer), (jnp.arange(y.shape[0]), y, evidence), 1000)
 
 
 def as_function(

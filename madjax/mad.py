@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from madjax.constraints import NORMS, l1
 from madjax.errors import InputError
 from madjax.gram import gram as compute_gram
+from madjax.subsets import best_subset
 
 Array = jax.Array
 Oracle = Callable[[Array, Array], Array]
@@ -93,6 +94,25 @@ def extreme(y: Array, gram: Array) -> Array:
     cosine = jnp.where(square > 0, cosine, jnp.inf)
     vertex = jax.nn.one_hot(jnp.argmin(cosine), y.size, dtype=y.dtype)
     return jnp.where(defined(y, gram), vertex, y)
+
+
+def argmax_preserving(y: Array, gram: Array) -> Array:
+    """y*: the best vertex of the part of the simplex where y's top label stays on top (MAD-argmax).
+
+    y [K], gram [K, K] -> [K]. The vertices of {v on the simplex: v_k >= v_j}, k = argmax y, are the
+    uniform distributions on the subsets of classes that contain k (Delta_K^k of section 4). All
+    2^(K-1) are compared where K <= 16; beyond that they are searched (`madjax.subsets`), never with
+    a worse end than the authors' greedy, which stops after 1,024 candidates.
+
+    As in the authors' code the top label gets 1e-5 more before normalising, so that it stays on top
+    at y* itself; the first of equal top labels is the label. y is returned where its own gradient
+    vanishes.
+    """
+    k = y.argmax()
+    turned = jnp.roll(gram, (-k, -k), axis=(0, 1))
+    best = best_subset(turned, _dot(turned, jnp.roll(y, -k)))
+    weights = jnp.roll(best.members, k) + 1e-5 * jax.nn.one_hot(k, y.size, dtype=y.dtype)
+    return jnp.where(defined(y, gram), weights / weights.sum(), y)
 
 
 def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l1) -> Array:

@@ -123,9 +123,13 @@ def test_preprocess_is_the_same_in_numpy_and_under_jit(family, lead):
     np.testing.assert_allclose(plain, jitted, rtol=1e-6, atol=1e-6)
 
 
-def test_preprocess_refuses_floats_and_wrong_channels():
-    with pytest.raises(InputError, match="uint8 images, got float32"):
-        MNIST_FAMILY.preprocess(np.zeros((1, 4, 4, 1), np.float32))
+def test_float_pixels_are_the_same_pixels():
+    x = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)
+    floats = MNIST_FAMILY.preprocess(x.astype(np.float32))
+    np.testing.assert_array_equal(floats, MNIST_FAMILY.preprocess(x))
+
+
+def test_preprocess_refuses_wrong_channels():
     with pytest.raises(InputError, match=r"\(1, 4, 4, 3\) do not fit family mnist"):
         MNIST_FAMILY.preprocess(np.zeros((1, 4, 4, 3), np.uint8))
 

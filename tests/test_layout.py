@@ -10,7 +10,7 @@ import madjax
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors", "files", "conv", "batching"},
-    {"gram", "constraints", "models", "datasets"},
+    {"gram", "constraints", "subsets", "models", "datasets"},
     {"mad", "train"},
     {"defenses"},
     {"attacks", "evaluate"},
@@ -55,7 +55,7 @@ def test_imports_point_downwards(path):
             assert unit(path) == other or FLOOR[other] < FLOOR[unit(path)], name
 
 
-@pytest.mark.parametrize("name", ["mad", "gram", "constraints"])
+@pytest.mark.parametrize("name", ["mad", "gram", "constraints", "subsets"])
 def test_the_mathematics_needs_no_data_and_no_checkpoints(name):
     tops = {each.split(".")[0] for each in imports(PACKAGE / f"{name}.py")}
     assert not tops & {"tensorflow_datasets", "orbax", "PIL", "matplotlib"}

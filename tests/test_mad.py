@@ -1,5 +1,6 @@
 """Objective, oracle, step: closed forms, brute force, the authors' solver, properties."""
 
+import itertools
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -11,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import madjax
-from madjax import InputError, angle, deviation, extreme, solve
+from madjax import InputError, angle, deviation, extreme, solve, subsets
 from madjax.mad import defined, step
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "mad_reference.npz")
 CASES = range(int(REFERENCE["cases"]))
+ORACLES = (madjax.extreme, madjax.argmax_preserving)
 DISTANCES = (madjax.l1, madjax.l2, madjax.linf, madjax.kl)
 
 
-jit_solve = jax.jit(solve, static_argnames=("distance",))
+jit_solve = jax.jit(solve, static_argnames=("oracle", "distance"))
 jit_defined = jax.jit(defined)
 jit_deviation = jax.jit(deviation)
 
@@ -102,6 +104,66 @@ def test_extreme_is_the_authors_solver(case, distance):
     np.testing.assert_allclose(deviation(got, y, m), REFERENCE[f"{name}/H"], atol=1e-3)
 
 
+@pytest.mark.parametrize("distance", ["l1", "l2", "kl"])
+@pytest.mark.parametrize("case", CASES)
+def test_argmax_preserving_is_the_authors_solver_or_better(case, distance):
+    name = f"{case}/argmax/{distance}"
+    if f"{name}/y_tilde" not in REFERENCE:
+        pytest.skip("the authors' KL line search found no start")
+    g, y = REFERENCE[f"{case}/G"], REFERENCE[f"{case}/y"]
+    m = (g.astype(np.float64) @ g.T.astype(np.float64)).astype(np.float32)
+    star = np.asarray(jax.jit(madjax.argmax_preserving)(y, m))
+    assert star.argmax() == y.argmax()
+    want = explicit_h(REFERENCE[f"{name}/y_star"], y, g)
+    if y.size <= 10:
+        np.testing.assert_allclose(star, REFERENCE[f"{name}/y_star"], atol=1e-4)
+        got = jit_solve(
+            y,
+            m,
+            epsilon=float(REFERENCE[f"{case}/epsilon"]),
+            oracle=madjax.argmax_preserving,
+            distance=getattr(madjax, distance),
+        )
+        np.testing.assert_allclose(got, REFERENCE[f"{name}/y_tilde"], atol=1e-4)
+    else:
+        assert explicit_h(star, y, g) >= want - 1e-5
+
+
+@pytest.mark.parametrize("k", [2, 3, 7, 11])
+@pytest.mark.parametrize("seed", range(3))
+def test_argmax_preserving_is_the_best_of_all_subsets(seed, k):
+    y, g = problem(seed, k=k)
+    top = int(y.argmax())
+    best = -1.0
+    for bits in range(2**k):
+        members = np.array([(bits >> i) & 1 for i in range(k)], float)
+        if members[top]:
+            best = max(best, explicit_h(members / members.sum(), y, g))
+    star = madjax.argmax_preserving(y, g @ g.T)
+    assert star.argmax() == top
+    np.testing.assert_allclose(explicit_h(star, y, g), best, rtol=1e-4, atol=1e-5)
+
+
+def test_search_finds_what_comparing_all_finds():
+    exact, searched = [], []
+    find_all, find = jax.jit(subsets.exhaustive), jax.jit(subsets.search)
+    for seed in range(60):
+        y, g = problem(seed, k=12, d=20)
+        m = g @ g.T
+        exact.append(float(find_all(m, m @ y).cosine))
+        searched.append(float(find(m, m @ y).cosine))
+    exact, searched = np.array(exact), np.array(searched)
+    assert np.all(searched >= exact - 1e-5)
+    assert np.mean(searched <= exact + 1e-5) >= 0.9
+
+
+def test_many_classes_cost_no_enumeration():
+    y, g = problem(0, k=100, d=300)
+    star = jax.jit(madjax.argmax_preserving)(y, g @ g.T)
+    assert star.argmax() == y.argmax()
+    assert explicit_h(star, y, g) > explicit_h(np.eye(100)[int(y.argmax())], y, g)
+
+
 @st.composite
 def posteriors(draw, k):
     """Points of the simplex: random, peaked, with exact zeros, vertices, uniform, ties."""
@@ -125,9 +187,11 @@ def problems(draw):
 @given(problems(), st.sampled_from([0.0, 1e-6, 0.1, 0.99, 1.5, 2.0, 50.0]))
 def test_answers_stay_on_the_simplex_and_in_the_ball(case, epsilon):
     y, m = case
-    for distance in DISTANCES:
-        got = np.asarray(jit_solve(y, m, epsilon=epsilon, distance=distance))
+    for oracle, distance in itertools.product(ORACLES, DISTANCES):
+        got = np.asarray(jit_solve(y, m, epsilon=epsilon, oracle=oracle, distance=distance))
         assert np.all(np.isfinite(got))
+        if oracle is madjax.argmax_preserving:
+            assert got.argmax() == y.argmax()
         assert got.min() >= 0
         assert abs(got.sum(dtype=np.float64) - 1) < 1e-6
         assert distance(jnp.asarray(got), jnp.asarray(y)) <= epsilon + 1e-6

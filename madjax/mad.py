@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from madjax.constraints import NORMS, l1
 from madjax.errors import InputError
@@ -215,5 +216,5 @@ def perturb(
 def _check_epsilon(epsilon: Array | float) -> None:
     if isinstance(epsilon, jax.core.Tracer):
         return
-    if not jnp.all(jnp.asarray(epsilon) >= 0):
+    if not np.all(np.asarray(epsilon) >= 0):
         raise InputError(f"epsilon is {epsilon}: the budget is a distance, give a number >= 0")

@@ -1,6 +1,7 @@
 """The command line: `madjax sweep` and `madjax report`."""
 
 import argparse
+import os
 import sys
 from functools import reduce
 from pathlib import Path
@@ -12,6 +13,8 @@ from madjax.errors import InputError
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit status 0; 2 for bad input, with one line; 130 for an interrupt."""
     options = _parser().parse_args(arguments)
+    if os.getcwd() not in sys.path:  # where --set finds the user's own modules
+        sys.path.append(os.getcwd())
     try:
         options.command(options)
     except InputError as error:

@@ -6,22 +6,27 @@ the command and the cost.
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
 import json
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from madjax.defenses import MAD
 from madjax.errors import InputError
 from madjax.models import LeNet
 from madjax.train import Recipe
+
+MAX_EPSILON = 1e6
+"""Beyond any distance that a posterior can have but an infinite KL; small enough for float32."""
 
 Architecture = Callable[[int], nn.Module]
 """Number of classes -> a linen module; a module class whose first field is that number will do."""
@@ -61,17 +66,24 @@ class Sweep:
 
     def __post_init__(self) -> None:
         for value in self.epsilons:
-            if not 0 <= value < math.inf:
+            if not 0 <= value <= MAX_EPSILON:
                 raise InputError(
-                    f"epsilon is {value}: the budget is a distance, give a number >= 0"
+                    f"epsilon is {value}: it is a distance, give a number from 0 to {MAX_EPSILON:g}"
                 )
-        for value in self.seeds:
-            if value < 0:
-                raise InputError(f"seed is {value}: give a whole number >= 0")
-        for name in ("epsilons", "seeds", "query_splits"):
-            values = getattr(self, name)
+        for value in (*self.seeds, self.victim_seed):
+            if not isinstance(value, int) or not 0 <= value < 2**32:
+                raise InputError(f"seed is {value}: give a whole number from 0 to 2^32 - 1")
+        # Cells compute in float32: epsilons that round to one number would be one cell.
+        rounded = tuple(map(float, np.float32(self.epsilons)))
+        for name, values in (
+            ("epsilons", rounded),
+            ("seeds", self.seeds),
+            ("query_splits", self.query_splits),
+        ):
             if not values or len(set(values)) != len(values):
-                raise InputError(f"{name} is {values}: give at least one value, each once")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}: give at least one value, each once"
+                )
         for split in self.query_splits:
             if split not in ("train", "test"):
                 raise InputError(f"query_splits holds {split!r}: use 'train' and 'test'")
@@ -83,9 +95,27 @@ def describe(value: Any) -> Any:
         return {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        return dict(zip(("function", "arguments", "keywords"), map(describe, parts), strict=True))
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
     if callable(value):
-        return f"{value.__module__}.{value.__qualname__}"
+        path = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        if "<" in path:
+            raise InputError(
+                f"{path} has no import path, by which a resumed run could tell it from another: "
+                "define it at the top of a module"
+            )
+        return path
     return value
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What rows and messages call a function or class; a partial has the name of what it wraps."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def digest(description: Any) -> str:
@@ -133,6 +163,8 @@ def _parse(text: str, old: Any, assignment: str) -> Any:
     if isinstance(old, str):
         return text if not isinstance(value, str) else value
     if isinstance(old, tuple):
+        if isinstance(value, str):
+            value = tuple(part.strip() for part in value.split(","))
         items = value if isinstance(value, tuple | list) else (value,)
         return tuple(_same_kind(item, old[0], assignment) for item in items)
     return _same_kind(value, old, assignment)
@@ -155,11 +187,11 @@ def _import(path: str, assignment: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+    except Exception as error:
         raise InputError(
-            f"--set {assignment}: {path!r} cannot be imported; give an import path such as "
-            "madjax.mad.extreme"
-        ) from None
+            f"--set {assignment}: {path!r} cannot be imported ({type(error).__name__}); give an "
+            "import path such as madjax.mad.extreme"
+        ) from error
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -193,6 +225,7 @@ def load(name: str) -> Sweep:
     if spec is None or spec.loader is None:
         raise InputError(f"config {name!r} is no Python file: give a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses of the file look for their annotations
     try:
         spec.loader.exec_module(module)
         config = module.config()

@@ -130,6 +130,9 @@ def _convolve_jvp(
 _convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
 def patch_convolution(
     x: Array,
     kernel: Array,
@@ -145,11 +148,12 @@ def patch_convolution(
     """`lax.conv_general_dilated` for NHWC images as one matrix product.
 
     Takes the arguments that `flax.linen.Conv(conv_general_dilated=...)` passes, so the module and
-    its parameters stay ordinary. Grouped, transposed, or not two-dimensional convolutions go to
-    `lax.conv_general_dilated` unchanged.
+    its parameters stay ordinary. Grouped, transposed, or not two-dimensional convolutions, other
+    layouts and other options go to `lax.conv_general_dilated` unchanged.
     """
     dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
-    if x.ndim != 4 or feature_group_count != 1 or dilated:
+    layout = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    if x.ndim != 4 or feature_group_count != 1 or dilated or layout != _NHWC or kwargs:
         return lax.conv_general_dilated(
             x,
             kernel,

@@ -14,9 +14,8 @@ kernel of the K log-likelihoods at x, and M can be had without forming G. Three 
   M = |h|^2 (I - 1 p')(I - 1 p')', a closed form with no backward pass.
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,12 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from madjax.batching import map_chunks
-from madjax.conv import unfold
 from madjax.errors import InputError
+from madjax.taps import Apply, Call, Params, Survey, record, split_weights, survey
 
 Array = jax.Array
-Params = Any
-Apply = Callable[[Params, Array], Array]
 
 
 def _chunk_bytes() -> int:
@@ -88,9 +85,13 @@ def _gram(
     apply: Apply, layers: str, method: str, chunk: int | None, params: Params, x: Array
 ) -> Array:
     with jax.default_matmul_precision("highest"):
-        one_chunk, query_bytes = _METHODS[method](apply, _LAYERS[layers], params, x)
+        if not x.shape[0]:
+            one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+            k = jax.eval_shape(apply, params, one).shape[-1]
+            return jnp.zeros((0, k, k), jnp.float32)
+        one_chunk, query_numbers = _METHODS[method](apply, _LAYERS[layers], params, x)
         if chunk is None:
-            chunk = max(_chunk_bytes() // query_bytes, 1)
+            chunk = max(_chunk_bytes() // (4 * query_numbers), 1)
         m = map_chunks(one_chunk, x, chunk)
     return (m + m.mT) / 2
 
@@ -98,150 +99,23 @@ def _gram(
 # --- structured -----------------------------------------------------------------------------------
 
 
-class _Call(NamedTuple):
-    """One call of a tapped layer: which leaves it owns and what its gradient is made of."""
-
-    module: nn.Module
-    leaves: tuple[Array, ...]
-    inputs: Array
-    output: Array
-
-
-@contextlib.contextmanager
-def _taps(calls: list[_Call], offsets: list[Array] | None) -> Iterator[None]:
-    """Record every call of a known layer, and add offsets[i] to the output of the i-th."""
-
-    def tap(call: Callable[..., Array], args: tuple, kwargs: dict, context: Any) -> Array:
-        output = call(*args, **kwargs)
-        known = _LAYER_PATCHES.get(type(context.module))
-        if context.method_name != "__call__" or known is None:
-            return output
-        owned = tuple(jax.tree.leaves(context.module.variables.get("params", {})))
-        if offsets is not None:
-            output = output + offsets[len(calls)]
-        calls.append(_Call(context.module, owned, args[0], output))
-        return output
-
-    with nn.intercept_methods(tap):
-        yield
-
-
-def _dense_patches(module: nn.Dense, x: Array) -> Array | None:
-    return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _conv_patches(module: nn.Conv, x: Array) -> Array | None:
-    """The patches a plain two-dimensional convolution multiplies with its kernel, else None."""
-
-    def pair(value: Any) -> tuple[int, int]:
-        return (value,) * 2 if value is None or isinstance(value, int) else tuple(value)
-
-    plain = (
-        x.ndim == 4
-        and len(module.kernel_size) == 2
-        and module.feature_group_count == 1
-        and set(pair(module.input_dilation)) <= {1, None}
-        and module.mask is None
-        and (not isinstance(module.padding, str) or module.padding in ("SAME", "VALID"))
-    )
-    if not plain:
-        return None
-    padding = module.padding
-    if not isinstance(padding, str):
-        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in pair(padding))
-    strides, dilation = (
-        tuple(s or 1 for s in pair(value)) for value in (module.strides, module.kernel_dilation)
-    )
-    patches = unfold(
-        x, tuple(module.kernel_size), strides=strides, padding=padding, dilation=dilation
-    )
-    return patches.reshape(x.shape[0], -1, patches.shape[-1])
-
-
-_LAYER_PATCHES: dict[type[nn.Module], Callable[[Any, Array], Array | None]] = {
-    nn.Dense: _dense_patches,
-    nn.Conv: _conv_patches,
-}
-"""Layer -> (module, inputs) -> the rows [B, P, F] that its kernel [F, O] multiplies, if it can."""
-
-
-def _weights(params: Params) -> Params:
-    return params["params"] if isinstance(params, dict) and "params" in params else params
-
-
-def _trace(apply: Apply, params: Params, x: Array, offsets: list[Array] | None = None) -> Any:
-    calls: list[_Call] = []
-    with _taps(calls, offsets):
-        logits = apply(params, x)
-    return logits, calls
-
-
-class _Plan(NamedTuple):
-    """What tracing the model on one query says about it."""
-
-    outputs: list[jax.ShapeDtypeStruct]
-    """Shapes of the tapped outputs with a batch of one."""
-    uncovered: str | None
-    """Why the structured method cannot serve all parameters, or None."""
-    num_classes: int
-    query_bytes: int
-
-
-def _plan(apply: Apply, params: Params, x: Array) -> _Plan:
-    uncovered: str | None = None
-    patches: list[int] = []
-
-    def shapes(params: Params, x: Array) -> tuple[Array, list[Array]]:
-        nonlocal uncovered
-        logits, calls = _trace(apply, params, x)
-        names = {id(v): jax.tree_util.keystr(k) for k, v in _named_leaves(_weights(params))}
-        owned: list[int] = []
-        for call in calls:
-            rows = _LAYER_PATCHES[type(call.module)](call.module, call.inputs)
-            if rows is not None:
-                owned += [id(leaf) for leaf in call.leaves]
-                patches.append(rows.size)
-        missing = [name for leaf, name in names.items() if leaf not in owned]
-        twice = [name for leaf, name in names.items() if owned.count(leaf) > 1]
-        if missing:
-            uncovered = f"parameter {missing[0]} belongs to no dense or plain convolution layer"
-        elif twice:
-            uncovered = f"parameter {twice[0]} is used by more than one call"
-        elif len(owned) != len(names):
-            uncovered = "a layer holds parameters that are not in params"
-        return logits, [call.output for call in calls]
-
-    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    logits, outputs = jax.eval_shape(shapes, params, one)
-    k = logits.shape[-1]
-    per_query = 2 * k * sum(o.size for o in outputs) + sum(patches) + x[:1].size
-    return _Plan(outputs, uncovered, k, 4 * per_query)
-
-
-def _named_leaves(tree: Params) -> list[tuple[Any, Array]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def _structured_all(apply: Apply, plan: _Plan, params: Params, x: Array) -> Array:
+def _structured_all(apply: Apply, found: Survey, params: Params, x: Array) -> Array:
     """M [B, K, K] as a sum over layers, from activations and output cotangents."""
-    if plan.uncovered:
-        raise InputError(f"{plan.uncovered}: use method='jacrev' (or 'auto')")
-    b, k = x.shape[0], plan.num_classes
+    b, k = x.shape[0], found.num_classes
 
     def log_likelihoods(offsets: list[Array]) -> tuple[Array, list[Array]]:
-        logits, calls = _trace(apply, params, x, offsets)
-        rows = [_LAYER_PATCHES[type(c.module)](c.module, c.inputs) for c in calls]
-        uses_bias.extend(getattr(c.module, "use_bias", False) for c in calls)
-        return jax.nn.log_softmax(logits.astype(jnp.float32)), rows
+        logits, calls = record(apply, params, x, offsets)
+        biased.extend("bias" in call.parameters for call in calls)
+        return jax.nn.log_softmax(logits.astype(jnp.float32)), [call.rows() for call in calls]
 
-    uses_bias: list[bool] = []
-    offsets = [jnp.zeros((b, *o.shape[1:]), o.dtype) for o in plan.outputs]
+    biased: list[bool] = []
+    offsets = [jnp.zeros((b, *o.shape[1:]), o.dtype) for o in found.outputs]
     log_p, pull_back, rows = jax.vjp(log_likelihoods, offsets, has_aux=True)
     # Rows of a batch do not mix, so one cotangent serves class k of all queries at once.
     seeds = jnp.broadcast_to(jnp.eye(k, dtype=log_p.dtype)[:, None], (k, b, k))
     (cotangents,) = jax.vmap(pull_back)(seeds)
     m = jnp.zeros((b, k, k), jnp.float32)
-    for a, d, bias in zip(rows, cotangents, uses_bias, strict=True):
+    for a, d, bias in zip(rows, cotangents, biased, strict=True):
         d = d.reshape(k, b, -1, d.shape[-1]).astype(jnp.float32)
         m += _contract(a.astype(jnp.float32), d)
         if bias:
@@ -269,31 +143,32 @@ def _contract(a: Array, d: Array) -> Array:
     return jnp.einsum("bkpo,lbpo->bkl", weighted, d)
 
 
-def _structured_last(apply: Apply, plan: _Plan, params: Params, x: Array) -> Array:
+def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> Array:
     """M = |h|^2 (I - 1 p')(I - 1 p')' from the input h of the last dense layer."""
-    logits, calls = _trace(apply, params, x)
+    logits, calls = record(apply, params, x)
     h, p = _head(logits, calls).inputs, jax.nn.softmax(logits.astype(jnp.float32))
-    centred = jnp.eye(plan.num_classes)[None] - p[:, None, :]
+    centred = jnp.eye(found.num_classes)[None] - p[:, None, :]
     m = jnp.einsum("bik,bjk->bij", centred, centred)
     return jnp.square(h.astype(jnp.float32)).sum(axis=-1)[:, None, None] * m
 
 
-def _head(logits: Array, calls: list[_Call]) -> _Call:
+def _head(logits: Array, calls: list[Call]) -> Call:
     """The dense layer whose output is the logits."""
-    if not calls or calls[-1].output is not logits or not isinstance(calls[-1].module, nn.Dense):
+    head = calls[-1] if calls else None
+    if head is None or head.output is not logits or not isinstance(head.module, nn.Dense):
         raise InputError(
             "layers='last' needs a Flax linen model that returns the output of a Dense layer as "
             "its logits: this one does not; use layers='all'"
         )
-    return calls[-1]
+    return head
 
 
 # --- the reference --------------------------------------------------------------------------------
 
 
-def _jacrev(apply: Apply, select: "_Layers", params: Params, x: Array) -> Any:
+def _jacrev_gram(select: Callable[..., Any], apply: Apply, params: Params, x: Array) -> Any:
     """Per-example Jacobians with respect to the selected leaves, then G G'."""
-    leaves, rebuild = select.leaves(apply, params, x)
+    leaves, rebuild = select(apply, params, x)
 
     def one(example: Array) -> Array:
         def log_likelihoods(leaves: list[Array]) -> Array:
@@ -305,45 +180,35 @@ def _jacrev(apply: Apply, select: "_Layers", params: Params, x: Array) -> Any:
         return sum(g @ g.T for g in rows)
 
     num_classes = jax.eval_shape(apply, params, x).shape[-1]
-    return jax.vmap(one), 4 * 2 * num_classes * max(sum(leaf.size for leaf in leaves), 1)
-
-
-def _structured(apply: Apply, select: "_Layers", params: Params, x: Array) -> Any:
-    plan = _plan(apply, params, x)
-    return partial(select.structured, apply, plan, params), plan.query_bytes
-
-
-def _auto(apply: Apply, select: "_Layers", params: Params, x: Array) -> Any:
-    plan = _plan(apply, params, x)
-    if select.needs_all and plan.uncovered:
-        warnings.warn(f"gram: {plan.uncovered}; using method='jacrev', slower", stacklevel=5)
-        return _jacrev(apply, select, params, x)
-    return partial(select.structured, apply, plan, params), plan.query_bytes
+    return jax.vmap(one), 2 * num_classes * sum(leaf.size for leaf in leaves)
 
 
 def _all_leaves(apply: Apply, params: Params, x: Array) -> Any:
-    leaves, tree = jax.tree.flatten(_weights(params))
-
-    def rebuild(leaves: list[Array]) -> Params:
-        weights = jax.tree.unflatten(tree, leaves)
-        return weights if _weights(params) is params else {**params, "params": weights}
-
-    return leaves, rebuild
+    del apply, x
+    return split_weights(params)
 
 
 def _last_kernel(apply: Apply, params: Params, x: Array) -> Any:
-    everything, rebuild = _all_leaves(apply, params, x)
+    everything, rebuild = split_weights(params)
     position: list[int] = []
 
     def find(leaves: list[Array], x: Array) -> Array:
-        logits, calls = _trace(apply, rebuild(leaves), x)
-        kernel = _head(logits, calls).module.variables["params"]["kernel"]
+        logits, calls = record(apply, rebuild(leaves), x)
+        kernel = _head(logits, calls).parameters["kernel"]
         position.extend(i for i, leaf in enumerate(leaves) if leaf is kernel)
         return logits
 
     jax.eval_shape(find, everything, x)
+    if len(position) != 1:
+        raise InputError(
+            "layers='last' with method='jacrev' needs the head's kernel among params as it is, "
+            "neither cast nor inside another transformation: use method='structured'"
+        )
     (at,) = position
     return [everything[at]], lambda new: rebuild(everything[:at] + new + everything[at + 1 :])
+
+
+# --- the choice -----------------------------------------------------------------------------------
 
 
 class _Layers(NamedTuple):
@@ -352,6 +217,28 @@ class _Layers(NamedTuple):
     structured: Callable[..., Array]
     leaves: Callable[..., Any]
     needs_all: bool
+
+
+def _structured(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:
+    found = survey(apply, params, x)
+    if layers.needs_all and found.uncovered:
+        raise InputError(f"{found.uncovered}: use method='jacrev' (or 'auto')")
+    return partial(layers.structured, apply, found, params), found.query_numbers
+
+
+def _jacrev(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:
+    return _jacrev_gram(layers.leaves, apply, params, x)
+
+
+def _auto(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:
+    try:
+        return _structured(apply, layers, params, x)
+    except InputError as reason:
+        if not layers.needs_all:
+            raise
+        cause = str(reason).partition(":")[0]
+    warnings.warn(f"gram: {cause}; taking method='jacrev', slower", stacklevel=2)
+    return _jacrev(apply, layers, params, x)
 
 
 _LAYERS = {

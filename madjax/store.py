@@ -7,6 +7,7 @@
 No array in a checkpoint belongs to a device: a run may go on on another machine.
 """
 
+import errno
 import json
 import os
 import re
@@ -39,7 +40,11 @@ def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> l
             raise InputError(
                 f"{directory} already holds a run: add --resume to finish it, or give another --out"
             )
-        _check_same(directory, json.loads(path.read_text()), description)
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}): give another --out") from error
+        _check_same(directory, old, description)
         return _repair(directory / ROWS)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and holds no run: give another --out")
@@ -79,15 +84,26 @@ def _repair(path: Path) -> list[dict[str, Any]]:
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number} is damaged ({error}): delete the line, its cell runs again"
+            ) from error
+    return rows
 
 
 def append_row(directory: Path, row: dict[str, Any]) -> None:
     """Add one row: a single write of a whole line, on disk when this returns."""
-    line = json.dumps(row, allow_nan=False) + "\n"
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
     handle = os.open(directory / ROWS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, line.encode())
+        before = os.fstat(handle).st_size
+        if os.write(handle, line) != len(line):
+            os.ftruncate(handle, before)
+            raise OSError(errno.ENOSPC, "the disk is full", str(directory / ROWS))
         os.fsync(handle)
     finally:
         os.close(handle)

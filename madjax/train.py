@@ -21,14 +21,14 @@ Array = jax.Array
 
 
 def sgd(
-    schedule: optax.Schedule, momentum: float, weight_decay: float
+    learning_rate: optax.Schedule, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """SGD with heavy-ball momentum; weight decay is added to the gradient, as PyTorch does.
 
-    v <- momentum v + g + weight_decay w;  w <- w - schedule(t) v.
+    v <- momentum v + g + weight_decay w;  w <- w - learning_rate(t) v.
     """
     decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
-    return optax.chain(decay, optax.sgd(schedule, momentum=momentum or None))
+    return optax.chain(decay, optax.sgd(learning_rate, momentum=momentum or None))
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Recipe:
     """How a network is trained; the defaults are the paper's for LeNet victims and attackers.
 
     The learning rate is multiplied by `decay` every `decay_epochs` epochs (0: never).
-    `optimizer(schedule, momentum, weight_decay)` returns any optax transformation; schedule maps
-    the count of steps to a learning rate.
+    `optimizer(learning_rate=, momentum=, weight_decay=)` returns any optax transformation;
+    learning_rate is a schedule, from the count of steps to a rate.
     """
 
     epochs: int = 30
@@ -47,14 +47,22 @@ class Recipe:
     weight_decay: float = 0.0
     decay: float = 0.1
     decay_epochs: int = 50
-    optimizer: Callable[[optax.Schedule, float, float], optax.GradientTransformation] = sgd
+    optimizer: Callable[..., optax.GradientTransformation] = sgd
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give a whole number >= 1")
-        if not self.learning_rate >= 0:
-            raise InputError(f"learning_rate is {self.learning_rate}: give a number >= 0")
+        for name in ("learning_rate", "momentum", "weight_decay", "decay", "decay_epochs"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} is {getattr(self, name)}: give a number >= 0")
+        try:
+            self.transformation(1)
+        except TypeError as error:
+            raise InputError(
+                f"optimizer {self.optimizer} does not take learning_rate, momentum and "
+                f"weight_decay ({error}): wrap it in a function that does"
+            ) from error
 
     def transformation(self, num_examples: int) -> optax.GradientTransformation:
         """The optax transformation for a data set of this many examples."""
@@ -64,7 +72,9 @@ class Recipe:
             drops = count // (self.decay_epochs * steps) if self.decay_epochs else 0
             return self.learning_rate * self.decay**drops
 
-        return self.optimizer(schedule, self.momentum, self.weight_decay)
+        return self.optimizer(
+            learning_rate=schedule, momentum=self.momentum, weight_decay=self.weight_decay
+        )
 
 
 class State(NamedTuple):
@@ -173,23 +183,50 @@ def fit(
     data = (images uint8 [N, H, W, C], targets [N, K]: posteriors, or labels [N]); test = (images,
     labels). The result holds the last parameters and the accuracy after each epoch: the last is
     `state.accuracy[-1]`, the best `state.accuracy.max()`.
+
+    Raises:
+        InputError: targets that do not fit the images or the network.
     """
-    images, targets = data
-    targets = jnp.asarray(targets)
+    images, targets = data[0], jnp.asarray(data[1])
+    n, classes = jax.eval_shape(
+        lambda k, x: classifier.apply(classifier.init(k), x), key, jnp.asarray(images)
+    ).shape
+    if targets.shape not in ((n,), (n, classes)):
+        raise InputError(
+            f"{n} images have targets of shape {targets.shape}: give labels [{n}] or posteriors "
+            f"[{n}, {classes}]"
+        )
     if targets.ndim == 1:
-        classes = jax.eval_shape(
-            lambda k: classifier.apply(classifier.init(k), jnp.asarray(images[:1])), key
-        ).shape[-1]
+        if n and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+            raise InputError(
+                f"labels run from {targets.min()} to {targets.max()}: the network has {classes} "
+                "classes, from 0"
+            )
         targets = jax.nn.one_hot(targets, classes)
-    n = targets.shape[0]
     if state is None:
-        state = jax.jit(partial(start, classifier, recipe, n))(key)
-
-    @jax.jit
-    def advance(state: State, images: Array, targets: Array, x: Array, labels: Array) -> State:
-        return epoch(classifier, recipe, state, lambda i: (images[i], targets[i]), n, x, labels)
-
+        state = _start(classifier, recipe, n, key)
+    images, test = jnp.asarray(images), tuple(map(jnp.asarray, test))
     for _ in range(int(state.epoch), recipe.epochs):
-        state = advance(state, jnp.asarray(images), targets, *map(jnp.asarray, test))
+        state = _advance(classifier, recipe, state, images, targets, *test)
         after_epoch(jax.block_until_ready(state))
     return state
+
+
+# Compiled once for all runs of one network, recipe and size.
+_start = jax.jit(start, static_argnums=(0, 1, 2))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _advance(
+    classifier: Classifier,
+    recipe: Recipe,
+    state: State,
+    images: Array,
+    targets: Array,
+    x_test: Array,
+    labels_test: Array,
+) -> State:
+    def take(i: Array) -> tuple[Array, Array]:
+        return images[i], targets[i]
+
+    return epoch(classifier, recipe, state, take, len(targets), x_test, labels_test)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,7 @@ BASE = Sweep(name="base", dataset="embedded:mnist", queryset="embedded:fashion_m
         ("attack.recipe.learning_rate=1", lambda c: c.attack.recipe.learning_rate, 1.0),
         ("defense.layers=all", lambda c: c.defense.layers, "all"),
         ("defense.distance=madjax.constraints.l2", lambda c: c.defense.distance, madjax.l2),
-        ("query_splits=('train', 'test')", lambda c: c.query_splits, ("train", "test")),
+        ("query_splits=train, test", lambda c: c.query_splits, ("train", "test")),
         ("name = spaced ", lambda c: c.name, "spaced"),
     ],
 )
@@ -51,6 +52,10 @@ def test_override_replaces_one_field(assignment, get, want):
         ("epsilons=0,-0.5", r"epsilon is -0\.5"),
         ("epsilons=", "the field takes float"),
         ("epsilons=0.5,0.5", "each once"),
+        ("epsilons=0.99,0.99000000001", "each once"),
+        ("epsilons=1e39", r"epsilon is 1e\+39"),
+        ("seeds=4294967296", "seed is 4294967296"),
+        ("attack.recipe.optimizer=optax.adam", "does not take learning_rate"),
         ("seeds=-1", "seed is -1"),
         ("query_splits=valid", "holds 'valid'"),
         ("defense.distance=l7", "cannot be imported"),
@@ -107,6 +112,21 @@ def test_a_missing_config_lists_the_shipped_ones():
     for name in ("nothing", "nothing.py", "elsewhere/quickstart.py"):
         with pytest.raises(InputError, match=r"does not exist.*quickstart"):
             config.load(name)
+
+
+def test_a_function_without_an_import_path_is_refused():
+    with pytest.raises(InputError, match="no import path"):
+        config.describe(replace(BASE, architecture=lambda classes: madjax.LeNet(classes)))
+
+
+def test_partial_functions_are_described_whole():
+    described = config.describe(partial(madjax.LeNet, num_classes=3))
+    assert described == {
+        "function": "madjax.models.LeNet",
+        "arguments": [],
+        "keywords": {"num_classes": 3},
+    }
+    assert config.name_of(partial(madjax.LeNet, num_classes=3)) == "LeNet"
 
 
 def test_hash_sees_every_value_and_survives_json():

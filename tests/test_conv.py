@@ -66,6 +66,19 @@ def test_grouped_convolution_is_left_to_xla():
     np.testing.assert_allclose(ours.apply(params, x), layer.apply(params, x), atol=1e-5)
 
 
+def test_other_layouts_and_options_are_left_to_xla():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 6, 5))
+    kernel = jax.random.normal(jax.random.key(1), (4, 3, 2, 2))
+    for options in ({}, {"dimension_numbers": ("NCHW", "OIHW", "NHWC")}):
+        want = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", **options)
+        np.testing.assert_array_equal(patch_convolution(x, kernel, (1, 1), "SAME", **options), want)
+    half = x.transpose(0, 2, 3, 1).astype(jnp.bfloat16)
+    options = {"dimension_numbers": NHWC, "preferred_element_type": jnp.float32}
+    kernel = kernel.transpose(2, 3, 1, 0).astype(jnp.bfloat16)
+    got = patch_convolution(half, kernel, (1, 1), "SAME", **options)
+    assert got.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 4, 3), (1, 7, 5, 2)])
 def test_pooling_is_flax_pooling_with_its_gradient(shape):
     x = jax.random.normal(jax.random.key(0), shape)
@@ -80,8 +93,10 @@ def test_forward_mode_agrees_with_reverse_mode():
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
 
+    convolve, _ = both({"strides": (1, 2), "padding": "SAME"})
+
     def network(x, kernel):
-        return jnp.sum(jnp.square(max_pool_2x2(patch_convolution(x, kernel, (1, 2), "SAME"))))
+        return jnp.sum(jnp.square(max_pool_2x2(convolve(x, kernel))))
 
     direction = jax.tree.map(jnp.cos, (x, kernel))
     _, forward = jax.jvp(network, (x, kernel), direction)

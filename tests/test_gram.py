@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from madjax import Classifier, InputError, LeNet, gram
 from madjax.datasets import MNIST_FAMILY
@@ -146,7 +147,7 @@ def test_a_parameter_used_twice_is_not_mistaken_for_two():
     x = jax.random.normal(jax.random.key(0), (3, 4))
     model = Tied()
     params = model.init(jax.random.key(1), x)
-    with pytest.warns(UserWarning, match=r"inner.*more than one call"):
+    with pytest.warns(UserWarning, match=r"inner.*more than once"):
         m = gram(model.apply, params, x)
     close(m, by_hand(model.apply, params, x))
 
@@ -161,8 +162,10 @@ def test_state_beside_the_parameters_is_no_parameter():
     x = jax.random.normal(jax.random.key(0), (3, 4))
     model = WithState()
     variables = model.init(jax.random.key(1), x)
-    structured = gram(model.apply, variables, x, method="structured")
-    close(structured, np.asarray(gram(model.apply, variables, x, method="jacrev")))
+    want = by_hand(lambda p, x: model.apply({**variables, "params": p}, x), variables["params"], x)
+    for collections in (variables, FrozenDict(variables)):
+        for method in ("structured", "jacrev"):
+            close(gram(model.apply, collections, x, method=method), want)
 
 
 @pytest.mark.parametrize(
@@ -196,3 +199,120 @@ def test_any_function_has_a_gram_by_jacrev():
     centred = np.eye(3) - np.asarray(p)[:, None, :]
     want = np.square(x).sum(-1)[:, None, None] * (centred @ centred.mT)
     close(m, np.asarray(want))
+
+
+class LowRank(nn.Module):
+    """A dense layer with more parameters in its own scope."""
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(4)
+        nn.share_scope(self, dense)
+        a = self.param("a", nn.initializers.normal(), (x.shape[-1], 2))
+        b = self.param("b", nn.initializers.normal(), (2, 4))
+        return dense(x) + x @ a @ b
+
+
+class Decoder(nn.Module):
+    """A kernel that is read once by its layer, and once behind its back."""
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(4)
+        hidden = nn.tanh(dense(x))
+        return nn.Dense(3)(hidden @ dense.variables["params"]["kernel"].T)
+
+
+class OtherProduct(nn.Module):
+    """A dense layer that is no product of inputs and kernel."""
+
+    @nn.compact
+    def __call__(self, x):
+        def half(a, b, dims, **kwargs):
+            return jax.lax.dot_general(a, b / 2, dims, **kwargs)
+
+        return nn.Dense(3, dot_general=half)(x)
+
+
+class Folded(nn.Module):
+    """Positions folded into the batch."""
+
+    @nn.compact
+    def __call__(self, x):
+        b, p, f = x.shape
+        y = nn.tanh(nn.Dense(4)(x.reshape(b * p, f)))
+        return nn.Dense(3)(y.reshape(b, p, 4).sum(axis=1))
+
+
+class TimeMajor(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.tanh(nn.Dense(4)(x.transpose(1, 0, 2)))
+        return nn.Dense(3)(y.sum(axis=0))
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.tanh(nn.Dense(x.shape[-1])(x)), None
+
+        scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(3)(scan()(x, None)[0])
+
+
+FLAT, SEQUENCE = (5,), (3, 5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (LowRank(), FLAT),
+        (Decoder(), FLAT),
+        (OtherProduct(), FLAT),
+        (Folded(), SEQUENCE),
+        (TimeMajor(), SEQUENCE),
+        (Scanned(), FLAT),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_unusual_layers_fall_back_and_stay_right(model, shape, batch):
+    x = jax.random.normal(jax.random.key(0), (batch, *shape))
+    params = jax.jit(model.init)(jax.random.key(1), x)
+    with pytest.warns(UserWarning, match="taking method='jacrev'"):
+        m = gram(model.apply, params, x)
+    close(m, by_hand(model.apply, params, x))
+
+
+def test_ways_to_call_a_model_that_change_nothing(mixed):
+    model, params, x = mixed
+    want = np.asarray(gram(model.apply, params, x, method="structured"))
+    close(gram(jax.jit(model.apply), params, x, method="structured"), want, 1e-6)
+    close(gram(model.apply, FrozenDict(params), x, method="structured"), want, 1e-6)
+
+    class ByName(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(inputs=x)
+
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    params = ByName().init(jax.random.key(1), x)
+    close(gram(ByName().apply, params, x, method="structured"), by_hand(ByName().apply, params, x))
+
+
+def test_one_dimensional_convolution_of_images_falls_back():
+    model = nn.Sequential([nn.Conv(4, 3), lambda x: x.mean((1, 2)), nn.Dense(3)])
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6, 2))
+    params = model.init(jax.random.key(1), x)
+    with pytest.warns(UserWarning, match="jacrev"):
+        m = gram(model.apply, params, x)
+    close(m, by_hand(model.apply, params, x))
+
+
+def test_no_queries_have_no_grams(mixed):
+    model, params, x = mixed
+    for layers in ("all", "last"):
+        assert gram(model.apply, params, x[:0], layers=layers).shape == (0, 4, 4)

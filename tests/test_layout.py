@@ -10,6 +10,7 @@ import madjax
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors", "files", "conv", "batching"},
+    {"taps"},
     {"gram", "constraints", "subsets", "models", "datasets"},
     {"mad", "train"},
     {"defenses"},

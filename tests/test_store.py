@@ -37,6 +37,28 @@ def test_a_row_that_json_cannot_hold_is_an_error_and_not_written(tmp_path):
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def test_a_write_cut_short_leaves_no_part_of_a_row(tmp_path, monkeypatch):
+    store.open_run(tmp_path, CONFIG, resume=False)
+    store.append_row(tmp_path, {"i": 0})
+    write = store.os.write
+    monkeypatch.setattr(store.os, "write", lambda handle, data: write(handle, data[:4]))
+    with pytest.raises(OSError, match="disk is full"):
+        store.append_row(tmp_path, {"i": 1})
+    monkeypatch.undo()
+    store.append_row(tmp_path, {"i": 2})
+    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}, {"i": 2}]
+
+
+def test_damaged_files_are_named(tmp_path):
+    store.open_run(tmp_path, CONFIG, resume=False)
+    (tmp_path / "rows.jsonl").write_text('{"i": 0}\n{"i": \n{"i": 2}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:2 is damaged"):
+        store.open_run(tmp_path, CONFIG, resume=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is damaged"):
+        store.open_run(tmp_path, CONFIG, resume=True)
+
+
 def test_another_run_is_never_touched(tmp_path):
     store.open_run(tmp_path, CONFIG, resume=False)
     store.append_row(tmp_path, {"i": 0})

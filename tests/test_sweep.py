@@ -1,14 +1,15 @@
 """The compiled grid is a Python loop over single cells, on any number of devices."""
 
-from functools import partial
+from dataclasses import replace
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madjax import MAD, Classifier, InputError, Knockoff, Recipe, Sweep, store, sweep
+from madjax import MAD, Classifier, InputError, Knockoff, LeNet, Recipe, Sweep, store, sweep
 from madjax.attacks import knockoff
 from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import as_function
@@ -27,6 +28,13 @@ class Small(nn.Module):
     def __call__(self, x):
         x = nn.relu(nn.Conv(3, (3, 3), strides=2)(x))
         return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+class Headless(Small):
+    """Its logits are scaled after the last dense layer: no head for layers="last"."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
 
 
 class Setting:
@@ -128,7 +136,7 @@ def test_grid_is_a_loop_over_cells(setting, singly, count, devices, mapping):
     results = run_grid(setting, GRIDS[count], devices, mapping)
     for identity, (state, utility) in zip(GRIDS[count], results, strict=True):
         want, answers = singly[identity]
-        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), state.params, want.params)
+        chex.assert_trees_all_close(state.params, want.params, atol=2e-5)
         np.testing.assert_allclose(state.accuracy, want.accuracy, atol=0.34)
         top = 100 * (answers.argmax(-1) == setting.labels).mean()
         np.testing.assert_allclose(utility["defender_accuracy"], top, atol=0.34)
@@ -137,14 +145,15 @@ def test_grid_is_a_loop_over_cells(setting, singly, count, devices, mapping):
         assert int(state.epoch) == RECIPE.epochs
 
 
-def test_no_device_talks_to_another(setting):
+@pytest.mark.parametrize("mapping", [sweep.serially, sweep.together], ids=["serially", "together"])
+def test_no_device_talks_to_another(setting, mapping):
     mesh = sweep.make_mesh()
     assert mesh.size == 4
     program = sweep.Program(setting.classifier, RECIPE, setting.defense, BUDGET)
     cells = [sweep.Cell(np.float32(0.4), np.uint32(s), np.int32(s)) for s in (0, 1, 2)]
     ((_, stacked),) = sweep.waves(cells, 4)
-    begin = sweep.over_cells(program.begin, mesh, sweep.serially)
-    advance = sweep.over_cells(program.advance, mesh, sweep.serially)
+    begin = sweep.over_cells(program.begin, mesh, mapping)
+    advance = sweep.over_cells(program.advance, mesh, mapping)
     attackers, _ = begin(stacked, setting.shared)
     for compiled in (
         begin.lower(stacked, setting.shared).compile(),
@@ -242,6 +251,59 @@ def test_resume_after_an_interrupt_gives_the_same_rows(finished, tmp_path, monke
     assert results_of(read_rows(tmp_path / "out")) == results_of(want)
 
 
+def test_resume_on_other_devices_finishes_the_run(finished, tmp_path, monkeypatch):
+    """Stopped in a wave of four cells, gone on in waves of three."""
+    data, _, want = finished
+    save, count = store.save, 0
+
+    def save_then_stop(*args):
+        nonlocal count
+        save(*args)
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "save", save_then_stop)
+    quiet = {"data_dir": data, "log": lambda line: None}
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(CONFIG, tmp_path / "out", **quiet)
+    monkeypatch.setattr(store, "save", save)
+    three = sweep.make_mesh(jax.devices()[:3])
+    monkeypatch.setattr("madjax.sweep.pipeline.make_mesh", lambda: three)
+    rows = sweep.run(CONFIG, tmp_path / "out", resume=True, **quiet)
+    for row, same in zip(results_of(rows), results_of(want), strict=True):
+        assert row["device"] != same["device"]
+        np.testing.assert_allclose(row["attacker_accuracies"], same["attacker_accuracies"])
+
+
+def test_a_stop_between_the_rows_of_a_wave_doubles_none(finished, tmp_path, monkeypatch):
+    data, _, want = finished
+    append, count = store.append_row, 0
+
+    def append_then_stop(*args):
+        nonlocal count
+        append(*args)
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "append_row", append_then_stop)
+    quiet = {"data_dir": data, "log": lambda line: None}
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(CONFIG, tmp_path / "out", **quiet)
+    monkeypatch.setattr(store, "append_row", append)
+    assert len(read_rows(tmp_path / "out")) == 3
+    sweep.run(CONFIG, tmp_path / "out", resume=True, **quiet)
+    assert results_of(read_rows(tmp_path / "out")) == results_of(want)
+
+
+def test_resume_refuses_other_data_of_the_same_name(finished, tmp_path):
+    _, out, _ = finished
+    other = write_data(tmp_path, images=(60, 31))
+    with pytest.raises(InputError, match=r"data\.dataset"):
+        sweep.run(CONFIG, out, data_dir=other, resume=True)
+
+
 def test_resume_of_a_finished_run_does_nothing(finished):
     data, out, rows = finished
     before = (out / "rows.jsonl").read_bytes()
@@ -251,8 +313,6 @@ def test_resume_of_a_finished_run_does_nothing(finished):
 
 
 def test_adding_cells_changes_no_other(finished, tmp_path):
-    from dataclasses import replace
-
     data, _, want = finished
     fewer = replace(CONFIG, epsilons=(0.99,), seeds=(2,))
     (row,) = sweep.run(fewer, tmp_path / "out", data_dir=data, log=lambda line: None)
@@ -261,11 +321,23 @@ def test_adding_cells_changes_no_other(finished, tmp_path):
         np.testing.assert_allclose(row[name], same[name], atol=1e-3)
 
 
+def broken_oracle(y, gram):
+    return y + jnp.ones(99)
+
+
+def test_a_defence_that_cannot_work_fails_before_the_victim_is_trained(tmp_path):
+    data = write_data(tmp_path)
+
+    for change, words in (
+        ({"defense": MAD(oracle=broken_oracle)}, "the defence MAD.*fails on these data"),
+        ({"architecture": Headless}, "layers='last' needs"),
+    ):
+        with pytest.raises(InputError, match=words):
+            sweep.run(replace(CONFIG, **change), tmp_path / "out", data_dir=data)
+        assert not (tmp_path / "out").exists()
+
+
 def test_an_architecture_that_does_not_fit_is_named(tmp_path):
-    from dataclasses import replace
-
-    from madjax import LeNet
-
     data = write_data(tmp_path)
     with pytest.raises(InputError, match="victim's LeNet cannot take images of shape"):
         sweep.run(replace(CONFIG, architecture=LeNet), tmp_path / "out", data_dir=data)

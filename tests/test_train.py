@@ -1,5 +1,6 @@
 """The training loop against a plain Python loop, PyTorch's rules, and itself after a stop."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_fit_is_a_plain_python_loop(data):
     key = jax.random.key(0)
     state = fit(CLASSIFIER, RECIPE, key, *data)
     params, accuracies = plain_loop(RECIPE, key, *data)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
+    chex.assert_trees_all_close(state.params, params, atol=1e-6)
     np.testing.assert_allclose(state.accuracy, accuracies)
 
 
@@ -81,7 +82,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(data):
     states = []
     whole = fit(CLASSIFIER, RECIPE, jax.random.key(1), *data, after_epoch=states.append)
     again = fit(CLASSIFIER, RECIPE, jax.random.key(1), *data, state=states[0])
-    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    chex.assert_trees_all_equal(whole, again)
     assert [int(s.epoch) for s in states] == [1, 2, 3]
     assert np.isnan(states[0].accuracy).tolist() == [False, True, True]
 
@@ -91,12 +92,12 @@ def test_labels_are_one_hot_posteriors(data):
     labels = y.argmax(-1)
     hard = fit(CLASSIFIER, RECIPE, jax.random.key(1), (x, labels), test)
     soft = fit(CLASSIFIER, RECIPE, jax.random.key(1), (x, jax.nn.one_hot(labels, 3)), test)
-    jax.tree.map(np.testing.assert_array_equal, hard, soft)
+    chex.assert_trees_all_equal(hard, soft)
 
 
 def test_any_optax_optimiser_serves(data):
-    def adam(schedule, momentum, weight_decay):
-        return optax.adam(schedule)
+    def adam(learning_rate, momentum, weight_decay):
+        return optax.adam(learning_rate)
 
     recipe = Recipe(epochs=40, batch_size=8, learning_rate=0.05, optimizer=adam)
     state = fit(CLASSIFIER, recipe, jax.random.key(1), *data)
@@ -104,10 +105,33 @@ def test_any_optax_optimiser_serves(data):
     assert state.accuracy.max() > state.accuracy[0]
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size"])
-def test_recipe_refuses_nothing_to_do(name):
-    with pytest.raises(InputError, match=f"{name} is 0"):
-        Recipe(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", 0), ("batch_size", 0), ("decay_epochs", -1), ("learning_rate", float("nan"))],
+)
+def test_a_recipe_that_cannot_be_followed_is_named(name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}"):
+        Recipe(**{name: value})
+
+
+def test_an_optimiser_that_would_misread_the_recipe_is_refused():
+    with pytest.raises(InputError, match="does not take learning_rate, momentum"):
+        Recipe(optimizer=optax.adam)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (jnp.zeros(20, int), r"targets of shape \(20,\)"),
+        (jnp.ones((21, 1)), r"targets of shape \(21, 1\)"),
+        (jnp.full(21, 3), "labels run from 3 to 3"),
+        (jnp.full(21, -1), "labels run from -1"),
+    ],
+)
+def test_targets_that_do_not_fit_are_named(data, targets, words):
+    (x, _), test = data
+    with pytest.raises(InputError, match=words):
+        fit(CLASSIFIER, RECIPE, jax.random.key(0), (x, targets), test)
 
 
 def test_lenet_is_the_authors_network():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from madjax import store
 from madjax.attacks import knockoff
 from madjax.batching import map_chunks
-from madjax.config import Sweep, describe
+from madjax.config import Sweep, describe, name_of
 from madjax.datasets import Dataset, check_compatible, open_dataset
 from madjax.errors import InputError
 from madjax.models import Classifier
@@ -30,6 +31,9 @@ from madjax.sweep.rows import identity, identity_of_row, measured, shared_facts
 from madjax.train import State, fit, start
 
 Log = Callable[[str], None]
+
+VICTIM = 6
+"""Folded into the victim's key, so that it shares no randomness with an attacker of its seed."""
 
 
 def grid(config: Sweep) -> list[Cell]:
@@ -66,7 +70,10 @@ def run(
     images = _query_images(config, data, data_dir)
     victim = _classifier(config.architecture, data, "victim")
     stolen = _classifier(config.attack.architecture, data, "attacker")
-    description = describe(config)
+    program = Program(stolen, config.attack.recipe, config.defense, config.attack.budget)
+    _rehearse(config, victim, program, data, len(images))
+    # The data too: names do not change when what is behind them does.
+    description = describe(config) | {"data": {"dataset": data.checksum(), "query": crc32(images)}}
     rows = store.open_run(directory, description, resume=resume)
     cells = grid(config)
     if {identity(cell) for cell in cells} <= set(map(identity_of_row, rows)):
@@ -78,7 +85,6 @@ def run(
     shared = _share(config, victim, state.params, data, images, log)
     shared = jax.device_put(shared, NamedSharding(mesh, P()))
     facts = shared_facts(config, description, data, state, mesh)
-    program = Program(stolen, config.attack.recipe, config.defense, config.attack.budget)
     everything = -(-len(cells) // mesh.size)
     per_device = cells_per_device or (1 if jax.default_backend() == "cpu" else everything)
     size = mesh.size * min(per_device, everything)
@@ -112,8 +118,8 @@ def _attack(
             if not missing:
                 bar.update(len(wave) * epochs)
                 continue
-            # Waves of another size (more devices, say) hold other cells.
-            name = f"wave-{number}-of-{len(todo)}"
+            # On another count of devices a wave holds other cells, and begins anew.
+            name = f"wave-{number}-of-{stacked.seed.size}-cells"
             attackers, usefulness = begin(stacked, shared)
             seconds = 0.0
             saved = store.restore(directory, name, (attackers.state, np.zeros(())))
@@ -144,25 +150,59 @@ def _attack(
 
 def _classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
     """The network of one party, checked on the victim's image shape and classes."""
-    classifier = Classifier(
-        architecture(data.num_classes), data.family.preprocess, data.image_shape
-    )
+    name = name_of(architecture)
     blank = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.uint8)
     try:
+        module = architecture(data.num_classes)
+        classifier = Classifier(module, data.family.preprocess, data.image_shape)
         logits = jax.eval_shape(
             lambda k, x: classifier.apply(classifier.init(k), x), jax.random.key(0), blank
         )
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except Exception as error:
         raise InputError(
-            f"the {role}'s {architecture.__name__} cannot take images of shape {data.image_shape} "
-            f"({str(error).splitlines()[0][:120]}): choose another architecture or data set"
+            f"the {role}'s {name} cannot take images of shape {data.image_shape} "
+            f"({_first_line(error)}): choose another architecture or data set"
         ) from error
     if logits.shape != (1, data.num_classes):
         raise InputError(
-            f"the {role}'s {architecture.__name__} gives outputs {logits.shape[1:]} for the "
+            f"the {role}'s {name} gives outputs {logits.shape[1:]} for the "
             f"{data.num_classes} classes of {data.name}: choose another architecture"
         )
     return classifier
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"
+
+
+def _rehearse(config: Sweep, victim: Classifier, program: Program, data: Dataset, n: int) -> None:
+    """Trace what the cells will do, on shapes alone: a defence that fails does so before work."""
+
+    def begin(key: jax.Array, queries: jax.Array, tests: jax.Array) -> Any:
+        surrogate = victim.init(key)
+        images = jnp.zeros((n, *data.image_shape), jnp.uint8)
+        evidence, test_evidence = (
+            jax.tree.map(lambda a: a[None], config.defense.evidence(victim.apply, surrogate, x))
+            for x in (queries, tests)
+        )
+        posteriors, test_posteriors = (jnp.ones((m, data.num_classes)) for m in (n, len(tests)))
+        labels = jnp.zeros(len(tests), jnp.int32)
+        shared = Shared(images, posteriors, evidence, tests, labels, test_posteriors, test_evidence)
+        return program.begin(Cell(jnp.float32(0), jnp.uint32(0), jnp.int32(0)), shared)
+
+    queries, tests = (
+        jax.ShapeDtypeStruct((m, *data.image_shape), jnp.uint8)
+        for m in (program.budget, len(data.x_test))
+    )
+    try:
+        jax.eval_shape(begin, jax.random.key(0), queries, tests)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the defence {config.defense} fails on these data ({_first_line(error)}): "
+            "choose another, or mend it"
+        ) from error
 
 
 def _query_images(config: Sweep, victim: Dataset, data_dir: str | Path | None) -> np.ndarray:
@@ -180,7 +220,7 @@ def _train_victim(
     config: Sweep, victim: Classifier, data: Dataset, directory: Path, log: Log
 ) -> State:
     """The victim, from its checkpoint as far as that goes."""
-    key = jax.random.fold_in(jax.random.key(config.victim_seed), len("victim"))
+    key = jax.random.fold_in(jax.random.key(config.victim_seed), VICTIM)
     fresh = jax.jit(partial(start, victim, config.victim, len(data.x_train)))(key)
     state = store.restore(directory, "victim", fresh) or fresh
     epochs = config.victim.epochs
@@ -202,7 +242,7 @@ def _train_victim(
             after_epoch=after_epoch,
         )
     log(
-        f"victim: {type(victim.module).__name__} on {data.name}, {len(data.x_train):,} images, "
+        f"victim: {name_of(config.architecture)} on {data.name}, {len(data.x_train):,} images, "
         f"{epochs} epochs: {float(state.accuracy[-1]):.2f} % of {len(data.x_test):,} test images"
     )
     return state

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from madjax.config import Sweep, digest
+from madjax.config import Sweep, digest, name_of
 from madjax.datasets import Dataset, base_name
 from madjax.sweep.cells import Cell, device_name
 from madjax.train import State
@@ -56,12 +56,12 @@ def shared_facts(
         "config": config.name,
         "dataset": base_name(config.dataset),
         "dataset_source": config.dataset,
-        "victim": config.architecture.__name__.lower(),
+        "victim": name_of(config.architecture).lower(),
         "queryset": base_name(config.queryset),
         "queryset_source": config.queryset,
         **config.defense.describe(),
         "attack": config.attack.name,
-        "attack_architecture": config.attack.architecture.__name__.lower(),
+        "attack_architecture": name_of(config.attack.architecture).lower(),
         "budget": config.attack.budget,
         "epochs": config.attack.recipe.epochs,
         "victim_epochs": config.victim.epochs,
@@ -72,10 +72,7 @@ def shared_facts(
         "device": device_name(mesh),
         "versions": {
             "python": platform.python_version(),
-            **{
-                name: importlib.metadata.version(name)
-                for name in ("madjax", "jax", "flax", "optax")
-            },
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
         "git_commit": _git_commit(),
         "config_hash": digest(description),
@@ -84,7 +81,7 @@ def shared_facts(
 
 def _git_commit() -> str | None:
     """The commit of the code that runs, "+" where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
         return subprocess.run(

@@ -28,35 +28,16 @@ import numpy as np
 from jax import lax
 
 from madjax import MAD, Classifier, LeNet, Recipe, sweep
-from madjax.conv import patch_convolution
 from madjax.datasets import MNIST_FAMILY
-from madjax.models import torch_bias_init, torch_kernel_init
 from madjax.train import epoch, start
 
 CELLS = 8
 RECIPE = Recipe(epochs=1, learning_rate=0.01)
 
 
-class WindowPooled(nn.Module):
-    """LeNet with Flax's pooling, a window reduction whose gradient is a select-and-scatter."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x):
-        """Images [B, H, W, C] -> logits [B, K]."""
-        for features in (20, 50):
-            x = nn.Conv(
-                features,
-                (5, 5),
-                padding="VALID",
-                kernel_init=torch_kernel_init,
-                bias_init=torch_bias_init(25 * x.shape[-1]),
-                conv_general_dilated=patch_convolution,
-            )(x)
-            x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
-        x = nn.relu(nn.Dense(500)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(self.num_classes)(x)
+def window_pool(x):
+    """Flax's pooling: a window reduction, whose gradient is a select-and-scatter."""
+    return nn.max_pool(x, (2, 2), (2, 2))
 
 
 def attacker(module, x, y):
@@ -157,7 +138,7 @@ def main():
         f"grid of {CELLS}, lax.map": grid(sweep.serially, x, y),
         f"grid of {CELLS}, vmap": grid(sweep.together, x, y),
         "one attacker, XLA convolution": attacker(LeNet(10, lax_conv), x, y),
-        "one attacker, window pooling": attacker(WindowPooled(10), x, y),
+        "one attacker, window pooling": attacker(LeNet(10, pool=window_pool), x, y),
     }
     first, rates = measure(variants, options.rounds)
     baseline = rates["PyTorch, one attacker"]

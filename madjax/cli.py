@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _sweep(options: argparse.Namespace) -> None:
     chosen = reduce(config.override, options.set, config.load(options.config))
+    sweep.split_cpu(len(chosen.epsilons) * len(chosen.seeds))
     out = options.out or Path("runs") / chosen.name
     sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume)
     print(report.write_report(out))

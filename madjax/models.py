@@ -37,6 +37,7 @@ class LeNet(nn.Module):
 
     num_classes: int
     convolution: Callable[..., Array] = convolution
+    pool: Callable[[Array], Array] = max_pool_2x2
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # noqa: D102
@@ -49,7 +50,7 @@ class LeNet(nn.Module):
                 bias_init=torch_bias_init(25 * x.shape[-1]),
                 conv_general_dilated=self.convolution,
             )(x)
-            x = max_pool_2x2(nn.relu(x))
+            x = self.pool(nn.relu(x))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(self.dense(500, x))
         return self.dense(self.num_classes, x)

@@ -228,25 +228,34 @@ def test_rows_are_written_as_returned(finished):
             assert row["l1_max"] == 0
 
 
+def interrupt_after(monkeypatch, name, calls):
+    """Let a function of `store` work so many times, and then stop the run as Ctrl-C does."""
+    function, count = getattr(store, name), 0
+
+    def call_then_stop(*args):
+        nonlocal count
+        function(*args)
+        count += 1
+        if count == calls:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, name, call_then_stop)
+
+
+def stopped_run(out, data, monkeypatch, name, calls):
+    """A run interrupted after so many calls of a function of `store`."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, name, calls)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run(CONFIG, out, data_dir=data, log=lambda line: None)
+
+
 @pytest.mark.parametrize("saves", [1, 3, 6])
 def test_resume_after_an_interrupt_gives_the_same_rows(finished, tmp_path, monkeypatch, saves):
     """Stop after so many checkpoints: in the victim, in the first wave, in the second."""
     data, _, want = finished
-    save, count = store.save, 0
-
-    def save_then_stop(*args):
-        nonlocal count
-        save(*args)
-        count += 1
-        if count == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(store, "save", save_then_stop)
-    quiet = {"data_dir": data, "log": lambda line: None}
-    with pytest.raises(KeyboardInterrupt):
-        sweep.run(CONFIG, tmp_path / "out", **quiet)
-    monkeypatch.setattr(store, "save", save)
-    rows = sweep.run(CONFIG, tmp_path / "out", resume=True, **quiet)
+    stopped_run(tmp_path / "out", data, monkeypatch, "save", saves)
+    rows = sweep.run(CONFIG, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
     assert results_of(rows) == results_of(want)
     assert results_of(read_rows(tmp_path / "out")) == results_of(want)
 
@@ -254,23 +263,10 @@ def test_resume_after_an_interrupt_gives_the_same_rows(finished, tmp_path, monke
 def test_resume_on_other_devices_finishes_the_run(finished, tmp_path, monkeypatch):
     """Stopped in a wave of four cells, gone on in waves of three."""
     data, _, want = finished
-    save, count = store.save, 0
-
-    def save_then_stop(*args):
-        nonlocal count
-        save(*args)
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(store, "save", save_then_stop)
-    quiet = {"data_dir": data, "log": lambda line: None}
-    with pytest.raises(KeyboardInterrupt):
-        sweep.run(CONFIG, tmp_path / "out", **quiet)
-    monkeypatch.setattr(store, "save", save)
+    stopped_run(tmp_path / "out", data, monkeypatch, "save", 4)
     three = sweep.make_mesh(jax.devices()[:3])
     monkeypatch.setattr("madjax.sweep.pipeline.make_mesh", lambda: three)
-    rows = sweep.run(CONFIG, tmp_path / "out", resume=True, **quiet)
+    rows = sweep.run(CONFIG, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
     for row, same in zip(results_of(rows), results_of(want), strict=True):
         assert row["device"] != same["device"]
         np.testing.assert_allclose(row["attacker_accuracies"], same["attacker_accuracies"])
@@ -278,22 +274,9 @@ def test_resume_on_other_devices_finishes_the_run(finished, tmp_path, monkeypatc
 
 def test_a_stop_between_the_rows_of_a_wave_doubles_none(finished, tmp_path, monkeypatch):
     data, _, want = finished
-    append, count = store.append_row, 0
-
-    def append_then_stop(*args):
-        nonlocal count
-        append(*args)
-        count += 1
-        if count == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(store, "append_row", append_then_stop)
-    quiet = {"data_dir": data, "log": lambda line: None}
-    with pytest.raises(KeyboardInterrupt):
-        sweep.run(CONFIG, tmp_path / "out", **quiet)
-    monkeypatch.setattr(store, "append_row", append)
+    stopped_run(tmp_path / "out", data, monkeypatch, "append_row", 3)
     assert len(read_rows(tmp_path / "out")) == 3
-    sweep.run(CONFIG, tmp_path / "out", resume=True, **quiet)
+    sweep.run(CONFIG, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
     assert results_of(read_rows(tmp_path / "out")) == results_of(want)
 
 

@@ -10,6 +10,7 @@ from madjax.sweep.cells import (
     make_mesh,
     over_cells,
     serially,
+    split_cpu,
     together,
     waves,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "over_cells",
     "run",
     "serially",
+    "split_cpu",
     "together",
     "waves",
 ]

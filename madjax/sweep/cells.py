@@ -4,6 +4,7 @@ A cell is one (epsilon, seed). `Program` holds its two functions; `over_cells` c
 wave of cells, spread over a mesh; `waves` cuts a grid to size. No other file knows devices.
 """
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,8 +122,19 @@ Mapping = Callable[[Callable[[Any], Any], Any], Any]
 
 
 def default_mapping() -> Mapping:
-    """`serially` on a CPU, `together` elsewhere, as measured by experiments/bench_training.py."""
+    """`serially` on a CPU, as measured by experiments/bench_training.py; `together` elsewhere."""
     return serially if jax.default_backend() == "cpu" else together
+
+
+def split_cpu(most: int) -> None:
+    """Make every core a device of its own, `most` at most, unless the user chose a number.
+
+    Cells side by side keep the cores busier than one cell that uses all of them
+    (experiments/bench_training.py). To be called before anything is computed; without effect on
+    accelerators.
+    """
+    if jax.config.jax_num_cpu_devices < 0:
+        jax.config.update("jax_num_cpu_devices", max(min(os.cpu_count() or 1, most), 1))
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

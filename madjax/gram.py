@@ -155,7 +155,12 @@ def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> A
 def _head(logits: Array, calls: list[Call]) -> Call:
     """The dense layer whose output is the logits."""
     head = calls[-1] if calls else None
-    if head is None or head.output is not logits or not isinstance(head.module, nn.Dense):
+    if (
+        head is None
+        or head.output is not logits
+        or not isinstance(head.module, nn.Dense)
+        or head.rows() is None
+    ):
         raise InputError(
             "layers='last' needs a Flax linen model that returns the output of a Dense layer as "
             "its logits: this one does not; use layers='all'"
@@ -166,9 +171,9 @@ def _head(logits: Array, calls: list[Call]) -> Call:
 # --- the reference --------------------------------------------------------------------------------
 
 
-def _jacrev_gram(select: Callable[..., Any], apply: Apply, params: Params, x: Array) -> Any:
-    """Per-example Jacobians with respect to the selected leaves, then G G'."""
-    leaves, rebuild = select(apply, params, x)
+def _jacrev(apply: Apply, layers: "_Layers", params: Params, x: Array) -> Any:
+    """Per-example Jacobians with respect to the chosen leaves, then G G'."""
+    leaves, rebuild = layers.leaves(apply, params, x)
 
     def one(example: Array) -> Array:
         def log_likelihoods(leaves: list[Array]) -> Array:
@@ -224,10 +229,6 @@ def _structured(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:
     if layers.needs_all and found.uncovered:
         raise InputError(f"{found.uncovered}: use method='jacrev' (or 'auto')")
     return partial(layers.structured, apply, found, params), found.query_numbers
-
-
-def _jacrev(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:
-    return _jacrev_gram(layers.leaves, apply, params, x)
 
 
 def _auto(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:

@@ -159,7 +159,7 @@ class _Traced(NamedTuple):
 
 def _trace(apply: Apply, params: Params, x: Array, batch: int) -> _Traced:
     leaves, rebuild = split_weights(params)
-    names = [jax.tree_util.keystr(path) for path, _ in _with_paths(weights(params))]
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(weights(params))]
     calls: list[Call] = []
     owners: list[list[int]] = [[] for _ in leaves]
     row_numbers = 0
@@ -231,7 +231,3 @@ def split_weights(params: Params) -> tuple[list[Array], Callable[[list[Array]], 
         return new if weights(params) is params else {**params, "params": new}
 
     return leaves, rebuild
-
-
-def _with_paths(tree: Params) -> list[tuple[Any, Array]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]

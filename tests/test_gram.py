@@ -188,6 +188,10 @@ def test_last_layer_needs_a_dense_head():
 
     with pytest.raises(InputError, match="layers='last' needs"):
         gram(apply, jnp.ones((4, 3)), jnp.ones((2, 4)), layers="last")
+    x = jnp.ones((2, 4))
+    params = OtherProduct().init(jax.random.key(0), x)
+    with pytest.raises(InputError, match="layers='last' needs"):
+        gram(OtherProduct().apply, params, x, layers="last")
 
 
 def test_any_function_has_a_gram_by_jacrev():

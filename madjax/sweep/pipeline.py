@@ -221,11 +221,15 @@ def _train_victim(
 ) -> State:
     """The victim, from its checkpoint as far as that goes."""
     key = jax.random.fold_in(jax.random.key(config.victim_seed), VICTIM)
-    fresh = jax.jit(partial(start, victim, config.victim, len(data.x_train)))(key)
-    state = store.restore(directory, "victim", fresh) or fresh
+    like = jax.eval_shape(partial(start, victim, config.victim, len(data.x_train)), key)
+    saved = store.restore(directory, "victim", like)
     epochs = config.victim.epochs
     with tqdm(
-        total=epochs, initial=int(state.epoch), unit="epoch", desc="victim", disable=None
+        total=epochs,
+        initial=int(saved.epoch) if saved else 0,
+        unit="epoch",
+        desc="victim",
+        disable=None,
     ) as bar:
 
         def after_epoch(state: State) -> None:
@@ -238,7 +242,7 @@ def _train_victim(
             key,
             (data.x_train, data.y_train),
             (data.x_test, data.y_test),
-            state=jax.tree.map(jnp.asarray, state),
+            state=jax.tree.map(jnp.asarray, saved),
             after_epoch=after_epoch,
         )
     log(

@@ -5,8 +5,8 @@ from madjax.constraints import kl, l1, l2, linf
 from madjax.datasets import Dataset, open_dataset
 from madjax.defenses import MAD
 from madjax.errors import InputError
-from madjax.gram import gram
-from madjax.mad import angle, argmax_preserving, deviation, extreme, perturb, solve
+from madjax.gram import coverage, gram
+from madjax.mad import angle, argmax_bound, argmax_preserving, deviation, extreme, perturb, solve
 from madjax.models import Classifier, LeNet
 from madjax.train import Recipe, fit
 
@@ -20,7 +20,9 @@ __all__ = [
     "Recipe",
     "Sweep",
     "angle",
+    "argmax_bound",
     "argmax_preserving",
+    "coverage",
     "deviation",
     "extreme",
     "fit",

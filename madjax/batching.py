@@ -13,12 +13,13 @@ def map_chunks(function: Callable[[Any], Any], x: Any, chunk: int) -> Any:
     """Apply function to x [N, ...] in chunks of `chunk` rows, and join the results' first axes.
 
     x is an array or a pytree of arrays with the same N; function([n, ...]) -> a pytree of
-    [n, ...], every row a function of its own row of x. The last chunk is padded with zeros, whose
-    results are dropped, so that one body is compiled.
+    [n, ...], every row a function of its own row of x. Chunks are as even as can be; the last is
+    padded with zeros, whose results are dropped, so that one body is compiled.
     """
     n = jax.tree.leaves(x)[0].shape[0]
     if n <= chunk:
         return function(x)
+    chunk = -(-n // -(-n // chunk))
 
     def cut(a: Array) -> Array:
         a = jnp.concatenate([a, jnp.zeros((-n % chunk, *a.shape[1:]), a.dtype)])

@@ -1,12 +1,11 @@
-"""Convolution as patches times a matrix, for XLA's CPU backend.
+"""Convolution in the forms that XLA's CPU backend runs fast.
 
-XLA runs a convolution inside `lax.scan` several times slower on a CPU than the same arithmetic as
-one matrix product, and turns a `vmap` over kernels into a grouped convolution, slow everywhere.
-`experiments/bench_training.py` measures both.
+Inside `lax.scan` XLA runs the derivatives of a convolution, and convolutions of few channels,
+several times slower on a CPU than the same arithmetic as a product of patches and a matrix.
+`experiments/bench_training.py` and `experiments/bench_mad.py` measure it.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -73,8 +72,13 @@ def _cut_rows(x: Array, h: int, rows: int, stride: int, dilation: int) -> list[A
     return [x[:, i * dilation :: stride][:, :rows] for i in range(h)]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-def _convolve(
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+_MANY = 32
+"""From so many channels on XLA's own convolution beats patches on a CPU (3 x 3 windows, 2026)."""
+
+
+def _evaluate(
     x: Array,
     kernel: Array,
     strides: tuple[int, int],
@@ -82,12 +86,29 @@ def _convolve(
     dilation: tuple[int, int],
     precision: lax.PrecisionLike,
 ) -> Array:
-    h, w, _, features = kernel.shape
+    """The convolution by whichever way is faster on a CPU, which goes by the shapes.
+
+    XLA's own takes a slow road for images smaller than the window and for few channels.
+    """
+    h, w, channels, features = kernel.shape
+    if channels >= _MANY and x.shape[1] >= h and x.shape[2] >= w:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            padding,
+            rhs_dilation=dilation,
+            dimension_numbers=_NHWC,
+            precision=precision,
+        )
     patches = unfold(x, (h, w), strides=strides, padding=padding, dilation=dilation)
     # Two-dimensional, so that its transpose is a product without a transposed copy.
     flat = patches.reshape(-1, patches.shape[-1])
     out = jnp.matmul(flat, kernel.reshape(-1, features), precision=precision)
     return out.reshape(*patches.shape[:-1], features)
+
+
+_convolve = jax.custom_jvp(_evaluate, nondiff_argnums=(2, 3, 4, 5))
 
 
 def _convolve_jvp(
@@ -98,11 +119,7 @@ def _convolve_jvp(
     primals: tuple[Array, Array],
     tangents: tuple[Any, Any],
 ) -> tuple[Array, Array]:
-    """Linear in each argument; the image's tangent is cut so that its transpose adds few arrays.
-
-    The transpose of `unfold` would scatter h * w overlapping pieces. One product for each row of
-    the kernel has h products of the same total size, whose transposes are added row by row.
-    """
+    """Linear in each argument; both tangents are written for what their transposes cost."""
     (x, kernel), (dx, dkernel) = primals, tangents
     options = (strides, padding, dilation, precision)
     out = _convolve(x, kernel, *options)
@@ -117,23 +134,71 @@ def _convolve_jvp(
         )
         tangent += product.reshape(out.shape)
     if not isinstance(dx, SymbolicZero):
-        h, w, _, features = kernel.shape
-        dx, (rows, columns) = _pad(dx, (h, w), strides, padding, dilation)
-        dx = _cut_columns(dx, w, columns, strides[1], dilation[1])
-        for i, part in enumerate(_cut_rows(dx, h, rows, strides[0], dilation[0])):
-            flat = part.reshape(-1, part.shape[-1])
-            product = jnp.matmul(flat, kernel[i].reshape(-1, features), precision=precision)
-            tangent += product.reshape(out.shape)
+        many = kernel.shape[2] >= _MANY and strides == (1, 1)
+        push = _by_the_flipped_kernel if many else _by_rows
+        tangent += push(dx, kernel, out, *options)
     return out, tangent
 
 
 _convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
-_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+def _by_the_flipped_kernel(
+    dx: Array,
+    kernel: Array,
+    out: Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    dilation: tuple[int, int],
+    precision: lax.PrecisionLike,
+) -> Array:
+    """The convolution of dx, as the transpose of the convolution that its own transpose is.
+
+    That one takes cotangents to the image with the flipped kernel. JAX's rule would leave the
+    exchange of the kernel's channels to the convolution, which XLA runs at a sixth of the speed
+    inside a loop; here the kernel is flipped and exchanged first.
+    """
+    reach = [(n - 1) * d + 1 for n, d in zip(kernel.shape[:2], dilation, strict=True)]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(dx.shape[1:3], reach, strides, padding)
+    margins = [(r - 1 - low, r - 1 - high) for r, (low, high) in zip(reach, padding, strict=True)]
+    if any(m < 0 for pair in margins for m in pair):
+        return _by_rows(dx, kernel, out, strides, padding, dilation, precision)
+    flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+
+    def pull(cotangent: Array) -> Array:
+        return _evaluate(cotangent, flipped, strides, margins, dilation, precision)
+
+    (pushed,) = jax.linear_transpose(pull, out)(dx)
+    return pushed
 
 
-def patch_convolution(
+def _by_rows(
+    dx: Array,
+    kernel: Array,
+    out: Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    dilation: tuple[int, int],
+    precision: lax.PrecisionLike,
+) -> Array:
+    """The convolution of dx, cut so that its transpose adds few arrays.
+
+    The transpose of `unfold` would scatter h * w overlapping pieces. One product for each row of
+    the kernel has h products of the same total size, whose transposes are added row by row.
+    """
+    h, w, _, features = kernel.shape
+    dx, (rows, columns) = _pad(dx, (h, w), strides, padding, dilation)
+    dx = _cut_columns(dx, w, columns, strides[1], dilation[1])
+    total = jnp.zeros_like(out)
+    for i, part in enumerate(_cut_rows(dx, h, rows, strides[0], dilation[0])):
+        flat = part.reshape(-1, part.shape[-1])
+        product = jnp.matmul(flat, kernel[i].reshape(-1, features), precision=precision)
+        total += product.reshape(out.shape)
+    return total
+
+
+def cpu_convolution(
     x: Array,
     kernel: Array,
     window_strides: Sequence[int],
@@ -145,7 +210,7 @@ def patch_convolution(
     precision: lax.PrecisionLike = None,
     **kwargs,
 ) -> Array:
-    """`lax.conv_general_dilated` for NHWC images as one matrix product.
+    """`lax.conv_general_dilated` for NHWC images, in the forms that XLA's CPU backend runs fast.
 
     Takes the arguments that `flax.linen.Conv(conv_general_dilated=...)` passes, so the module and
     its parameters stay ordinary. Grouped, transposed, or not two-dimensional convolutions, other
@@ -173,12 +238,12 @@ def patch_convolution(
 
 
 def convolution(x: Array, kernel: Array, *args, **kwargs) -> Array:
-    """The faster of the two convolutions on the default backend: patches on a CPU, XLA's elsewhere.
+    """`cpu_convolution` where the default backend is a CPU, XLA's own elsewhere.
 
     The choice is made when the program is traced; a model that is lowered for another platform
     names its convolution itself, for instance `LeNet(10, convolution=lax.conv_general_dilated)`.
     """
-    chosen = patch_convolution if jax.default_backend() == "cpu" else lax.conv_general_dilated
+    chosen = cpu_convolution if jax.default_backend() == "cpu" else lax.conv_general_dilated
     return chosen(x, kernel, *args, **kwargs)
 
 

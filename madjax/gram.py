@@ -5,17 +5,17 @@ kernel of the K log-likelihoods at x, and M can be had without forming G. Three 
 
 - `jacrev`, the reference: per-example Jacobians by reverse-mode differentiation, then G G'. Any
   model; B K D numbers in memory.
-- `structured`: one forward pass, K cotangents pulled back through the activations only, and for
-  every layer a contraction of its inputs with its output cotangents. A dense layer with input a
-  and output cotangents d_k adds (d_k . d_l) |a|^2; a convolution is a dense layer applied at many
-  positions. Memory does not grow with D.
+- `structured`: one forward pass, K - 1 cotangents pulled back through the activations only, and for
+  every layer a contraction of its inputs with its output cotangents (`madjax.layers`). A dense
+  layer with input a and output cotangents d_k adds (d_k . d_l) |a|^2; a convolution is a dense
+  layer applied at many positions. Memory does not grow with D.
 - `layers="last"`, what the authors' code takes for G: the weight of the last dense layer alone.
   G_k = (e_k - p) (x) h with p the surrogate's posterior and h the input of that layer, so
   M = |h|^2 (I - 1 p')(I - 1 p')', a closed form with no backward pass.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,13 +25,17 @@ import jax.numpy as jnp
 
 from madjax.batching import map_chunks
 from madjax.errors import InputError
-from madjax.taps import Apply, Call, Params, Survey, record, split_weights, survey
+from madjax.layers import Call, Term, terms
+from madjax.taps import Apply, Params, Place, Survey, record, survey, weights
 
 Array = jax.Array
 
+MEMORY = 2**31
+"""Bytes that intermediate results may take where nothing else is said."""
 
-def _chunk_bytes() -> int:
-    """What one chunk of queries may hold in intermediate results when no chunk size is given.
+
+def _comfortable() -> int:
+    """Bytes of intermediate results up to which it pays to take more queries at a time.
 
     A CPU is fastest while a chunk stays near its caches; an accelerator wants to be filled.
     """
@@ -46,110 +50,216 @@ def gram(
     layers: str = "all",
     method: str = "auto",
     chunk: int | None = None,
+    memory: int | None = None,
 ) -> Array:
     """M = G G' with G = d log softmax(apply(params, x)) / d w (Eq. 5), for every query.
 
     apply(params, x[B, ...]) -> logits [B, K], every row a function of its own x alone; the result
-    is float32 [B, K, K], symmetric and positive semi-definite up to rounding, with M p = 0 at the
-    surrogate's posterior p. `w` is `params["params"]` where params is a mapping with that key (a
-    Flax variable collection), all of params otherwise.
+    is float32 [B, K, K], accumulated in float32 whatever the model's dtype, symmetric and positive
+    semi-definite up to rounding, with M p = 0 at the surrogate's posterior p. `w` is
+    `params["params"]` where params is a mapping with that key (a Flax variable collection), all of
+    params otherwise.
 
-    layers: "all" parameters (the paper) or the kernel of the "last" dense layer (the authors'
-    code). method: "structured" (Flax linen models of dense and convolution layers), "jacrev" (any
-    model), or "auto": structured where it covers every parameter exactly once, otherwise jacrev
-    with a warning that says why. chunk: queries handled at a time, which bounds the memory;
-    chosen from the sizes of the intermediate results when None.
+    layers: "all" parameters (the paper); the kernel of the "last" dense layer (the authors' code);
+    or "identity", M = I, the paper's ablation without a Jacobian.
+
+    method: "structured", for Flax linen models of Dense, DenseGeneral (so attention), Conv, Embed,
+    BatchNorm with fixed statistics, LayerNorm, RMSNorm, GroupNorm and InstanceNorm, each parameter
+    read by one of them once; "jacrev", any model; or "auto": structured for every parameter that it
+    explains and jacrev for the others, with a warning where those are more than a tenth of D.
+    `coverage` says which are which.
+
+    chunk: queries handled at a time. memory: bytes that intermediate results may take, beside
+    params, x and the result; queries, and where one query is too much classes, are handled in
+    chunks that fit. By default as many queries as a CPU's caches or an accelerator like, within
+    `MEMORY`.
 
     Raises:
-        InputError: an unknown layers or method; a model that the method cannot handle.
+        InputError: an unknown layers or method; a model that the method cannot handle; a BatchNorm
+            in training mode; memory that is too small for one query.
     """
     check_layers(layers)
     _check_known("method", method, _METHODS)
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk is {chunk}: give a number of queries >= 1")
-    return _gram(apply, layers, method, chunk, params, x)
+    return _gram(apply, layers, method, chunk, memory, params, x)
 
 
 def check_layers(layers: str) -> None:
     """Refuse a choice of layers that `gram` does not know."""
-    _check_known("layers", layers, _LAYERS)
+    _check_known("layers", layers, {*_LAYERS, _IDENTITY})
 
 
-def _check_known(name: str, value: str, known: dict[str, Any]) -> None:
+def coverage(apply: Apply, params: Params, x: Array) -> dict[str, str]:
+    """How `gram(..., layers="all")` takes each parameter: "structured", or why it takes jacrev.
+
+    Names are paths such as "Conv_0/kernel". Nothing is computed; x is as for `gram`.
+
+    Raises:
+        InputError: a BatchNorm in training mode.
+    """
+    found = survey(apply, params, x)
+    return {
+        name: found.unexplained.get(at, "structured")
+        for at, name in enumerate(weights(params).names)
+    }
+
+
+def _check_known(name: str, value: str, known: Collection[str]) -> None:
     if value not in known:
-        raise InputError(f"{name} is {value!r}: choose one of {', '.join(map(repr, known))}")
+        names = ", ".join(map(repr, sorted(known)))
+        raise InputError(f"{name} is {value!r}: choose one of {names}")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+class _Way(NamedTuple):
+    """A way to M for some queries, and the numbers that it holds at once."""
+
+    run: Callable[[Array, int], Array]
+    """(queries [n, ...], classes at a time) -> [n, K, K]."""
+    num_classes: int
+    per_query: int
+    per_class: int
+    """For every class of a query that is pulled back at a time."""
+    kept: int
+    """For every class of a query until the end."""
+    once: int
+    """However many queries there are: copies of the weights."""
+
+    def plan(self, chunk: int | None, memory: int | None) -> tuple[int, int]:
+        """Queries and classes at a time."""
+        bound = MEMORY if memory is None else memory
+        fixed = self.per_query + self.num_classes * self.kept
+        least = _BYTES * (self.once + fixed + self.per_class)
+        if memory is not None and memory < least:
+            raise InputError(
+                f"memory is {memory} bytes: one query of this model takes about {least}"
+            )
+        left = bound // _BYTES - self.once
+        if chunk is None:
+            comfortable = min(_comfortable() // _BYTES, left)
+            chunk = max(comfortable // (fixed + self.num_classes * self.per_class), 1)
+        classes = (left // chunk - fixed) // max(self.per_class, 1)
+        return chunk, min(max(classes, 1), self.num_classes)
+
+
+_BYTES = 6
+"""Bytes for every number that is known to be needed: four, and room for what XLA adds."""
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _gram(
-    apply: Apply, layers: str, method: str, chunk: int | None, params: Params, x: Array
+    apply: Apply,
+    layers: str,
+    method: str,
+    chunk: int | None,
+    memory: int | None,
+    params: Params,
+    x: Array,
 ) -> Array:
     with jax.default_matmul_precision("highest"):
-        if not x.shape[0]:
+        if not x.shape[0] or layers == _IDENTITY:
             one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
             k = jax.eval_shape(apply, params, one).shape[-1]
-            return jnp.zeros((0, k, k), jnp.float32)
-        one_chunk, query_numbers = _METHODS[method](apply, _LAYERS[layers], params, x)
-        if chunk is None:
-            chunk = max(_chunk_bytes() // (4 * query_numbers), 1)
-        m = map_chunks(one_chunk, x, chunk)
+            return jnp.broadcast_to(jnp.eye(k), (x.shape[0], k, k))
+        m = jnp.zeros(())
+        for way in _METHODS[method](apply, _LAYERS[layers], params, x):
+            queries, classes = way.plan(chunk, memory)
+            m += map_chunks(partial(way.run, classes=classes), x, queries)
     return (m + m.mT) / 2
 
 
 # --- structured -----------------------------------------------------------------------------------
 
 
-def _structured_all(apply: Apply, found: Survey, params: Params, x: Array) -> Array:
-    """M [B, K, K] as a sum over layers, from activations and output cotangents."""
-    b, k = x.shape[0], found.num_classes
+def _structured_all(apply: Apply, found: Survey, params: Params, x: Array) -> _Way:
+    k = found.num_classes
 
-    def log_likelihoods(offsets: list[Array]) -> tuple[Array, list[Array]]:
-        logits, calls = record(apply, params, x, offsets)
-        biased.extend("bias" in call.parameters for call in calls)
-        return jax.nn.log_softmax(logits.astype(jnp.float32)), [call.rows() for call in calls]
+    def one_class(x: Array) -> list[Array]:
+        _, pull_back, layer_terms = _forward(apply, found, params, x)
+        return _pull(pull_back, layer_terms, jnp.ones((1, 1, k)), k)
 
-    biased: list[bool] = []
-    offsets = [jnp.zeros((b, *o.shape[1:]), o.dtype) for o in found.outputs]
-    log_p, pull_back, rows = jax.vjp(log_likelihoods, offsets, has_aux=True)
-    # Rows of a batch do not mix, so one cotangent serves class k of all queries at once.
-    seeds = jnp.broadcast_to(jnp.eye(k, dtype=log_p.dtype)[:, None], (k, b, k))
-    (cotangents,) = jax.vmap(pull_back)(seeds)
-    m = jnp.zeros((b, k, k), jnp.float32)
-    for a, d, bias in zip(rows, cotangents, biased, strict=True):
-        d = d.reshape(k, b, -1, d.shape[-1]).astype(jnp.float32)
-        m += _contract(a.astype(jnp.float32), d)
-        if bias:
-            total = d.sum(axis=2)
-            m += jnp.einsum("kbo,lbo->bkl", total, total)
-    return m
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    kept = sum(a.size for a in jax.eval_shape(one_class, one))
+    outputs = sum(output.size for output in found.taps.values())
+    run = partial(_all_layers, apply, found, params)
+    per_query = found.query_numbers + one.size
+    once = sum(leaf.size for leaf in weights(params).leaves)
+    return _Way(run, k, per_query, 2 * outputs, kept + 6 * k, once)
 
 
-def _contract(a: Array, d: Array) -> Array:
-    """M_kl = sum_pq (a_p . a_q)(d_kp . d_lq) of a kernel [F, O] applied at P positions.
+def _all_layers(apply: Apply, found: Survey, params: Params, x: Array, classes: int) -> Array:
+    """M [B, K, K] as a sum over layers, from activations and output cotangents.
 
-    a [B, P, F] inputs, d [K, B, P, O] output cotangents -> [B, K, K]. Either materialises this
-    layer's gradients [K, F, O], or contracts products of positions: whichever needs fewer
-    multiplications. With one position (a dense layer) that is |a|^2 d_k . d_l.
+    The rows of G obey sum_k p_k G_k = 0, so K - 1 of them are pulled back and the one of the
+    surrogate's top class t, for which the division magnifies no rounding, is
+    G_t = - sum_{k != t} (p_k / p_t) G_k.
     """
-    k, _, p, o = d.shape
-    f = a.shape[-1]
-    materialise = k * p * f * o + k * k * f * o
-    products = p * p * f + k * p * p * o + k * k * p * o
-    if materialise < products:
-        g = jnp.einsum("bpf,kbpo->bkfo", a, d)
-        return jnp.einsum("bkfo,blfo->bkl", g, g)
-    kernel = jnp.einsum("bpf,bqf->bpq", a, a)
-    weighted = jnp.einsum("bpq,kbqo->bkpo", kernel, d)
-    return jnp.einsum("bkpo,lbpo->bkl", weighted, d)
+    k = found.num_classes
+    log_p, pull_back, layer_terms = _forward(apply, found, params, x)
+    top = log_p.argmax(axis=1)[:, None]
+    others = (top + 1 + jnp.arange(k - 1)[None]) % k
+    # Rows of a batch do not mix, so one cotangent serves one class of all queries at once.
+    seeds = jax.nn.one_hot(others.T, k, dtype=log_p.dtype)
+    kept = map_chunks(lambda seeds: _pull(pull_back, layer_terms, seeds, k), seeds, classes)
+    m = sum(term.product(each) for (_, term), each in zip(layer_terms, kept, strict=True))
+    at = partial(jnp.take_along_axis, log_p, axis=1)
+    ratio = -jnp.exp(at(others) - at(top))
+    # [I; ratio] takes the K - 1 rows of G to all of them, in the order of `others` and then t.
+    complete = jnp.concatenate([jnp.broadcast_to(jnp.eye(k - 1), m.shape), ratio[:, None]], axis=1)
+    # In their own order: class c is row (c - t - 1) mod K.
+    complete = jax.vmap(lambda rows, t: jnp.roll(rows, t + 1, axis=0))(complete, top[:, 0])
+    return jnp.einsum("bki,bij,blj->bkl", complete, m, complete)
 
 
-def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> Array:
+def _forward(
+    apply: Apply, found: Survey, params: Params, x: Array
+) -> tuple[Array, Callable[[Array], Any], list[tuple[Place, Term]]]:
+    """Log-likelihoods [B, K], their pull-back to the tapped outputs, and the layers' terms."""
+    calls: list[tuple[Place, Call]] = []
+
+    def log_likelihoods(offsets: dict[Place, Array]) -> tuple[Array, list[Any]]:
+        logits, seen, places = record(apply, weights(params), x, offsets)
+        calls.extend(each for each in zip(places, seen, strict=True) if each[0] in offsets)
+        state = [(call.inputs, call.variables) for _, call in calls]
+        return jax.nn.log_softmax(logits.astype(jnp.float32)), state
+
+    offsets = {
+        place: jnp.zeros((len(x), *output.shape[1:]), output.dtype)
+        for place, output in found.taps.items()
+    }
+    log_p, pull_back, state = jax.vjp(log_likelihoods, offsets, has_aux=True)
+    layer_terms = [
+        (place, term)
+        for (place, call), (inputs, variables) in zip(calls, state, strict=True)
+        for term in terms(call._replace(inputs=inputs, variables=variables)).values()
+    ]
+    return log_p, pull_back, layer_terms
+
+
+def _pull(
+    pull_back: Callable[[Array], Any],
+    layer_terms: Sequence[tuple[Place, Term]],
+    seeds: Array,
+    num_classes: int,
+) -> list[Array]:
+    """What the terms keep of the cotangents of some classes: seeds [k, B, K]."""
+    (cotangents,) = jax.vmap(pull_back)(seeds)
+    return [term.reduce(cotangents[place], num_classes) for place, term in layer_terms]
+
+
+def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> _Way:
     """M = |h|^2 (I - 1 p')(I - 1 p')' from the input h of the last dense layer."""
-    logits, calls = record(apply, params, x)
-    h, p = _head(logits, calls).inputs, jax.nn.softmax(logits.astype(jnp.float32))
-    centred = jnp.eye(found.num_classes)[None] - p[:, None, :]
-    m = jnp.einsum("bik,bjk->bij", centred, centred)
-    return jnp.square(h.astype(jnp.float32)).sum(axis=-1)[:, None, None] * m
+    k = found.num_classes
+
+    def run(x: Array, classes: int) -> Array:
+        del classes
+        logits, calls, _ = record(apply, weights(params), x)
+        h, p = _head(logits, calls).inputs, jax.nn.softmax(logits.astype(jnp.float32))
+        centred = jnp.eye(k)[None] - p[:, None, :]
+        m = jnp.einsum("bik,bjk->bij", centred, centred)
+        return jnp.square(h.astype(jnp.float32)).sum(axis=-1)[:, None, None] * m
+
+    return _Way(run, k, found.query_numbers + x[:1].size, 0, 3 * k, 0)
 
 
 def _head(logits: Array, calls: list[Call]) -> Call:
@@ -159,7 +269,7 @@ def _head(logits: Array, calls: list[Call]) -> Call:
         head is None
         or head.output is not logits
         or not isinstance(head.module, nn.Dense)
-        or head.rows() is None
+        or terms(head) is None
     ):
         raise InputError(
             "layers='last' needs a Flax linen model that returns the output of a Dense layer as "
@@ -171,46 +281,52 @@ def _head(logits: Array, calls: list[Call]) -> Call:
 # --- the reference --------------------------------------------------------------------------------
 
 
-def _jacrev(apply: Apply, layers: "_Layers", params: Params, x: Array) -> Any:
-    """Per-example Jacobians with respect to the chosen leaves, then G G'."""
-    leaves, rebuild = layers.leaves(apply, params, x)
+def _by_jacrev(apply: Apply, chosen: Sequence[int], params: Params, x: Array) -> _Way:
+    """Per-example Jacobians with respect to the chosen leaves of the weights, then G G'."""
+    everything = weights(params)
 
     def one(example: Array) -> Array:
         def log_likelihoods(leaves: list[Array]) -> Array:
-            logits = apply(rebuild(leaves), example[None])[0]
+            new = dict(zip(chosen, leaves, strict=True))
+            all_leaves = [new.get(at, leaf) for at, leaf in enumerate(everything.leaves)]
+            logits = apply(everything.rebuild(all_leaves), example[None])[0]
             return jax.nn.log_softmax(logits.astype(jnp.float32))
 
-        rows = jax.tree.leaves(jax.jacrev(log_likelihoods)(leaves))
+        rows = jax.tree.leaves(jax.jacrev(log_likelihoods)([everything.leaves[i] for i in chosen]))
         rows = [g.reshape(g.shape[0], -1).astype(jnp.float32) for g in rows]
         return sum(g @ g.T for g in rows)
 
-    num_classes = jax.eval_shape(apply, params, x).shape[-1]
-    return jax.vmap(one), 2 * num_classes * sum(leaf.size for leaf in leaves)
+    def run(x: Array, classes: int) -> Array:
+        del classes
+        return jax.vmap(one)(x)
+
+    k = jax.eval_shape(apply, params, x).shape[-1]
+    size = sum(everything.leaves[at].size for at in chosen)
+    return _Way(run, k, 0, 0, 2 * size, 0)
 
 
-def _all_leaves(apply: Apply, params: Params, x: Array) -> Any:
+def _every_leaf(apply: Apply, params: Params, x: Array) -> Sequence[int]:
     del apply, x
-    return split_weights(params)
+    return range(len(weights(params).leaves))
 
 
-def _last_kernel(apply: Apply, params: Params, x: Array) -> Any:
-    everything, rebuild = split_weights(params)
+def _last_kernel(apply: Apply, params: Params, x: Array) -> Sequence[int]:
+    found = weights(params)
     position: list[int] = []
 
     def find(leaves: list[Array], x: Array) -> Array:
-        logits, calls = record(apply, rebuild(leaves), x)
+        logits, calls, _ = record(apply, found._replace(leaves=leaves), x)
         kernel = _head(logits, calls).parameters["kernel"]
         position.extend(i for i, leaf in enumerate(leaves) if leaf is kernel)
         return logits
 
-    jax.eval_shape(find, everything, x)
+    jax.eval_shape(find, found.leaves, x)
     if len(position) != 1:
         raise InputError(
             "layers='last' with method='jacrev' needs the head's kernel among params as it is, "
             "neither cast nor inside another transformation: use method='structured'"
         )
-    (at,) = position
-    return [everything[at]], lambda new: rebuild(everything[:at] + new + everything[at + 1 :])
+    return position
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -219,31 +335,47 @@ def _last_kernel(apply: Apply, params: Params, x: Array) -> Any:
 class _Layers(NamedTuple):
     """A choice of parameters: how each method serves it."""
 
-    structured: Callable[..., Array]
-    leaves: Callable[..., Any]
-    needs_all: bool
+    structured: Callable[[Apply, Survey, Params, Array], _Way]
+    leaves: Callable[[Apply, Params, Array], Sequence[int]]
+    needs_all: bool = False
 
 
-def _structured(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:
+def _structured(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_Way]:
     found = survey(apply, params, x)
-    if layers.needs_all and found.uncovered:
-        raise InputError(f"{found.uncovered}: use method='jacrev' (or 'auto')")
-    return partial(layers.structured, apply, found, params), found.query_numbers
+    if layers.needs_all and found.unexplained:
+        raise InputError(f"{_first(found, params)}; use method='auto' or 'jacrev'")
+    return [layers.structured(apply, found, params, x)]
 
 
-def _auto(apply: Apply, layers: _Layers, params: Params, x: Array) -> Any:
-    try:
-        return _structured(apply, layers, params, x)
-    except InputError as reason:
-        if not layers.needs_all:
-            raise
-        cause = str(reason).partition(":")[0]
-    warnings.warn(f"gram: {cause}; taking method='jacrev', slower", stacklevel=2)
-    return _jacrev(apply, layers, params, x)
+def _jacrev(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_Way]:
+    return [_by_jacrev(apply, layers.leaves(apply, params, x), params, x)]
+
+
+def _auto(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_Way]:
+    found = survey(apply, params, x)
+    if not (layers.needs_all and found.unexplained):
+        return [layers.structured(apply, found, params, x)]
+    leaves = weights(params).leaves
+    part = sum(leaves[at].size for at in found.unexplained)
+    whole = sum(leaf.size for leaf in leaves)
+    if 10 * part > whole:
+        warnings.warn(
+            f"gram: {part} of {whole} parameters go by jacrev, slower: {_first(found, params)}",
+            stacklevel=2,
+        )
+    ways = [_by_jacrev(apply, sorted(found.unexplained), params, x)]
+    return [layers.structured(apply, found, params, x), *ways] if found.taps else ways
+
+
+def _first(found: Survey, params: Params) -> str:
+    """The first parameter that no tap explains, and why."""
+    at = min(found.unexplained)
+    return f"parameter {weights(params).names[at]}: {found.unexplained[at]}"
 
 
 _LAYERS = {
-    "all": _Layers(_structured_all, _all_leaves, needs_all=True),
-    "last": _Layers(_structured_last, _last_kernel, needs_all=False),
+    "all": _Layers(_structured_all, _every_leaf, needs_all=True),
+    "last": _Layers(_structured_last, _last_kernel),
 }
+_IDENTITY = "identity"
 _METHODS = {"auto": _auto, "structured": _structured, "jacrev": _jacrev}

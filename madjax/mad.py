@@ -22,7 +22,7 @@ from madjax.batching import map_chunks
 from madjax.constraints import NORMS, l1
 from madjax.errors import InputError
 from madjax.gram import gram as compute_gram
-from madjax.subsets import best_subset
+from madjax.subsets import best_subset, cone_bound
 
 Array = jax.Array
 Oracle = Callable[[Array, Array], Array]
@@ -119,6 +119,21 @@ def argmax_preserving(y: Array, gram: Array) -> Array:
     return jnp.where(defined(y, gram), weights / weights.sum(), y)
 
 
+def argmax_bound(y: Array, gram: Array) -> Array:
+    """An H that no answer with y's top label reaches beyond, whatever its budget: in [2, 4].
+
+    y [K], gram [K, K] -> scalar, max(2, max H(v) over {v on the simplex: v_k >= v_j}), k =
+    argmax y: a convex problem where that is above 2, solved to about 1e-3. What `argmax_preserving`
+    finds by search is the best vertex; `argmax_bound(y, gram) - deviation(y_star, y, gram)` says
+    how much better anything could be. 0 where y's own gradient vanishes.
+    """
+    k = y.argmax()
+    turned, first = jnp.roll(gram, (-k, -k), axis=(0, 1)), jnp.roll(y, -k)
+    (unit, known) = _unit(first, turned)
+    cosine = cone_bound(turned, _dot(turned, unit))
+    return jnp.where(known, jnp.clip(2 - 2 * cosine, 2, 4), 0)
+
+
 def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l1) -> Array:
     """y~ = (1 - a) y + a y*, a the largest in [0, 1] with distance(y~, y) <= epsilon (OptStep).
 
@@ -192,12 +207,14 @@ def perturb(
     layers: str = "all",
     method: str = "auto",
     chunk: int | None = None,
+    memory: int | None = None,
 ) -> Array:
     """Poison a batch of posteriors: `gram` of the surrogate at x, then `solve` for every query.
 
     apply(params, x[B, ...]) -> logits [B, K] is the surrogate; y [B, K] are the victim's
-    posteriors; the result y_tilde is [B, K]. Every row is a function of its own x and y alone.
-    `layers`, `method` and `chunk` are those of `gram`, the rest those of `solve`.
+    posteriors; the result y_tilde is [B, K], or [E, B, K] for a grid of budgets epsilon [E], which
+    costs hardly more than one. Every row is a function of its own x and y alone. `layers`,
+    `method`, `chunk` and `memory` are those of `gram`, the rest those of `solve`.
 
     Raises:
         InputError: shapes that do not fit, or epsilon < 0 (where it is not traced).
@@ -207,14 +224,30 @@ def perturb(
         raise InputError(
             f"perturb takes posteriors y [B, K] for {x.shape[0]} queries, not {y.shape}"
         )
-    m = compute_gram(apply, params, x, layers=layers, method=method, chunk=chunk)
+    epsilon = jnp.asarray(epsilon)
+    if epsilon.ndim > 1:
+        raise InputError(f"epsilon has shape {epsilon.shape}: give one budget or a list of them")
+    m = compute_gram(apply, params, x, layers=layers, method=method, chunk=chunk, memory=memory)
     if m.shape[-1] != y.shape[-1]:
         raise InputError(
             f"the surrogate has {m.shape[-1]} classes and the posteriors {y.shape[-1]}: "
             "give a surrogate with the victim's classes"
         )
-    answer = partial(solve, epsilon=epsilon, oracle=oracle, distance=distance)
-    return map_chunks(lambda query: jax.vmap(answer)(*query), (y, m), 1000)
+
+    def answer(query: tuple[Array, Array]) -> Array:
+        y, m = query
+
+        def within(epsilon: Array) -> Array:
+            return solve(y, m, epsilon=epsilon, oracle=oracle, distance=distance)
+
+        return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
+
+    answers = map_chunks(jax.vmap(answer), (y, m), _QUERIES)
+    return answers.swapaxes(0, 1) if epsilon.ndim else answers
+
+
+_QUERIES = 1000
+"""Solved at a time: an oracle may look at hundreds of candidates for every one."""
 
 
 def _check_epsilon(epsilon: Array | float) -> None:

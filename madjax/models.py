@@ -62,6 +62,50 @@ class LeNet(nn.Module):
         )(x)
 
 
+_VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG16(nn.Module):
+    """VGG16 with batch normalisation, for small images (CIFAR) or of ImageNet's size.
+
+    Thirteen 3x3 convolutions with bias in five blocks, each followed by BatchNorm and ReLU, each
+    block by 2x2 max pooling; then dense layers. `hidden=()` is the authors' CIFAR network, whose
+    one dense layer reads 512 features of a 32x32 image: 14,728,266 parameters at K = 10.
+    `hidden=(4096, 4096)` is the original, whose first dense layer reads 7x7x512 features of a
+    224x224 image, with dropout after each hidden layer in training (Simonyan and Zisserman 2015).
+
+    Images [B, H, W, C], H and W multiples of 32 -> logits [B, K]. train: whether BatchNorm takes
+    the batch's statistics, which it then updates in the collection "batch_stats", and dropout
+    drops, for which a key named "dropout" is needed. Kernels N(0, 2 / (9 features)) and a head
+    N(0, 0.01^2) as in the authors' code.
+    """
+
+    num_classes: int
+    hidden: tuple[int, ...] = ()
+    convolution: Callable[..., Array] = convolution
+    pool: Callable[[Array], Array] = max_pool_2x2
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:  # noqa: D102
+        for block in _VGG16:
+            for features in block:
+                x = nn.Conv(
+                    features,
+                    (3, 3),
+                    padding=1,
+                    kernel_init=nn.initializers.variance_scaling(2, "fan_out", "normal"),
+                    conv_general_dilated=self.convolution,
+                )(x)
+                x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+            x = self.pool(x)
+        x = x.reshape(x.shape[0], -1)
+        head = nn.initializers.normal(0.01)
+        for features in self.hidden:
+            x = nn.relu(nn.Dense(features, kernel_init=head)(x))
+            x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, kernel_init=head)(x)
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A network together with its preprocessing: uint8 images [B, H, W, C] -> logits [B, K].

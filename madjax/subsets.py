@@ -5,7 +5,8 @@ S of classes that contain class 0. With M = G G' and u = M y the cosine of the a
 factor 1/|G'y|, sum_S u / sqrt(1_S' M 1_S): from M every subset costs a few additions.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,27 +37,106 @@ def best_subset(gram: Array, u: Array) -> Subset:
 
 
 def exhaustive(gram: Array, u: Array) -> Subset:
-    """The best of all 2^(K-1) subsets, compared in one product."""
-    rest = u.size - 1
-    bits = (np.arange(2**rest)[:, None] >> np.arange(rest)[None]) & 1
-    subsets = jnp.asarray(np.pad(bits, ((0, 0), (1, 0)), constant_values=1), gram.dtype)
-    square = jnp.sum(_dot(subsets, gram) * subsets, axis=1)
-    cosine = _cosine(_dot(subsets, u), square, _noise(gram, subsets.sum(axis=1)))
-    best = cosine.argmin()
-    return Subset(subsets[best], cosine[best])
+    """The best of all 2^(K-1) subsets, compared 1,024 at a time.
+
+    1_S'M 1_S is a product of M's upper triangle with a 0/1 matrix that is the same for every query,
+    so that a batch of queries is one matrix product.
+    """
+    k = u.size
+    left, right = np.triu_indices(k)
+    triangle = jnp.where(left == right, 1, 2) * gram[left, right]
+    codes = jnp.arange(2 ** (k - 1)).reshape(-1, min(2 ** (k - 1), 1024))
+
+    def subsets(codes: Array) -> Array:
+        members = (codes[:, None] >> jnp.arange(k - 1)[None]) & 1
+        return jnp.pad(members, ((0, 0), (1, 0)), constant_values=1).astype(gram.dtype)
+
+    def compare(best: tuple[Array, Array], codes: Array) -> tuple[tuple[Array, Array], None]:
+        members = subsets(codes)
+        square = _dot(members[:, left] * members[:, right], triangle)
+        cosine = _cosine(_dot(members, u), square, _noise(gram, members.sum(axis=1)))
+        at = cosine.argmin()
+        better = cosine[at] < best[0]
+        return jax.tree.map(partial(jnp.where, better), (cosine[at], codes[at]), best), None
+
+    none = (jnp.full((), jnp.inf, gram.dtype), jnp.zeros((), codes.dtype))
+    (cosine, code), _ = jax.lax.scan(compare, none, codes)
+    return Subset(subsets(code[None])[0], cosine)
 
 
 def search(gram: Array, u: Array) -> Subset:
-    """The better of two local searches: from the best of growing {0}, and of shrinking the whole.
+    """The best of three local searches.
 
-    Each makes the best of all single additions, removals and exchanges until none helps, at most
-    4 K of them, at O(K^2) a move.
+    They start from the best subset that greedy growth from {0} meets, from the best that shrinking
+    the whole set meets, and from the best of `sorted_prefixes`. Each makes the best of all single
+    additions, removals and exchanges until none helps, at most 4 K of them, at O(K^2) a move.
     """
-    whole = jnp.ones_like(u)
-    starts = jnp.stack([jnp.zeros_like(u).at[0].set(1), whole])
-    grow = jnp.array([True, False])
-    found = jax.vmap(lambda s, g: _improve(_greedy(s, g, gram, u), gram, u))(starts, grow)
+    start = jnp.stack([jnp.zeros_like(u).at[0].set(1), jnp.ones_like(u)])
+    greedy = jax.vmap(_greedy, in_axes=(0, 0, None, None))(start, jnp.array([True, False]), gram, u)
+    starts = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b[None]]), greedy, sorted_prefixes(gram, u)
+    )
+    found = jax.vmap(_improve, in_axes=(0, None, None))(starts, gram, u)
     return jax.tree.map(lambda a: a[found.cosine.argmin()], found)
+
+
+def sorted_prefixes(gram: Array, u: Array, directions: int = 32) -> Subset:
+    """The best of {0} with the first n classes, n = 0..K-1, in the orders of some scores.
+
+    The scores are cos(t) u_k + sin(t) M_kk, u and diag M scaled alike, t over half a circle. With
+    last-layer gradients, M ~ (I - 1 p')(I - 1 p')', the best subset of each size n <= K is such a
+    prefix for some t wherever its angle is above 90 degrees: there its cosine, a function of
+    sum_S (y - p) and sum_S p alone, is best at a corner of their convex hull.
+    """
+
+    def scaled(v: Array) -> Array:
+        v = v - v.mean()
+        return v / jnp.maximum(jnp.abs(v).max(), jnp.finfo(v.dtype).tiny)
+
+    def prefixes(t: Array) -> tuple[Array, Array]:
+        score = jnp.cos(t) * scaled(u) + jnp.sin(t) * scaled(jnp.diagonal(gram))
+        order = jnp.argsort(score.at[0].set(-jnp.inf))
+        square = jnp.diagonal(gram[order][:, order].cumsum(axis=0).cumsum(axis=1))
+        cosine = _cosine(u[order].cumsum(), square, _noise(gram, 1.0 + jnp.arange(u.size)))
+        best = cosine.argmin()
+        return cosine[best], jnp.zeros_like(u).at[order].set(jnp.arange(u.size) <= best)
+
+    cosine, members = jax.vmap(prefixes)(jnp.linspace(-jnp.pi / 2, jnp.pi / 2, directions))
+    return _judge(members[cosine.argmin()], gram, u)
+
+
+def cone_bound(gram: Array, u: Array, steps: int = 400) -> Array:
+    """The smallest cosine, up to 1/|G'y|, of any v with v_0 >= v_j >= 0: below it is no subset.
+
+    max over the cone of (-u'v) / |G'v| is |G'v| at the v that minimises |G'v|^2 / 2 + u'v there, a
+    convex problem; `steps` of projected gradients with restarted momentum. 0 where all of the
+    cone's angles are below 90 degrees, which bounds nothing closer. gram [K, K], u = gram @ y [K].
+    """
+    rate = 1 / jnp.maximum(jnp.abs(gram).sum(axis=1).max(), jnp.finfo(gram.dtype).tiny)
+
+    def step(carry: tuple[Array, Array, Array], _: None) -> tuple[Any, None]:
+        v, ahead, t = carry
+        new = _project(ahead - rate * (_dot(gram, ahead) + u))
+        backwards = jnp.vdot(ahead - new, new - v) > 0
+        t = jnp.where(backwards, 1.0, t)
+        grown = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
+        momentum = jnp.where(backwards, 0, (t - 1) / grown)
+        return (new, new + momentum * (new - v), grown), None
+
+    zero = jnp.zeros_like(u)
+    (v, _, _), _ = jax.lax.scan(step, (zero, zero, jnp.ones((), u.dtype)), length=steps)
+    # At the minimum u'v = -v'Mv; this is the larger of the two ways to say so.
+    return -jnp.sqrt(jnp.maximum(_dot(v, _dot(gram, v)), -_dot(u, v)).clip(0))
+
+
+def _project(z: Array) -> Array:
+    """The nearest point with v_0 >= v_j >= 0: entries above the level t come down to it."""
+    order = jnp.sort(z[1:])[::-1]
+    sums = z[0] + jnp.append(0.0, order.cumsum())
+    levels = sums / jnp.arange(1, z.size + 1)
+    # The level of n capped entries is right where the n-th is above it and the next is not.
+    level = jnp.max(levels).clip(0)
+    return jnp.clip(z, 0, level).at[0].set(level)
 
 
 def _dot(a: Array, b: Array) -> Array:

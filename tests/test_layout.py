@@ -10,9 +10,11 @@ import madjax
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors", "files", "conv", "batching"},
+    {"layers"},
     {"taps"},
     {"gram", "constraints", "subsets", "models", "datasets"},
     {"mad", "train"},
+    {"ablations"},
     {"defenses"},
     {"attacks", "evaluate"},
     {"config"},
@@ -56,7 +58,9 @@ def test_imports_point_downwards(path):
             assert unit(path) == other or FLOOR[other] < FLOOR[unit(path)], name
 
 
-@pytest.mark.parametrize("name", ["mad", "gram", "constraints", "subsets"])
+@pytest.mark.parametrize(
+    "name", ["mad", "gram", "constraints", "subsets", "ablations", "layers", "taps"]
+)
 def test_the_mathematics_needs_no_data_and_no_checkpoints(name):
     tops = {each.split(".")[0] for each in imports(PACKAGE / f"{name}.py")}
     assert not tops & {"tensorflow_datasets", "orbax", "PIL", "matplotlib"}

@@ -137,7 +137,7 @@ def main():
         "one attacker": attacker(LeNet(10), x, y),
         f"grid of {CELLS}, lax.map": grid(sweep.serially, x, y),
         f"grid of {CELLS}, vmap": grid(sweep.together, x, y),
-        "one attacker, XLA convolution": attacker(LeNet(10, lax_conv), x, y),
+        "one attacker, XLA convolution": attacker(LeNet(10, convolution=lax_conv), x, y),
         "one attacker, window pooling": attacker(LeNet(10, pool=window_pool), x, y),
     }
     first, rates = measure(variants, options.rounds)

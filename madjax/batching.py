@@ -14,10 +14,11 @@ def map_chunks(function: Callable[[Any], Any], x: Any, chunk: int) -> Any:
 
     x is an array or a pytree of arrays with the same N; function([n, ...]) -> a pytree of
     [n, ...], every row a function of its own row of x. Chunks are as even as can be; the last is
-    padded with zeros, whose results are dropped, so that one body is compiled.
+    padded with zeros, whose results are dropped, so that one body is compiled. A symbolic N, as in
+    an export for batches of any size, is one chunk.
     """
     n = jax.tree.leaves(x)[0].shape[0]
-    if n <= chunk:
+    if not isinstance(n, int) or n <= chunk:
         return function(x)
     chunk = -(-n // -(-n // chunk))
 

@@ -204,11 +204,13 @@ def _all_layers(apply: Apply, found: Survey, params: Params, x: Array, classes: 
     m = sum(term.product(each) for (_, term), each in zip(layer_terms, kept, strict=True))
     at = partial(jnp.take_along_axis, log_p, axis=1)
     ratio = -jnp.exp(at(others) - at(top))
-    # [I; ratio] takes the K - 1 rows of G to all of them, in the order of `others` and then t.
-    complete = jnp.concatenate([jnp.broadcast_to(jnp.eye(k - 1), m.shape), ratio[:, None]], axis=1)
-    # In their own order: class c is row (c - t - 1) mod K.
-    complete = jax.vmap(lambda rows, t: jnp.roll(rows, t + 1, axis=0))(complete, top[:, 0])
-    return jnp.einsum("bki,bij,blj->bkl", complete, m, complete)
+    # Sums, not products of small matrices, which cost XLA's CPU backend more than they should.
+    row = (ratio[:, None] * m).sum(axis=2)
+    corner = (ratio * row).sum(axis=1)
+    m = jnp.concatenate([m, row[:, None]], axis=1)
+    m = jnp.concatenate([m, jnp.append(row, corner[:, None], axis=1)[:, :, None]], axis=2)
+    # From the order of `others` and t to the classes' own: c is row (c - t - 1) mod K.
+    return jax.vmap(lambda m, t: jnp.roll(m, (t + 1, t + 1), axis=(0, 1)))(m, top[:, 0])
 
 
 def _forward(
@@ -224,7 +226,7 @@ def _forward(
         return jax.nn.log_softmax(logits.astype(jnp.float32)), state
 
     offsets = {
-        place: jnp.zeros((len(x), *output.shape[1:]), output.dtype)
+        place: jnp.zeros((x.shape[0], *output.shape[1:]), output.dtype)
         for place, output in found.taps.items()
     }
     log_p, pull_back, state = jax.vjp(log_likelihoods, offsets, has_aux=True)

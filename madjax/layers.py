@@ -52,8 +52,11 @@ class Kernel:
         products = p * p * f + k * p * p * o + k * k * p * o
         if products <= materialise:
             return d
-        gradients = jnp.einsum("bpgf,kbpgo->bkgof", self.rows.astype(jnp.float32), d)
-        return gradients.reshape(b, len(d), -1).swapaxes(0, 1)
+        # All classes beside each other make one long product; XLA would choose short ones.
+        wide = lax.optimization_barrier(d.transpose(1, 2, 3, 0, 4)).reshape(b, p, g, -1)
+        gradients = jnp.einsum("bpgf,bpgn->bgfn", self.rows.astype(jnp.float32), wide)
+        gradients = gradients.reshape(b, g * f, len(d), o)
+        return gradients.transpose(2, 0, 1, 3).reshape(len(d), b, -1)
 
     def product(self, kept: Array) -> Array:
         """By the gradients, or as sum_pq (a_p . a_q) (d_kp . d_lq) without forming them."""
@@ -116,13 +119,18 @@ class Bias:
 
 
 def _inner(g: Array) -> Array:
-    return jnp.einsum("kbn,lbn->bkl", g, g)
+    """sum_n g_kn g_ln: [K, B, N] -> [B, K, K]."""
+    g = g.swapaxes(0, 1)  # queries first, or XLA's CPU backend takes twice the time
+    return jnp.einsum("bkn,bln->bkl", g, g)
 
 
 def _weighted_inner(weights: Array, d: Array) -> Array:
     """sum_gpq weights_gpq (d_kpg . d_lqg): [B, G, P, P] and [K, B, P, G, O] -> [B, K, K]."""
-    weighted = jnp.einsum("bgpq,kbqgo->kbpgo", weights, d)
-    return jnp.einsum("kbpgo,lbpgo->bkl", weighted, d)
+    d = lax.optimization_barrier(d.transpose(1, 3, 0, 2, 4))
+    weighted = jnp.einsum("bgpq,bgkqo->bgkpo", weights, d)
+    b, _, k = d.shape[:3]
+    weighted, d = (each.swapaxes(1, 2).reshape(b, k, -1) for each in (weighted, d))
+    return jnp.einsum("bkn,bln->bkl", weighted, d)
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -168,7 +176,7 @@ def _dense(call: Call) -> dict[str, Term] | None:
     module, x = call.module, call.inputs
     if call.options or module.dot_general is not None or module.dot_general_cls is not None:
         return None
-    return _with_bias(call, "kernel", Kernel(x.reshape(len(x), -1, 1, x.shape[-1])))
+    return _with_bias(call, "kernel", Kernel(x.reshape(x.shape[0], -1, 1, x.shape[-1])))
 
 
 def _dense_general(call: Call) -> dict[str, Term] | None:
@@ -181,7 +189,7 @@ def _dense_general(call: Call) -> dict[str, Term] | None:
     if not plain or module.dot_general is not None or module.dot_general_cls is not None:
         return None
     width = int(np.prod([x.shape[axis] for axis in axes]))
-    return _with_bias(call, "kernel", Kernel(x.reshape(len(x), -1, 1, width)))
+    return _with_bias(call, "kernel", Kernel(x.reshape(x.shape[0], -1, 1, width)))
 
 
 def _conv(call: Call) -> dict[str, Term] | None:
@@ -212,7 +220,7 @@ def _conv(call: Call) -> dict[str, Term] | None:
         padding = padding if isinstance(padding, str) else ((0, 0), *padding)
     patches = unfold(x, window, strides=strides, padding=padding, dilation=dilation)
     groups, channels = module.feature_group_count, x.shape[-1]
-    rows = patches.reshape(len(x), -1, window[0] * window[1], groups, channels // groups)
+    rows = patches.reshape(x.shape[0], -1, window[0] * window[1], groups, channels // groups)
     rows = rows.swapaxes(2, 3).reshape(*rows.shape[:2], groups, -1)
     return _with_bias(call, "kernel", Kernel(rows))
 
@@ -226,7 +234,9 @@ def _each(value: Any, count: int) -> tuple[Any, ...]:
 
 def _embed(call: Call) -> dict[str, Term] | None:
     return (
-        None if call.options else {"embedding": Lookup(call.inputs.reshape(len(call.inputs), -1))}
+        None
+        if call.options
+        else {"embedding": Lookup(call.inputs.reshape(call.inputs.shape[0], -1))}
     )
 
 
@@ -261,7 +271,10 @@ def _scaled(call: Call, state: Mapping[str, Any]) -> dict[str, Term] | None:
     changes = {"use_scale": False, "use_bias": False, "use_running_average": True}
     bare |= {field: value for field, value in changes.items() if hasattr(module, field)}
     normalised = module.clone(**bare).apply(state, x)
-    made = {"scale": Scale(normalised.reshape(len(x), -1, x.shape[-1])), "bias": Bias(x.shape[-1])}
+    made = {
+        "scale": Scale(normalised.reshape(x.shape[0], -1, x.shape[-1])),
+        "bias": Bias(x.shape[-1]),
+    }
     return {name: made[name] for name in call.parameters}
 
 

@@ -234,15 +234,20 @@ def perturb(
             "give a surrogate with the victim's classes"
         )
 
-    def answer(query: tuple[Array, Array]) -> Array:
-        y, m = query
+    return _solve_all(oracle, distance, y, m, epsilon)
 
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve_all(oracle: Oracle, distance: Distance, y: Array, gram: Array, epsilon: Array) -> Array:
+    """Queries [B, ...] at one budget or at E of them: [B, K] or [E, B, K]."""
+
+    def answer(query: tuple[Array, Array]) -> Array:
         def within(epsilon: Array) -> Array:
-            return solve(y, m, epsilon=epsilon, oracle=oracle, distance=distance)
+            return solve(*query, epsilon=epsilon, oracle=oracle, distance=distance)
 
         return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
 
-    answers = map_chunks(jax.vmap(answer), (y, m), _QUERIES)
+    answers = map_chunks(jax.vmap(answer), (y, gram), _QUERIES)
     return answers.swapaxes(0, 1) if epsilon.ndim else answers
 
 

@@ -33,9 +33,11 @@ class LeNet(nn.Module):
 
     conv 5x5 20 - ReLU - pool 2 - conv 5x5 50 - ReLU - pool 2 - dense 500 - ReLU - dense K, no
     padding, no dropout, PyTorch's default initialisation. Images [B, H, W, C] -> logits [B, K].
+    width: a factor of all hidden sizes (20, 50, 500).
     """
 
     num_classes: int
+    width: int = 1
     convolution: Callable[..., Array] = convolution
     pool: Callable[[Array], Array] = max_pool_2x2
 
@@ -43,7 +45,7 @@ class LeNet(nn.Module):
     def __call__(self, x: Array) -> Array:  # noqa: D102
         for features in (20, 50):
             x = nn.Conv(
-                features,
+                self.width * features,
                 (5, 5),
                 padding="VALID",
                 kernel_init=torch_kernel_init,
@@ -52,7 +54,7 @@ class LeNet(nn.Module):
             )(x)
             x = self.pool(nn.relu(x))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(self.dense(500, x))
+        x = nn.relu(self.dense(self.width * 500, x))
         return self.dense(self.num_classes, x)
 
     def dense(self, features: int, x: Array) -> Array:

@@ -7,11 +7,13 @@ from madjax.defenses import MAD
 from madjax.errors import InputError
 from madjax.gram import coverage, gram
 from madjax.mad import angle, argmax_bound, argmax_preserving, deviation, extreme, perturb, solve
-from madjax.models import Classifier, LeNet
+from madjax.models import VGG16, Classifier, LeNet
+from madjax.serving import defend, export, load
 from madjax.train import Recipe, fit
 
 __all__ = [
     "MAD",
+    "VGG16",
     "Classifier",
     "Dataset",
     "InputError",
@@ -23,7 +25,9 @@ __all__ = [
     "argmax_bound",
     "argmax_preserving",
     "coverage",
+    "defend",
     "deviation",
+    "export",
     "extreme",
     "fit",
     "gram",
@@ -31,6 +35,7 @@ __all__ = [
     "l1",
     "l2",
     "linf",
+    "load",
     "open_dataset",
     "perturb",
     "solve",

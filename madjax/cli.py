@@ -1,4 +1,4 @@
-"""The command line: `madjax sweep` and `madjax report`."""
+"""The command line: `madjax sweep`, `madjax report` and `madjax export`."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 from functools import reduce
 from pathlib import Path
 
-from madjax import config, report, sweep
+from madjax import config, report, serving, sweep
 from madjax.errors import InputError
 
 
@@ -26,10 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _sweep(options: argparse.Namespace) -> None:
+def _chosen(options: argparse.Namespace) -> tuple[config.Sweep, Path]:
+    """The config with what --set replaces, and the directory of its run."""
     chosen = reduce(config.override, options.set, config.load(options.config))
+    return chosen, options.out or Path("runs") / chosen.name
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    chosen, out = _chosen(options)
     sweep.split_cpu(len(chosen.epsilons) * len(chosen.seeds))
-    out = options.out or Path("runs") / chosen.name
     sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume)
     print(report.write_report(out))
     print(f"rows, table and figure: {out}/rows.jsonl, report.md, tradeoff.png")
@@ -37,6 +42,31 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     print(report.write_report(options.directory))
+
+
+def _export(options: argparse.Namespace) -> None:
+    chosen, out = _chosen(options)
+    platforms = tuple(options.platforms.split(","))
+    victim, predict = sweep.defended(
+        chosen,
+        out,
+        strength=options.epsilon,
+        seed=options.seed,
+        data_dir=options.data_dir,
+        any_platform=platforms != ("cpu",),
+    )
+    path = options.file or out / "predict.jaxexport"
+    serving.export(predict, path, shape=victim.image_shape, platforms=platforms)
+    shape = ", ".join(map(str, victim.image_shape))
+    print(f"{path}: uint8 images [B, {shape}] -> posteriors, on {', '.join(platforms)}")
+    print(f"run it: madjax.load({str(path)!r})(images)")
+
+
+def _epsilon(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a budget: give a number >= 0")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,6 +77,40 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("sweep", help="run a grid of epsilons and seeds, then report it")
+    _name_a_run(command)
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR where it stopped"
+    )
+    command.set_defaults(command=_sweep)
+
+    command = commands.add_parser(
+        "export", help="write the defended victim of a run to a file that needs no model code"
+    )
+    _name_a_run(command)
+    command.add_argument(
+        "--epsilon", type=_epsilon, required=True, help="the defence's strength, any number >= 0"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="the surrogate of which seed; default 0"
+    )
+    command.add_argument(
+        "--platforms",
+        default=",".join(serving.PLATFORMS),
+        metavar="LIST",
+        help="what the file runs on: of cpu,cuda,tpu,rocm; default cpu,cuda,tpu; cpu alone is the "
+        "faster there",
+    )
+    command.add_argument("--file", type=Path, metavar="FILE", help="default: DIR/predict.jaxexport")
+    command.set_defaults(command=_export)
+
+    command = commands.add_parser("report", help="table and figure from the rows of a run")
+    command.add_argument("directory", type=Path, metavar="DIR")
+    command.set_defaults(command=_report)
+    return parser
+
+
+def _name_a_run(command: argparse.ArgumentParser) -> None:
+    """The options by which a run is described and found."""
     command.add_argument(
         "config",
         nargs="?",
@@ -63,20 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/CONFIG")
     command.add_argument(
-        "--resume", action="store_true", help="go on with the run in DIR where it stopped"
-    )
-    command.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
         help="where bare data set names and TFDS sets are found (default: $MADJAX_DATA)",
     )
-    command.set_defaults(command=_sweep)
-
-    command = commands.add_parser("report", help="table and figure from the rows of a run")
-    command.add_argument("directory", type=Path, metavar="DIR")
-    command.set_defaults(command=_report)
-    return parser
 
 
 if __name__ == "__main__":

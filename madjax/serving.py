@@ -122,9 +122,9 @@ def load(path: str | Path) -> Predict:
     def predict(x: Array) -> Array:
         x = jnp.asarray(x)
         if x.shape[1:] != wanted.shape[1:] or x.dtype != wanted.dtype:
+            shape = ", ".join(map(str, wanted.shape[1:]))
             raise InputError(
-                f"{path} takes {wanted.dtype} queries [B, {', '.join(map(str, wanted.shape[1:]))}], "
-                f"not {x.dtype} {list(x.shape)}"
+                f"{path} takes {wanted.dtype} queries [B, {shape}], not {x.dtype} {list(x.shape)}"
             )
         return call(x)
 

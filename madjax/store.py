@@ -22,6 +22,7 @@ from madjax.config import digest
 from madjax.errors import InputError
 from madjax.files import write_atomically
 
+CONFIG = "config.json"
 ROWS = "rows.jsonl"
 
 
@@ -34,7 +35,7 @@ def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> l
         InputError: the directory cannot be written, holds something else, holds a run and resume
             was not asked for, or holds a run of another config.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     if path.is_file():
         if not resume:
             raise InputError(

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import reduce
 
 import numpy as np
 import pytest
 
+import madjax
+from madjax import config, sweep
 from madjax.cli import main
 from madjax.datasets import base_name
 
@@ -49,6 +52,20 @@ def test_the_main_job_and_its_report_from_any_directory(tmp_path):
         [*command, "report", out], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert table.strip() in report.stdout
+    exported = subprocess.run(
+        [*command, "export", *sets(*QUICK), "--epsilon", "0.5"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "runs/quickstart/predict.jaxexport: uint8 images [B, 28, 28, 1]" in exported.stdout
+    images = madjax.open_dataset("embedded:mnist").x_test[:20]
+    y_tilde = madjax.load(out / "predict.jaxexport")(images)
+    chosen = reduce(config.override, QUICK, config.load("quickstart"))
+    for strength, distance in ((0.0, 0.5), (0.5, 0.0)):
+        _, predict = sweep.defended(chosen, out, strength=strength)
+        np.testing.assert_allclose(abs(predict(images) - y_tilde).sum(axis=1), distance, atol=1e-5)
     again = subprocess.run(
         [*command, "sweep", *sets(*QUICK)],
         cwd=tmp_path,

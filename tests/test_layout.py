@@ -14,7 +14,7 @@ FLOORS = [
     {"taps"},
     {"gram", "constraints", "subsets", "models", "datasets"},
     {"mad", "train"},
-    {"ablations"},
+    {"ablations", "serving"},
     {"defenses"},
     {"attacks", "evaluate"},
     {"config"},

@@ -14,6 +14,7 @@ from madjax.sweep.cells import (
     together,
     waves,
 )
+from madjax.sweep.defended import defended
 from madjax.sweep.pipeline import grid, run
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Program",
     "Shared",
     "default_mapping",
+    "defended",
     "device_name",
     "grid",
     "make_mesh",

@@ -68,8 +68,8 @@ def run(
     directory = Path(directory)
     data = open_dataset(config.dataset, data_dir)
     images = _query_images(config, data, data_dir)
-    victim = _classifier(config.architecture, data, "victim")
-    stolen = _classifier(config.attack.architecture, data, "attacker")
+    victim = make_classifier(config.architecture, data, "victim")
+    stolen = make_classifier(config.attack.architecture, data, "attacker")
     program = Program(stolen, config.attack.recipe, config.defense, config.attack.budget)
     _rehearse(config, victim, program, data, len(images))
     # The data too: names do not change when what is behind them does.
@@ -148,7 +148,7 @@ def _attack(
             store.discard(directory, name)
 
 
-def _classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
+def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
     """The network of one party, checked on the victim's image shape and classes."""
     name = name_of(architecture)
     blank = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.uint8)
@@ -216,12 +216,33 @@ def _query_images(config: Sweep, victim: Dataset, data_dir: str | Path | None) -
     return images
 
 
+def _victim(config: Sweep, victim: Classifier, data: Dataset) -> tuple[jax.Array, Any]:
+    """The key of the victim's training, and the shapes of its state."""
+    key = jax.random.fold_in(jax.random.key(config.victim_seed), VICTIM)
+    begin = partial(start, victim, config.victim, len(data.x_train))
+    return key, jax.eval_shape(begin, key)
+
+
+def restore_victim(config: Sweep, victim: Classifier, data: Dataset, directory: Path) -> State:
+    """The trained victim of a run.
+
+    Raises:
+        InputError: it is not there, or its training has not ended.
+    """
+    saved = store.restore(directory, "victim", _victim(config, victim, data)[1])
+    if saved is None or int(saved.epoch) < config.victim.epochs:
+        raise InputError(
+            f"{directory} holds no victim trained for {config.victim.epochs} epochs: finish it "
+            "with madjax sweep --resume"
+        )
+    return saved
+
+
 def _train_victim(
     config: Sweep, victim: Classifier, data: Dataset, directory: Path, log: Log
 ) -> State:
     """The victim, from its checkpoint as far as that goes."""
-    key = jax.random.fold_in(jax.random.key(config.victim_seed), VICTIM)
-    like = jax.eval_shape(partial(start, victim, config.victim, len(data.x_train)), key)
+    key, like = _victim(config, victim, data)
     saved = store.restore(directory, "victim", like)
     epochs = config.victim.epochs
     with tqdm(

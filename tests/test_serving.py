@@ -1,0 +1,87 @@
+"""The defence in one function and in a file: the same answers, alone or in a batch, anywhere."""
+
+import subprocess
+import sys
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import madjax
+from madjax import InputError
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x.astype(jnp.float32) / 255))
+        x = nn.BatchNorm(use_running_average=True)(x)
+        return nn.Dense(5)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def networks():
+    x = jax.random.randint(jax.random.key(0), (6, 8, 8, 1), 0, 256).astype(jnp.uint8)
+    victim, surrogate = (jax.jit(Small().init)(jax.random.key(i), x) for i in (1, 2))
+    return partial(Small().apply, victim), (Small().apply, surrogate), x
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+@pytest.mark.parametrize("oracle", [madjax.extreme, madjax.argmax_preserving])
+def test_defend_is_softmax_then_perturb(networks, layers, oracle):
+    victim, surrogate, x = networks
+    predict = madjax.defend(victim, surrogate, epsilon=0.4, layers=layers, oracle=oracle)
+    y = jax.nn.softmax(victim(x))
+    want = madjax.perturb(*surrogate, x, y, epsilon=0.4, layers=layers, oracle=oracle)
+    got = jax.jit(predict)(x)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    # Label-preserving targets may lie within the budget.
+    spent = np.asarray(abs(got - y).sum(axis=1))
+    assert spent.max() <= 0.4 + 1e-5
+    assert (spent if oracle is madjax.extreme else spent.max()) == pytest.approx(0.4, abs=1e-5)
+    for i in (0, 5):
+        np.testing.assert_allclose(jax.jit(predict)(x[i : i + 1])[0], want[i], atol=1e-5)
+
+
+def test_a_file_answers_batches_of_any_size_without_the_models_code(networks, tmp_path):
+    victim, surrogate, x = networks
+    predict = madjax.defend(victim, surrogate, epsilon=0.4, oracle=madjax.argmax_preserving)
+    path = tmp_path / "predict.jaxexport"
+    madjax.export(predict, path, shape=x.shape[1:])
+    loaded = madjax.load(path)
+    for n in (1, 6):
+        np.testing.assert_allclose(loaded(x[:n]), predict(x[:n]), atol=1e-6)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "want.npy", predict(x))
+    # Neither madjax nor Flax is needed, JAX alone runs it.
+    code = """
+import sys, jax, numpy as np
+sys.modules["madjax"] = sys.modules["flax"] = None
+exported = jax.export.deserialize(bytearray(open("predict.jaxexport", "rb").read()))
+assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+np.testing.assert_allclose(exported.call(np.load("x.npy")), np.load("want.npy"), atol=1e-6)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_bad_files_and_queries_are_named(networks, tmp_path):
+    victim, surrogate, x = networks
+    predict = madjax.defend(victim, surrogate, epsilon=0.4, layers="last")
+    with pytest.raises(InputError, match="platforms is 'cpu,abacus': choose among cpu"):
+        madjax.export(predict, tmp_path / "a", shape=(8, 8, 1), platforms=("cpu", "abacus"))
+    with pytest.raises(InputError, match="cannot be read"):
+        madjax.load(tmp_path / "a")
+    (tmp_path / "a").write_text("no export")
+    with pytest.raises(InputError, match="is no exported function"):
+        madjax.load(tmp_path / "a")
+    madjax.export(predict, tmp_path / "a", shape=(8, 8, 1), platforms=("cuda",))
+    with pytest.raises(InputError, match="runs on cuda, not on cpu: export it again"):
+        madjax.load(tmp_path / "a")
+    madjax.export(predict, tmp_path / "a", shape=(8, 8, 1), platforms=("cpu",))
+    loaded = madjax.load(tmp_path / "a")
+    for wrong in (x[0], x.astype(jnp.float32), x[:, :4]):
+        with pytest.raises(InputError, match=r"takes uint8 queries \[B, 8, 8, 1\], not"):
+            loaded(wrong)

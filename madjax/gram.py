@@ -233,7 +233,7 @@ def _forward(
     layer_terms = [
         (place, term)
         for (place, call), (inputs, variables) in zip(calls, state, strict=True)
-        for term in terms(call._replace(inputs=inputs, variables=variables)).values()
+        for term in terms(call._replace(inputs=inputs, variables=variables))
     ]
     return log_p, pull_back, layer_terms
 
@@ -261,7 +261,7 @@ def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> _
         m = jnp.einsum("bik,bjk->bij", centred, centred)
         return jnp.square(h.astype(jnp.float32)).sum(axis=-1)[:, None, None] * m
 
-    return _Way(run, k, found.query_numbers + x[:1].size, 0, 3 * k, 0)
+    return _Way(run, k, 3 * found.largest + x[:1].size, 0, 3 * k, 0)
 
 
 def _head(logits: Array, calls: list[Call]) -> Call:

@@ -37,15 +37,18 @@ class Term(Protocol):
 class Kernel:
     """g_k = sum_p a_p (x) d_kp: a matrix [F, O] that multiplies rows, in G separate groups.
 
-    A dense layer has one row for every position, a convolution the patch under its window.
+    A dense layer has one row for every position, a convolution the patch under its window. A bias
+    is one more row of the matrix, which multiplies 1.
     """
 
     rows: Array
-    """a: [B, P, G, F]."""
+    """a: [B, P, G, F], float32."""
+    bias: bool
 
     def reduce(self, d: Array, num_classes: int) -> Array:
         """The gradients [k, B, G O F], or the cotangents [k, B, P, G, O] where they cost less."""
         b, p, g, f = self.rows.shape
+        f += self.bias
         d = d.reshape(len(d), b, p, g, -1).astype(jnp.float32)
         k, o = num_classes, d.shape[-1]
         materialise = k * p * f * o + k * k * f * o
@@ -54,7 +57,9 @@ class Kernel:
             return d
         # All classes beside each other make one long product; XLA would choose short ones.
         wide = lax.optimization_barrier(d.transpose(1, 2, 3, 0, 4)).reshape(b, p, g, -1)
-        gradients = jnp.einsum("bpgf,bpgn->bgfn", self.rows.astype(jnp.float32), wide)
+        margin = ((0, 0), (0, 0), (0, 0), (0, int(self.bias)))
+        rows = jnp.pad(self.rows, margin, constant_values=1)
+        gradients = jnp.einsum("bpgf,bpgn->bgfn", rows, wide)
         gradients = gradients.reshape(b, g * f, len(d), o)
         return gradients.transpose(2, 0, 1, 3).reshape(len(d), b, -1)
 
@@ -62,8 +67,8 @@ class Kernel:
         """By the gradients, or as sum_pq (a_p . a_q) (d_kp . d_lq) without forming them."""
         if kept.ndim == 3:
             return _inner(kept)
-        rows = self.rows.astype(jnp.float32)
-        return _weighted_inner(jnp.einsum("bpgf,bqgf->bgpq", rows, rows), kept)
+        products = jnp.einsum("bpgf,bqgf->bgpq", self.rows, self.rows) + int(self.bias)
+        return _weighted_inner(products, kept)
 
 
 @dataclass(frozen=True)
@@ -157,29 +162,37 @@ def known(module: nn.Module) -> bool:
     return type(module) in _TERMS
 
 
-def terms(call: Call) -> dict[str, Term] | None:
-    """A term for every parameter of a layer, or None where this call is not the plain layer.
+def terms(call: Call) -> list[Term] | None:
+    """Terms for all the parameters of a layer, or None where this call is not the plain layer.
 
     Raises:
         InputError: a BatchNorm in training mode, which mixes the rows of a batch.
     """
     found = _TERMS[type(call.module)](call)
-    return found if found is not None and found.keys() == call.parameters.keys() else None
+    if found is None or {name for names in found for name in names} != call.parameters.keys():
+        return None
+    return list(found.values())
 
 
-def _with_bias(call: Call, name: str, term: Term) -> dict[str, Term]:
-    bias = call.parameters.get("bias")
-    return {name: term} if bias is None else {name: term, "bias": Bias(bias.size)}
+Explained = dict[tuple[str, ...], Term]
+"""A term, by the names of the parameters whose gradient it is."""
 
 
-def _dense(call: Call) -> dict[str, Term] | None:
+def _product(call: Call, rows: Array) -> Explained:
+    """A kernel that multiplies rows [B, P, G, F], and its bias if there is one."""
+    bias = "bias" in call.parameters
+    names = ("kernel", "bias") if bias else ("kernel",)
+    return {names: Kernel(rows.astype(jnp.float32), bias)}
+
+
+def _dense(call: Call) -> Explained | None:
     module, x = call.module, call.inputs
     if call.options or module.dot_general is not None or module.dot_general_cls is not None:
         return None
-    return _with_bias(call, "kernel", Kernel(x.reshape(x.shape[0], -1, 1, x.shape[-1])))
+    return _product(call, x.reshape(x.shape[0], -1, 1, x.shape[-1]))
 
 
-def _dense_general(call: Call) -> dict[str, Term] | None:
+def _dense_general(call: Call) -> Explained | None:
     """Over the last axes of the input: the projections of an attention layer."""
     module, x = call.module, call.inputs
     axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
@@ -189,10 +202,10 @@ def _dense_general(call: Call) -> dict[str, Term] | None:
     if not plain or module.dot_general is not None or module.dot_general_cls is not None:
         return None
     width = int(np.prod([x.shape[axis] for axis in axes]))
-    return _with_bias(call, "kernel", Kernel(x.reshape(x.shape[0], -1, 1, width)))
+    return _product(call, x.reshape(x.shape[0], -1, 1, width))
 
 
-def _conv(call: Call) -> dict[str, Term] | None:
+def _conv(call: Call) -> Explained | None:
     """A convolution over one or two axes, in groups or not."""
     module, x = call.module, call.inputs
     own = (None, lax.conv_general_dilated, cpu_convolution, convolution)
@@ -222,7 +235,7 @@ def _conv(call: Call) -> dict[str, Term] | None:
     groups, channels = module.feature_group_count, x.shape[-1]
     rows = patches.reshape(x.shape[0], -1, window[0] * window[1], groups, channels // groups)
     rows = rows.swapaxes(2, 3).reshape(*rows.shape[:2], groups, -1)
-    return _with_bias(call, "kernel", Kernel(rows))
+    return _product(call, rows)
 
 
 def _each(value: Any, count: int) -> tuple[Any, ...]:
@@ -232,22 +245,19 @@ def _each(value: Any, count: int) -> tuple[Any, ...]:
     return (1 if value is None else value,) * count
 
 
-def _embed(call: Call) -> dict[str, Term] | None:
-    return (
-        None
-        if call.options
-        else {"embedding": Lookup(call.inputs.reshape(call.inputs.shape[0], -1))}
-    )
+def _embed(call: Call) -> Explained | None:
+    tokens = call.inputs.reshape(call.inputs.shape[0], -1)
+    return None if call.options else {("embedding",): Lookup(tokens)}
 
 
-def _normalisation(call: Call) -> dict[str, Term] | None:
+def _normalisation(call: Call) -> Explained | None:
     """Scale and bias over the last axis, after a normalisation of each example by itself."""
     if call.options:
         return None
     return _scaled(call, {})
 
 
-def _batch_norm(call: Call) -> dict[str, Term] | None:
+def _batch_norm(call: Call) -> Explained | None:
     options = dict(call.options)
     fixed = nn.merge_param(
         "use_running_average",
@@ -262,7 +272,7 @@ def _batch_norm(call: Call) -> dict[str, Term] | None:
     return None if options else _scaled(call, {"batch_stats": call.variables["batch_stats"]})
 
 
-def _scaled(call: Call, state: Mapping[str, Any]) -> dict[str, Term] | None:
+def _scaled(call: Call, state: Mapping[str, Any]) -> Explained | None:
     module, x = call.module, call.inputs
     features = getattr(module, "feature_axes", getattr(module, "axis", -1))
     if _each(features, 1) not in ((-1,), (x.ndim - 1,)):
@@ -275,10 +285,10 @@ def _scaled(call: Call, state: Mapping[str, Any]) -> dict[str, Term] | None:
         "scale": Scale(normalised.reshape(x.shape[0], -1, x.shape[-1])),
         "bias": Bias(x.shape[-1]),
     }
-    return {name: made[name] for name in call.parameters}
+    return {(name,): made[name] for name in call.parameters}
 
 
-_TERMS: dict[type[nn.Module], Callable[[Call], dict[str, Term] | None]] = {
+_TERMS: dict[type[nn.Module], Callable[[Call], Explained | None]] = {
     nn.Dense: _dense,
     nn.DenseGeneral: _dense_general,
     nn.Conv: _conv,

@@ -101,7 +101,9 @@ class Survey(NamedTuple):
     """Why a leaf of the weights is not explained, by its position."""
     num_classes: int
     query_numbers: int
-    """How many numbers the layers take, give and unfold for a query."""
+    """How many numbers all layers take, give and unfold for a query."""
+    largest: int
+    """How many numbers the largest known layer takes and gives for a query, or a guess."""
 
 
 def survey(apply: Apply, params: Params, x: Array) -> Survey:
@@ -125,7 +127,7 @@ def survey(apply: Apply, params: Params, x: Array) -> Survey:
         for at in range(len(weights(params).leaves))
         if at not in explained
     }
-    return Survey(shared, unexplained, two.num_classes, two.numbers // 2)
+    return Survey(shared, unexplained, two.num_classes, two.numbers // 2, two.largest // 2)
 
 
 class _Traced(NamedTuple):
@@ -133,26 +135,27 @@ class _Traced(NamedTuple):
     reasons: dict[int, str]
     num_classes: int
     numbers: int
+    largest: int
 
 
 def _trace(apply: Apply, params: Params, x: Array, batch: int) -> _Traced:
     found = weights(params)
     places: list[Place] = []
     numbers = 0
+    largest = 16 * batch * int(np.prod(x.shape[1:]))
 
     def run(leaves: list[Array], x: Array) -> tuple[Array, list[tuple[Array, Array]]]:
-        nonlocal numbers
+        nonlocal numbers, largest
         logits, calls, seen = record(apply, found._replace(leaves=leaves), x)
         ends = []
         for call, place in zip(calls, seen, strict=True):
+            largest = max(largest, call.inputs.size + call.output.size)
             explained = None if None in place else terms(call)
             if explained and call.inputs.shape[:1] == call.output.shape[:1] == x.shape[:1]:
                 places.append(place)
                 ends.append((call.inputs, call.output))
                 numbers += call.inputs.size + call.output.size
-                numbers += sum(
-                    np.size(a) for term in explained.values() for a in vars(term).values()
-                )
+                numbers += sum(np.size(a) for term in explained for a in vars(term).values())
         return logits, ends
 
     shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
@@ -175,7 +178,7 @@ def _trace(apply: Apply, params: Params, x: Array, batch: int) -> _Traced:
             reasons[at] = "it belongs to no layer of a known kind in plain use"
         elif not any(at in place for place in taps):
             reasons[at] = "another parameter of its layer is used more than once"
-    return _Traced(taps, reasons, logits.shape[-1], numbers)
+    return _Traced(taps, reasons, logits.shape[-1], numbers, largest)
 
 
 def _uses(jaxpr: Jaxpr, var: Var) -> int:

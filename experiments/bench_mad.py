@@ -330,6 +330,56 @@ def describe(result):
     return line
 
 
+def seconds(value):
+    """Three digits with a unit."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.2g} µs"
+
+
+def markdown(facts):
+    """The table of README."""
+    lines = [
+        "| network, K, gradients, oracle | madjax | peak | PyTorch, one by one | peak | ratio |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for r in facts["rows"]:
+        name = f"{r['network']}, {r['num_classes']}, {r['layers']}, {r['oracle']}"
+        ours = f"{seconds(r['madjax']['seconds'])} | {r['madjax']['peak_gb']} GB"
+        theirs = "not run | |"
+        if "torch" in r:
+            spread = f"{r['ratio_min']:.3g} to {r['ratio_max']:.3g}"
+            theirs = f"{seconds(r['torch']['seconds'])} | {r['torch']['peak_gb']} GB | "
+            theirs += f"{r['ratio']:.3g} ({spread})"
+        lines.append(f"| {name} | {ours} | {theirs} |")
+    return "\n".join(lines)
+
+
+def figure(facts, path):
+    """The curves: seconds a query against K, D and the number of budgets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    groups = (
+        ("classes K", [n for n in facts["curves"] if n.startswith("classes")]),
+        ("parameters D", ["parameters"]),
+        ("budgets in one call", ["epsilons"]),
+    )
+    for axis, (label, names) in zip(axes, groups, strict=True):
+        for name in names:
+            x, y = zip(*((p["x"], 1e3 * p["seconds"]) for p in facts["curves"][name]), strict=True)
+            axis.plot(x, y, marker="o", label=name.partition(", ")[2] or None)
+        axis.set(xscale="log", xlabel=label, ylabel="ms a query", ylim=(0, None))
+    axes[0].set(yscale="log", ylim=(None, None))
+    axes[0].legend()
+    fig.suptitle("LeNet, all parameters")
+    fig.savefig(path, dpi=150)
+
+
 def main():
     """Measure, print, and write what was asked for as JSON where --out says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -362,9 +412,12 @@ def main():
     if options.largest:
         facts["largest"] = largest()
         print(facts["largest"])
+    print(markdown(facts))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
+        if "curves" in facts:
+            figure(facts, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ A victim (LeNet, `--epochs` epochs) answers `--queries` test images of its own k
 query images. For every width of the random surrogate, and every seed: how often both kinds of
 gradients choose the same vertex, the share of the most frequent vertex and the entropy in bits of
 the chosen ones, and the distance |A - B| / |A + B|, in [0, 1], of the two Gram matrices over their
-traces, in Frobenius norm, mean over the queries. Written as `rows.jsonl`, a table and a curve.
+traces, in Frobenius norm, mean over the queries. Written as `study.jsonl`, a table and a curve.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def main():
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (options.out / "study.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (options.out / "report.md").write_text(table(rows) + "\n")
     figure(rows, options.out / "width.png")
     print(table(rows))

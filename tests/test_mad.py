@@ -1,6 +1,7 @@
 """Objective, oracle, step: closed forms, brute force, the authors' solver, properties."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -308,6 +309,71 @@ def test_scale_does_not_matter_and_classes_may_be_renamed(case, epsilon, random)
     np.testing.assert_allclose(h[0], h[1], atol=2e-3)
 
 
+def many_problems(rng, n, k):
+    """Posteriors of every awkward kind, and Gram matrices of random surrogates or of y's own."""
+    y = rng.dirichlet(np.full(k, 0.5), n)
+    kind = rng.integers(0, 6, n)
+    y[kind == 1] = np.eye(k)[rng.integers(0, k, (kind == 1).sum())]
+    zeros = y * (rng.random((n, k)) < 0.5)
+    zeros[zeros.sum(1) == 0, 0] = 1
+    y = np.where((kind == 2)[:, None], zeros, y)
+    y[kind == 3] = 1 / k
+    ties = np.sort(y, axis=1)[:, ::-1].copy()
+    ties[:, min(1, k - 1)] = ties[:, 0]
+    y = np.where((kind == 4)[:, None], ties, y)
+    y = (y / y.sum(1, keepdims=True)).astype(np.float32)
+    p = np.where((kind == 5)[:, None], y, rng.dirichlet(np.ones(k), n))
+    g = rng.normal(size=(n, k, k + 3))
+    g -= np.einsum("bk,bkd->bd", p, g)[:, None]
+    epsilon = rng.choice([0, 1e-6, 0.1, 0.99, 1.5, 2], n).astype(np.float32)
+    return y, np.einsum("bkd,bld->bkl", g, g).astype(np.float32), epsilon
+
+
+def in_float64(name, y_tilde, y):
+    """The distance of batches, in float64."""
+    if name == "kl":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(y > 0, y * np.log(y / y_tilde), 0).sum(1)
+    return np.linalg.norm(y_tilde - y, {"l1": 1, "l2": 2, "linf": np.inf}[name], axis=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("k", [2, 3, 10, 20])
+def test_a_million_posteriors(k):
+    """Every oracle and distance on 250,000 problems for each of four K."""
+    rng = np.random.default_rng(k)
+    oracles = (*ORACLES, ablations.extreme_unnormalised, ablations.random_vertex, ablations.argmin)
+    targets = {oracle: jax.jit(jax.vmap(oracle)) for oracle in oracles}
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def solve_all(oracle, distance, y, m, epsilon):
+        def answer(y, m, epsilon):
+            return solve(y, m, epsilon=epsilon, oracle=oracle, distance=distance)
+
+        return jax.vmap(answer)(y, m, epsilon)
+
+    for _ in range(25):
+        y, m, epsilon = many_problems(rng, 10_000, k)
+        known = np.asarray(jax.vmap(defined)(y, m))
+        for oracle, distance in itertools.product(oracles, DISTANCES):
+            got = np.asarray(solve_all(oracle, distance, y, m, epsilon))
+            wide = got.astype(np.float64)
+            assert np.all(np.isfinite(got))
+            assert got.min() >= 0
+            assert abs(wide.sum(1) - 1).max() < 1e-6
+            spent = in_float64(distance.__name__, wide, y.astype(np.float64))
+            assert np.max(spent - epsilon) <= 1e-6
+            np.testing.assert_array_equal(got[epsilon == 0], y[epsilon == 0])
+            if distance is madjax.l1:
+                star = np.asarray(targets[oracle](y, m))
+                np.testing.assert_array_equal(got[epsilon == 2], star[epsilon == 2])
+            if oracle in ORACLES:
+                np.testing.assert_array_equal(got[~known], y[~known])
+            if oracle is madjax.argmax_preserving:
+                np.testing.assert_array_equal(got.argmax(1), y.argmax(1))
+
+
 def test_the_surrogates_own_posterior_has_no_angle():
     y, g = problem(3)
     g = g - (y @ g)[None]
@@ -390,6 +456,24 @@ def test_perturb_is_gram_then_solve():
     np.testing.assert_allclose(got, jnp.stack(want), atol=1e-7)
     alone = madjax.perturb(apply, w, x[3:4], y[3:4], epsilon=0.7, method="jacrev")
     np.testing.assert_allclose(alone[0], got[3], atol=1e-6)
+
+
+def test_perturb_answers_a_grid_of_budgets_in_one_call():
+    keys = jax.random.split(jax.random.key(0), 3)
+    w, x = jax.random.normal(keys[0], (6, 4)), jax.random.normal(keys[1], (5, 6))
+    y = jax.nn.softmax(jax.random.normal(keys[2], (5, 4)))
+
+    def answers(epsilon):
+        return madjax.perturb(lambda w, x: x @ w, w, x, y, epsilon=epsilon, method="jacrev")
+
+    budgets = [0.0, 0.3, 1.2]
+    got = answers(np.array(budgets))
+    assert got.shape == (3, 5, 4)
+    for at, epsilon in enumerate(budgets):
+        np.testing.assert_allclose(got[at], answers(epsilon), atol=1e-7)
+    assert answers(np.zeros(0)).shape == (0, 5, 4)
+    with pytest.raises(InputError, match=r"epsilon has shape \(1, 2\): give one budget or a list"):
+        answers(np.ones((1, 2)))
 
 
 def test_bad_input_is_named():

@@ -2,9 +2,14 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+import madjax
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -12,11 +17,23 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def test_the_python_example_runs_and_is_short(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     exec(compile(code, "README.md", "exec"), {})
     degrees = float(capsys.readouterr().out.split()[0])
     assert 0 < degrees < 180
+
+
+def test_the_serving_example_runs(tmp_path, monkeypatch):
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    network = madjax.Classifier(madjax.LeNet(10), lambda x: x / 255, (28, 28, 1))
+    victim, surrogate = (network.init(jax.random.key(i)) for i in (0, 1))
+    images = np.zeros((3, 28, 28, 1), np.uint8)
+    names = {"jax": jax, "madjax": madjax, "partial": partial, "network": network}
+    names |= {"victim": victim, "surrogate": surrogate, "images": images}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["y_tilde"].shape == (3, 10)
 
 
 def test_every_link_to_a_file_leads_somewhere():

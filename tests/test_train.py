@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from madjax import Classifier, InputError, LeNet, Recipe, fit
+from madjax import Classifier, InputError, Recipe, fit
 from madjax.datasets import MNIST_FAMILY
 from madjax.train import order, start
 
@@ -132,25 +132,3 @@ def test_targets_that_do_not_fit_are_named(data, targets, words):
     (x, _), test = data
     with pytest.raises(InputError, match=words):
         fit(CLASSIFIER, RECIPE, jax.random.key(0), (x, targets), test)
-
-
-def test_lenet_is_the_authors_network():
-    classifier = Classifier(LeNet(10), MNIST_FAMILY.preprocess, (28, 28, 1))
-    params = jax.jit(classifier.init)(jax.random.key(0))["params"]
-    shapes = {name: layer["kernel"].shape for name, layer in params.items()}
-    assert shapes == {
-        "Conv_0": (5, 5, 1, 20),
-        "Conv_1": (5, 5, 20, 50),
-        "Dense_0": (800, 500),
-        "Dense_1": (500, 10),
-    }
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 431_080
-    for name, fan_in in {"Conv_0": 25, "Conv_1": 500, "Dense_0": 800, "Dense_1": 500}.items():
-        limit = fan_in**-0.5
-        for leaf in jax.tree.leaves(params[name]):
-            assert jnp.abs(leaf).max() <= limit
-        # U(-l, l) has standard deviation l / sqrt(3).
-        kernel = params[name]["kernel"]
-        spread = 4 / np.sqrt(kernel.size)
-        np.testing.assert_allclose(kernel.std() * 3**0.5 / limit, 1, atol=spread)
-        assert jnp.abs(params[name]["bias"]).max() > 0.5 * limit

@@ -374,10 +374,19 @@ def figure(facts, path):
             x, y = zip(*((p["x"], 1e3 * p["seconds"]) for p in facts["curves"][name]), strict=True)
             axis.plot(x, y, marker="o", label=name.partition(", ")[2] or None)
         axis.set(xscale="log", xlabel=label, ylabel="ms a query", ylim=(0, None))
-    axes[0].set(yscale="log", ylim=(None, None))
+    axes[0].set(yscale="log", ylim=(1e-1, None))
     axes[0].legend()
     fig.suptitle("LeNet, all parameters")
     fig.savefig(path, dpi=150)
+
+
+def write(facts, path):
+    """The figures as JSON, and beside it their table and curves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(facts) + "\n")
+    if "curves" in facts:
+        figure(facts, path.with_suffix(".png"))
 
 
 def main():
@@ -387,8 +396,12 @@ def main():
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--no-curves", action="store_true")
     parser.add_argument("--largest", action="store_true", help="VGG16 at 224, K = 256: 5 minutes")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a JSON file; table and figure go beside it")
+    parser.add_argument("--redraw", action="store_true", help="table and figure of --out alone")
     options = parser.parse_args()
+    if options.redraw:
+        write(json.loads(options.out.read_text()), options.out)
+        return
     torch_too = not options.no_torch and importlib.util.find_spec("torch") is not None
     facts = {
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
@@ -414,10 +427,7 @@ def main():
         print(facts["largest"])
     print(markdown(facts))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(facts, indent=1) + "\n")
-        if "curves" in facts:
-            figure(facts, options.out.with_suffix(".png"))
+        write(facts, options.out)
 
 
 if __name__ == "__main__":

@@ -64,3 +64,12 @@ def test_the_benchmark_table_is_that_of_the_committed_file(field):
     for result in results:
         (line,) = [x for x in README.splitlines() if x.startswith(f"| {result['variant']} |")]
         assert str(result[field]) in line
+
+
+def test_the_table_of_mad_is_that_of_the_committed_benchmark():
+    assert (RESULTS / "bench_mad.md").read_text().strip() in README
+
+
+def test_the_study_of_gradients_is_quoted_as_committed():
+    lines = (RESULTS / "last_vs_all" / "report.md").read_text().strip()
+    assert lines in README

@@ -349,9 +349,12 @@ def markdown(facts):
         ours = f"{seconds(r['madjax']['seconds'])} | {r['madjax']['peak_gb']} GB"
         theirs = "not run | |"
         if "torch" in r:
-            spread = f"{r['ratio_min']:.3g} to {r['ratio_max']:.3g}"
+            middle, low, high = (
+                f"{r[name]:.{0 if r[name] >= 100 else 1}f}"
+                for name in ("ratio", "ratio_min", "ratio_max")
+            )
             theirs = f"{seconds(r['torch']['seconds'])} | {r['torch']['peak_gb']} GB | "
-            theirs += f"{r['ratio']:.3g} ({spread})"
+            theirs += middle if r["rounds"] == 1 else f"{middle} ({low} to {high})"
         lines.append(f"| {name} | {ours} | {theirs} |")
     return "\n".join(lines)
 
@@ -373,8 +376,10 @@ def figure(facts, path):
         for name in names:
             x, y = zip(*((p["x"], 1e3 * p["seconds"]) for p in facts["curves"][name]), strict=True)
             axis.plot(x, y, marker="o", label=name.partition(", ")[2] or None)
-        axis.set(xscale="log", xlabel=label, ylabel="ms a query", ylim=(0, None))
-    axes[0].set(yscale="log", ylim=(1e-1, None))
+            axis.set(xscale="log", xlabel=label, ylabel="ms a query", ylim=(0, 1.1 * max(y)))
+            axis.set_xticks(x, [f"{v / 1e6:.1f}M" if v > 1e5 else str(v) for v in x])
+        axis.minorticks_off()
+    axes[0].set(yscale="log", ylim=(0.1, 100))
     axes[0].legend()
     fig.suptitle("LeNet, all parameters")
     fig.savefig(path, dpi=150)

@@ -157,10 +157,12 @@ def _gram(
     x: Array,
 ) -> Array:
     with jax.default_matmul_precision("highest"):
-        if not x.shape[0] or layers == _IDENTITY:
-            one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-            k = jax.eval_shape(apply, params, one).shape[-1]
+        one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+        k = jax.eval_shape(apply, params, one).shape[-1]
+        if layers == _IDENTITY:
             return jnp.broadcast_to(jnp.eye(k), (x.shape[0], k, k))
+        if not x.shape[0] or k < 2:  # the likelihood of one class is always 1
+            return jnp.zeros((x.shape[0], k, k))
         m = jnp.zeros(())
         for way in _METHODS[method](apply, _LAYERS[layers], params, x):
             queries, classes = way.plan(chunk, memory)

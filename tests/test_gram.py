@@ -521,6 +521,20 @@ def test_ways_to_call_a_model_that_change_nothing(mixed):
     close(gram(ByName().apply, params, x, method="structured"), by_hand(ByName().apply, params, x))
 
 
+def test_one_class_has_no_gradient_and_two_have_one():
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    for classes in (1, 2):
+        model = nn.Dense(classes)
+        params = model.init(jax.random.key(1), x)
+        for layers in ("all", "last"):
+            m = gram(model.apply, params, x, layers=layers)
+            assert m.shape == (3, classes, classes)
+            assert (jnp.abs(m).max() > 0) == (classes > 1)
+        np.testing.assert_array_equal(
+            gram(model.apply, params, x, layers="identity"), np.stack(3 * [np.eye(classes)])
+        )
+
+
 def test_no_queries_have_no_grams(mixed):
     model, params, x = mixed
     for layers in ("all", "last"):

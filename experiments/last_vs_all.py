@@ -6,7 +6,7 @@ random network is a multiple of the identity, so that M ~ (I - 1 p')(I - 1 p')',
 the two meet as the surrogate is widened.
 Command: MADJAX_DATA=DIR python experiments/last_vs_all.py --out DIR2     (MNIST, Kassel letters)
          python experiments/last_vs_all.py --embedded                      (without any data files)
-Cost: about 10 minutes on 2 CPU cores, nearly all of it the surrogate of width 8.
+Cost: about 6 minutes on 2 CPU cores, most of it the surrogate of width 8.
 
 A victim (LeNet, `--epochs` epochs) answers `--queries` test images of its own kind and as many
 query images. For every width of the random surrogate, and every seed: how often both kinds of

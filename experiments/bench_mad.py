@@ -4,7 +4,8 @@ Claim: on the same CPU the exact defence is 25 to 900 times faster than one back
 and a loop over candidate answers with the Jacobian in memory, and its memory does not grow with D.
 Command: pip install -e ".[bench]" && python experiments/bench_mad.py --out FILE
 Cost: about 15 minutes on 2 CPU cores, most of it PyTorch's VGG16 rows (`--quick` leaves them out).
-Where PyTorch is not installed, or with `--no-torch`, only madjax is measured.
+Where PyTorch is not installed, or with `--no-torch`, only madjax is measured. JAX takes a GPU where
+there is one, PyTorch's side always the CPU: ratios are for machines without a GPU.
 
 Both sides get equal random weights' distributions, random images and random posteriors, and give
 the answers to the same budget, L1 0.5. PyTorch works as the authors' code does: batch 1, G from K

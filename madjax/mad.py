@@ -144,6 +144,8 @@ def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l
     if distance in NORMS:
         far = distance(y_star, y)
         a = jnp.where(far > 0, jnp.clip(epsilon / jnp.where(far > 0, far, 1), 0, 1), 0)
+        # A distance of 2 may come out as the next number above: that is still all the way.
+        a = jnp.where(a > 1 - 3 * jnp.finfo(y.dtype).eps, 1, a)
     else:
         a = _bisect(lambda a: distance((1 - a) * y + a * y_star, y) <= epsilon, y.dtype)
         # Rounding may hide a small distance, but no budget is no change.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from madjax.batching import map_chunks
 from madjax.constraints import l1
 from madjax.gram import check_layers, gram
-from madjax.mad import Distance, Oracle, argmax_preserving, extreme, solve
+from madjax.mad import QUERIES, Distance, Oracle, argmax_preserving, extreme, solve
 
 Array = jax.Array
 Apply = Callable[[Any, Array], Array]
@@ -67,8 +67,7 @@ def answers(defense: Any, key: Array, y: Array, evidence: Any, strength: Array |
         i, y, evidence = query
         return defense.answer(jax.random.fold_in(key, i), y, evidence, strength)
 
-    # In chunks: an oracle may look at hundreds of candidates for every query.
-    return map_chunks(jax.vmap(answer), (jnp.arange(y.shape[0]), y, evidence), 1000)
+    return map_chunks(jax.vmap(answer), (jnp.arange(y.shape[0]), y, evidence), QUERIES)
 
 
 def as_function(

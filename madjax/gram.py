@@ -247,7 +247,7 @@ def _pull(
     num_classes: int,
 ) -> list[Array]:
     """What the terms keep of the cotangents of some classes: seeds [k, B, K]."""
-    (cotangents,) = jax.vmap(pull_back)(seeds)
+    (cotangents,) = jax.tree.map(lambda d: d.astype(jnp.float32), jax.vmap(pull_back)(seeds))
     return [term.reduce(cotangents[place], num_classes) for place, term in layer_terms]
 
 

@@ -27,7 +27,7 @@ class Term(Protocol):
     """The gradient of one parameter as a function of the layer's output cotangents."""
 
     def reduce(self, d: Array, num_classes: int) -> Array:
-        """Output cotangents [k, B, ...] of some of the classes -> what is kept, [k, B, ...]."""
+        """Output cotangents [k, B, ...], float32, of some classes -> what is kept, [k, B, ...]."""
 
     def product(self, kept: Array) -> Array:
         """What is kept of all K classes, [K, B, ...] -> [B, K, K], sum_n g_kn g_ln."""
@@ -49,7 +49,7 @@ class Kernel:
         """The gradients [k, B, G O F], or the cotangents [k, B, P, G, O] where they cost less."""
         b, p, g, f = self.rows.shape
         f += self.bias
-        d = d.reshape(len(d), b, p, g, -1).astype(jnp.float32)
+        d = d.reshape(len(d), b, p, g, -1)
         k, o = num_classes, d.shape[-1]
         materialise = k * p * f * o + k * k * f * o
         products = p * p * f + k * p * p * o + k * k * p * o
@@ -81,7 +81,7 @@ class Lookup:
     def reduce(self, d: Array, num_classes: int) -> Array:
         """The cotangents [k, B, P, 1, O]: the gradient is as large as the table."""
         del num_classes
-        return d.reshape(len(d), *self.tokens.shape, 1, -1).astype(jnp.float32)
+        return d.reshape(len(d), *self.tokens.shape, 1, -1)
 
     def product(self, kept: Array) -> Array:
         """sum_pq [i_p = i_q] (d_kp . d_lq)."""
@@ -94,13 +94,12 @@ class Scale:
     """g_k = sum_p a_p * d_kp, feature by feature: the scale of a normalisation."""
 
     inputs: Array
-    """a: [B, P, O]."""
+    """a: [B, P, O], float32."""
 
     def reduce(self, d: Array, num_classes: int) -> Array:
         """The gradients [k, B, O]."""
         del num_classes
-        d = d.reshape(len(d), *self.inputs.shape).astype(jnp.float32)
-        return jnp.einsum("bpo,kbpo->kbo", self.inputs.astype(jnp.float32), d)
+        return jnp.einsum("bpo,kbpo->kbo", self.inputs, d.reshape(len(d), *self.inputs.shape))
 
     def product(self, kept: Array) -> Array:
         """By the gradients."""
@@ -116,7 +115,7 @@ class Bias:
     def reduce(self, d: Array, num_classes: int) -> Array:
         """The gradients [k, B, O]."""
         del num_classes
-        return d.reshape(*d.shape[:2], -1, self.size).astype(jnp.float32).sum(axis=2)
+        return d.reshape(*d.shape[:2], -1, self.size).sum(axis=2)
 
     def product(self, kept: Array) -> Array:
         """By the gradients."""

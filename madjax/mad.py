@@ -249,11 +249,11 @@ def _solve_all(oracle: Oracle, distance: Distance, y: Array, gram: Array, epsilo
 
         return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
 
-    answers = map_chunks(jax.vmap(answer), (y, gram), _QUERIES)
+    answers = map_chunks(jax.vmap(answer), (y, gram), QUERIES)
     return answers.swapaxes(0, 1) if epsilon.ndim else answers
 
 
-_QUERIES = 1000
+QUERIES = 1000
 """Solved at a time: an oracle may look at hundreds of candidates for every one."""
 
 

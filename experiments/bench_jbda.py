@@ -231,9 +231,10 @@ def ours(weights, surrogate, seeds, test, budget, final_epochs, threads):
     jax.block_until_ready(transfer)
     seconds["collect"] = time.perf_counter() - began
     began = time.perf_counter()
-    state = start(cell, shared)
+    lesson = sweep.Lesson(shared.images, shared.test_images, shared.test_labels)
+    state = start(cell, lesson)
     for _ in range(final_epochs):
-        state = learn((transfer, state), shared)
+        state = learn((transfer, state), lesson)
     accuracy = float(state.accuracy[0, -1])
     seconds["final"] = time.perf_counter() - began
     return accuracy, seconds
@@ -249,13 +250,9 @@ def compiled(budget, final_epochs, shape, layers):
     network = madjax.Classifier(madjax.LeNet(10), MNIST_FAMILY.preprocess, shape)
     defense = madjax.MAD(layers=layers)
     program = sweep.Program(network, network, MNIST_FAMILY, defense, attack, 10, 10)
+    training = sweep.Training(network, final, budget)
     mesh = sweep.make_mesh(jax.devices()[:1])
-    functions = (
-        program.begin,
-        program.round,
-        partial(program.start, size=budget),
-        partial(program.advance, size=budget),
-    )
+    functions = (program.begin, program.round, training.start, training.advance)
     return (*(sweep.over_cells(f, mesh, sweep.default_mapping()) for f in functions), attack)
 
 

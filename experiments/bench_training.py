@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from madjax import MAD, Classifier, LeNet, Recipe, sweep
+from madjax import Classifier, LeNet, Recipe, sweep
+from madjax.attacks import Transfer
 from madjax.datasets import MNIST_FAMILY
 from madjax.train import epoch, start
 
@@ -57,15 +58,17 @@ def grid(mapping, x, y):
     """One epoch of `CELLS` attackers as the sweep runs them, over all devices."""
     classifier = Classifier(LeNet(10), MNIST_FAMILY.preprocess, (28, 28, 1))
     n = len(x)
-    flat = jnp.broadcast_to(jnp.eye(10)[None, None], (1, n, 10, 10))
-    shared = sweep.Shared(x, y, flat, x[:64], y[:64].argmax(-1), y[:64], flat[:, :64])
     mesh = sweep.make_mesh()
-    program = sweep.Program(classifier, RECIPE, MAD(), n)
+    training = sweep.Training(classifier, RECIPE, n)
+    lesson = sweep.Lesson(x, x[:64], y[:64].argmax(-1))
     cells = [sweep.Cell(np.float32(e / 10), np.uint32(0), np.int32(0)) for e in range(CELLS)]
     ((_, stacked),) = sweep.waves(cells, CELLS)
-    attackers, _ = sweep.over_cells(program.begin, mesh, mapping)(stacked, shared)
-    advance = sweep.over_cells(program.advance, mesh, mapping)
-    return lambda: jax.block_until_ready(advance(attackers, shared)), CELLS * n
+    bought = Transfer(jnp.arange(n), y, jnp.int32(n))
+    transfers = jax.tree.map(lambda a: jnp.stack([a] * CELLS), bought)
+    start = sweep.over_cells(training.start, mesh, mapping)
+    advance = sweep.over_cells(training.advance, mesh, mapping)
+    state = start(stacked, lesson)
+    return lambda: jax.block_until_ready(advance((transfers, state), lesson)), CELLS * n
 
 
 def pytorch(x, y, threads):

@@ -5,6 +5,7 @@ from madjax.attacks import (
     Attack,
     JacobianAugmentation,
     Knockoff,
+    Online,
     jbda,
     jbself,
     jbtop,
@@ -14,15 +15,36 @@ from madjax.attacks import (
 from madjax.config import Sweep
 from madjax.constraints import kl, l1, l2, linf
 from madjax.datasets import Dataset, open_dataset
-from madjax.defenses import MAD
+from madjax.defenses import (
+    DPSGD,
+    MAD,
+    Defense,
+    RandomNoise,
+    ReverseSigmoid,
+    Rounding,
+    TopK,
+    Undefended,
+)
 from madjax.errors import InputError
 from madjax.gram import coverage, gram
-from madjax.mad import angle, argmax_bound, argmax_preserving, deviation, extreme, perturb, solve
+from madjax.mad import (
+    Solution,
+    angle,
+    argmax_bound,
+    argmax_preserving,
+    deviation,
+    extreme,
+    extreme_at_budget,
+    perturb,
+    solution,
+    solve,
+)
 from madjax.models import MLP, VGG16, Classifier, LeNet, ResNet18
 from madjax.serving import defend, export, load
 from madjax.train import Recipe, fit
 
 __all__ = [
+    "DPSGD",
     "MAD",
     "MLP",
     "VGG16",
@@ -30,13 +52,21 @@ __all__ = [
     "Attack",
     "Classifier",
     "Dataset",
+    "Defense",
     "InputError",
     "JacobianAugmentation",
     "Knockoff",
     "LeNet",
+    "Online",
+    "RandomNoise",
     "Recipe",
     "ResNet18",
+    "ReverseSigmoid",
+    "Rounding",
+    "Solution",
     "Sweep",
+    "TopK",
+    "Undefended",
     "angle",
     "argmax_bound",
     "argmax_preserving",
@@ -45,6 +75,7 @@ __all__ = [
     "deviation",
     "export",
     "extreme",
+    "extreme_at_budget",
     "fit",
     "gram",
     "jbda",
@@ -57,6 +88,7 @@ __all__ = [
     "load",
     "open_dataset",
     "perturb",
+    "solution",
     "solve",
     "steal",
     "top_label",

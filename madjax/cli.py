@@ -1,4 +1,4 @@
-"""The command line: `madjax sweep`, `madjax report` and `madjax export`."""
+"""The command line: `madjax sweep`, `madjax angle`, `madjax report` and `madjax export`."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from functools import reduce
 from pathlib import Path
 
 from madjax import config, report, serving, sweep
+from madjax.attacks import Online
 from madjax.errors import InputError
 
 
@@ -33,14 +34,29 @@ def _chosen(options: argparse.Namespace) -> tuple[config.Sweep, Path]:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    _run(options, *_chosen(options))
+
+
+def _angle(options: argparse.Namespace) -> None:
     chosen, out = _chosen(options)
-    sweep.split_cpu(len(chosen.epsilons) * len(chosen.seeds))
+    if not all(isinstance(attack, Online) for attack in chosen.attacks):
+        raise InputError(
+            f"config {options.config!r} has attacks that are not white-box: give "
+            "--set attack=madjax.Online with a recipe of its own, or run madjax sweep"
+        )
+    _run(options, chosen, out)
+
+
+def _run(options: argparse.Namespace, chosen: config.Sweep, out: Path) -> None:
+    sweep.split_cpu(max(len(sweep.grid(chosen, defense)) for defense in chosen.defenses))
     sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume)
     print(report.write_report(out))
-    print(f"rows, table and figure: {out}/rows.jsonl, report.md, tradeoff.png")
+    print(f"rows, table and figures: {out}/{', '.join(report.files(out))}")
 
 
 def _report(options: argparse.Namespace) -> None:
+    if options.trace:
+        report.write_trace(options.directory, options.trace)
     print(report.write_report(options.directory))
 
 
@@ -51,6 +67,7 @@ def _export(options: argparse.Namespace) -> None:
         chosen,
         out,
         strength=options.epsilon,
+        defense=options.defense,
         seed=options.seed,
         data_dir=options.data_dir,
         any_platform=platforms != ("cpu",),
@@ -76,12 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("sweep", help="run a grid of epsilons and seeds, then report it")
-    _name_a_run(command)
-    command.add_argument(
-        "--resume", action="store_true", help="go on with the run in DIR where it stopped"
+    command = commands.add_parser(
+        "sweep", help="run a grid of defences, attacks, epsilons and seeds, then report it"
     )
+    _name_a_run(command)
+    _resume(command)
     command.set_defaults(command=_sweep)
+
+    command = commands.add_parser(
+        "angle", help="white-box mode: train attackers online and trace the angle of each step"
+    )
+    _name_a_run(command, default="angle")
+    _resume(command)
+    command.set_defaults(command=_angle)
 
     command = commands.add_parser(
         "export", help="write the defended victim of a run to a file that needs no model code"
@@ -89,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     _name_a_run(command)
     command.add_argument(
         "--epsilon", type=_epsilon, required=True, help="the defence's strength, any number >= 0"
+    )
+    command.add_argument(
+        "--defense", metavar="LABEL", help="which defence, where the config has several"
     )
     command.add_argument(
         "--seed", type=int, default=0, help="the surrogate of which seed; default 0"
@@ -103,20 +130,32 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--file", type=Path, metavar="FILE", help="default: DIR/predict.jaxexport")
     command.set_defaults(command=_export)
 
-    command = commands.add_parser("report", help="table and figure from the rows of a run")
+    command = commands.add_parser("report", help="table and figures from the rows of a run")
     command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="also write every step of the run's online attackers to FILE.npz or FILE.parquet",
+    )
     command.set_defaults(command=_report)
     return parser
 
 
-def _name_a_run(command: argparse.ArgumentParser) -> None:
+def _resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR where it stopped"
+    )
+
+
+def _name_a_run(command: argparse.ArgumentParser, default: str = "quickstart") -> None:
     """The options by which a run is described and found."""
     command.add_argument(
         "config",
         nargs="?",
-        default="quickstart",
+        default=default,
         metavar="CONFIG",
-        help=f"a config file, or one of {', '.join(config.shipped_configs())}; default quickstart",
+        help=f"a config file, or one of {', '.join(config.shipped_configs())}; default {default}",
     )
     command.add_argument(
         "--set",

@@ -21,13 +21,10 @@ import flax.linen as nn
 import numpy as np
 
 from madjax.attacks import Attack, Knockoff
-from madjax.defenses import MAD
+from madjax.defenses import MAD, Defense
 from madjax.errors import InputError
 from madjax.models import LeNet
 from madjax.train import Recipe
-
-MAX_EPSILON = 1e6
-"""Beyond any distance that a posterior can have but an infinite KL; small enough for float32."""
 
 Architecture = Callable[[int], nn.Module]
 """Number of classes -> a linen module; a module class whose first field is that number will do."""
@@ -35,15 +32,16 @@ Architecture = Callable[[int], nn.Module]
 
 @dataclass(frozen=True)
 class Sweep:
-    """One grid of cells, attack x epsilon x seed, against one victim.
+    """One grid of cells, defence x attack x strength x seed, against one victim.
 
     dataset and queryset are names for `open_dataset`; query_splits are the parts of the query set
     that attackers may draw from. attack is one attack or several, told apart by name and variant;
     budgets are query budgets besides each attack's own: the stolen model is trained anew on as
-    many examples as each would have bought, the first of the one transfer set. The surrogate has
-    the victim's architecture and random parameters (the paper's best choice), drawn anew for every
-    seed; a seed also fixes the drawn images, the stolen model's first parameters and the order of
-    training.
+    many examples as each would have bought, the first of the one transfer set. defense is one
+    defence or several, told apart by what they say of themselves in rows; epsilons are the
+    strengths of every defence that has none of its own (for MAD, the budget). A surrogate has the
+    victim's architecture and is drawn anew for every seed; a seed also fixes the drawn images, the
+    stolen model's first parameters and the order of training.
     """
 
     name: str
@@ -53,32 +51,39 @@ class Sweep:
     architecture: Architecture = LeNet
     victim: Recipe = Recipe(weight_decay=5e-4)
     victim_seed: int = 0
-    defense: Any = MAD()
+    defense: Defense | tuple[Defense, ...] = MAD()
     epsilons: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.8, 0.99, 1.1, 1.5)
     seeds: tuple[int, ...] = (0,)
     attack: Attack | tuple[Attack, ...] = Knockoff()
     budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for value in self.epsilons:
-            if not 0 <= value <= MAX_EPSILON:
-                raise InputError(
-                    f"epsilon is {value}: it is a distance, give a number from 0 to {MAX_EPSILON:g}"
-                )
         for value in (*self.seeds, self.victim_seed):
             if not isinstance(value, int) or not 0 <= value < 2**32:
                 raise InputError(f"seed is {value}: give a whole number from 0 to 2^32 - 1")
-        # Cells compute in float32: epsilons that round to one number would be one cell.
-        rounded = tuple(map(float, np.float32(self.epsilons)))
-        for name, values in (
-            ("epsilons", rounded),
-            ("seeds", self.seeds),
-            ("query_splits", self.query_splits),
-        ):
-            if not values or len(set(values)) != len(values):
+        for defense in self.defenses:
+            if not isinstance(defense, Defense):
                 raise InputError(
-                    f"{name} is {getattr(self, name)}: give at least one value, each once"
+                    f"defense holds {defense!r}, which is no madjax.Defense: give one such as "
+                    "madjax.MAD(), or madjax.defenses.Custom(function=...)"
                 )
+        said = [tuple(defense.describe().values()) for defense in self.defenses]
+        if not said or len(set(said)) != len(said):
+            raise InputError(
+                f"defense holds {'; '.join(d.label for d in self.defenses) or 'nothing'}: give at "
+                "least one, each with settings or a variant of its own"
+            )
+        lists = {"seeds": self.seeds, "query_splits": self.query_splits}
+        for defense in self.defenses:
+            for value in self.strengths_of(defense):
+                defense.check_strength(value)
+            name = f"strengths of {defense.label}" if defense.strengths else "epsilons"
+            lists[name] = self.strengths_of(defense)
+        for name, values in lists.items():
+            # Cells compute in float32: strengths that round to one number would be one cell.
+            distinct = {np.float32(v) if isinstance(v, float) else v for v in values}
+            if not values or len(distinct) != len(values):
+                raise InputError(f"{name} is {values}: give at least one value, each once")
         for split in self.query_splits:
             if split not in ("train", "test"):
                 raise InputError(f"query_splits holds {split!r}: use 'train' and 'test'")
@@ -91,6 +96,15 @@ class Sweep:
         for attack in self.attacks:
             for budget in self.budgets:
                 attack.examples(budget)
+
+    @property
+    def defenses(self) -> tuple[Defense, ...]:
+        """The defences, one or several."""
+        return self.defense if isinstance(self.defense, tuple) else (self.defense,)
+
+    def strengths_of(self, defense: Defense) -> tuple[float, ...]:
+        """The strengths at which a defence is tried."""
+        return defense.strengths or self.epsilons
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
@@ -163,7 +177,12 @@ def override(config: Any, assignment: str) -> Any:
 
 def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
     if isinstance(config, tuple) and any(map(_is_section, config)):
-        return tuple(_replace(item, path, text, assignment) for item in config)
+        # Of defences of several kinds, those that have the field; if none has, the first one's
+        # error says which fields there are.
+        having = [item for item in config if hasattr(item, path[0])] or config
+        return tuple(
+            _replace(item, path, text, assignment) if item in having else item for item in config
+        )
     name, *rest = path
     known = [f.name for f in dataclasses.fields(config)] if _is_section(config) else []
     if name not in known:
@@ -176,11 +195,17 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
         new = _replace(old, rest, text, assignment)
     elif isinstance(old, tuple) or ("," in text and _may_be_several(config, name)):
         first = old[:1] if isinstance(old, tuple) else (old,)
-        example = first[0] if first else get_args(get_type_hints(type(config))[name])[0]()
+        example = first[0] if first else _example(config, name)
         new = _parse_several(text, example, assignment)
     else:
         new = _parse(text, old, assignment)
     return dataclasses.replace(config, **{name: new})
+
+
+def _example(config: Any, name: str) -> Any:
+    """A value of the kind that an empty tuple of this field would hold; None for a function."""
+    kind = get_args(get_type_hints(type(config))[name])[0]
+    return None if get_origin(kind) is Callable else kind()
 
 
 def _may_be_several(config: Any, name: str) -> bool:
@@ -192,7 +217,7 @@ def _may_be_several(config: Any, name: str) -> bool:
 def _parse_several(text: str, example: Any, assignment: str) -> tuple[Any, ...]:
     """The values of text, each of the kind of `example`."""
     parts = tuple(part.strip() for part in text.split(","))
-    if callable(example) or _is_section(example):
+    if example is None or callable(example) or _is_section(example):
         return tuple(_parse(part, example, assignment) for part in parts)
     value = _literal(text)
     if isinstance(value, str):

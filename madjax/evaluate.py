@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from madjax.constraints import kl, l1, l2
+from madjax.constraints import entropy, kl, l1, l2
 
 Array = jax.Array
 
@@ -13,7 +13,8 @@ def utility(y: Array, y_tilde: Array, labels: Array) -> dict[str, Array]:
 
     Scalars: `defender_accuracy` (percent, top class of y~ = label), `fidelity` (percent, top class
     of y~ = that of y), and mean and population standard deviation over the N queries of the
-    distances `l1`, `l2` and `kl` (nats; infinite as soon as one answer is), and the largest `l1`.
+    distances `l1`, `l2` and `kl` (nats; infinite as soon as one answer is), the largest `l1`, and
+    mean and standard deviation of the answers' `entropy` (bits, at most log2 K).
     """
 
     def percent(hits: Array) -> Array:
@@ -31,4 +32,6 @@ def utility(y: Array, y_tilde: Array, labels: Array) -> dict[str, Array]:
         result[f"{distance.__name__}_mean"] = values.mean()
         result[f"{distance.__name__}_std"] = spread
     result["l1_max"] = jax.vmap(l1)(y_tilde, y).max()
+    entropies = jax.vmap(entropy)(y_tilde)
+    result |= {"entropy_mean": entropies.mean(), "entropy_std": entropies.std()}
     return result

@@ -10,23 +10,28 @@ Only M = G G', [K, K], enters: cos = y~'M y / sqrt(y~'M y~ . y'M y). `madjax.gra
 once for a query; everything in this file costs O(K^2) and never sees D.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from madjax.ascend import ascend
 from madjax.batching import map_chunks
-from madjax.constraints import NORMS, l1
+from madjax.constraints import l1
 from madjax.errors import InputError
 from madjax.gram import gram as compute_gram
+from madjax.steps import Constraint, Distance, holds, reach, step
 from madjax.subsets import best_subset, cone_bound
 
 Array = jax.Array
 Oracle = Callable[[Array, Array], Array]
-Distance = Callable[[Array, Array], Array]
+"""(y [K], gram [K, K]) -> the target y* [K] of the step, or several, [N, K], of which the one that
+is best where the budget ends is taken."""
+Objective = Callable[[Array, Array, Array], Array]
+"""(y_tilde [K], y [K], gram [K, K]) -> scalar, to be maximised."""
 
 # Products with M are K x K work: full float32, where TPUs and recent GPUs would round to bf16/TF32.
 _dot = partial(jnp.matmul, precision="highest")
@@ -85,6 +90,28 @@ def angle(y_tilde: Array, y: Array, gram: Array) -> Array:
     return jnp.where(a_known & u_known, jnp.degrees(2 * jnp.arctan2(difference, total)), 0)
 
 
+def angle_between(a: Any, u: Any) -> Array:
+    """The angle between two gradients, pytrees of the same shapes: degrees in [0, 180].
+
+    What `angle` has from the Gram matrix of one query, for gradients that are at hand, such as
+    those of a batch. 0 where either vanishes. Accumulated in float32, by the same formula.
+    """
+    a, u = ([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(each)] for each in (a, u))
+
+    def norm(leaves: list[Array]) -> Array:
+        return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in leaves))
+
+    (a_norm, u_norm) = norm(a), norm(u)
+    known = (a_norm > 0) & (u_norm > 0)
+    a_unit, u_unit = (
+        [leaf / jnp.where(known, length, 1) for leaf in leaves]
+        for leaves, length in ((a, a_norm), (u, u_norm))
+    )
+    difference = norm([p - q for p, q in zip(a_unit, u_unit, strict=True)])
+    total = norm([p + q for p, q in zip(a_unit, u_unit, strict=True)])
+    return jnp.where(known, jnp.degrees(2 * jnp.arctan2(difference, total)), 0)
+
+
 def extreme(y: Array, gram: Array) -> Array:
     """y*: the vertex e_k of the simplex with the largest H(e_k) (Algorithm 1, line 4).
 
@@ -134,40 +161,80 @@ def argmax_bound(y: Array, gram: Array) -> Array:
     return jnp.where(known, jnp.clip(2 - 2 * cosine, 2, 4), 0)
 
 
-def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l1) -> Array:
-    """y~ = (1 - a) y + a y*, a the largest in [0, 1] with distance(y~, y) <= epsilon (OptStep).
+def extreme_at_budget(y: Array, gram: Array) -> Array:
+    """All vertices of the simplex as targets: compared where the budget ends, not at the vertex.
 
-    y, y_star [K] -> y_tilde [K]. a = min(epsilon / ||y - y*||_p, 1) for norms (the paper prints
-    max, a slip); 32 bisections for any other distance, which must not fall along the segment.
-    epsilon = 0 returns y and epsilon >= distance(y*, y) returns y*, both bit for bit.
+    y [K], gram [K, K] -> [K, K]. H along the way to a vertex is not in the order of H at the
+    vertices; this costs one H more for every class.
     """
-    if distance in NORMS:
-        far = distance(y_star, y)
-        a = jnp.where(far > 0, jnp.clip(epsilon / jnp.where(far > 0, far, 1), 0, 1), 0)
-        # A distance of 2 may come out as the next number above: that is still all the way.
-        a = jnp.where(a > 1 - 3 * jnp.finfo(y.dtype).eps, 1, a)
-    else:
-        a = _bisect(lambda a: distance((1 - a) * y + a * y_star, y) <= epsilon, y.dtype)
-        # Rounding may hide a small distance, but no budget is no change.
-        a = jnp.where(epsilon > 0, a, 0)
-    return (1 - a) * y + a * y_star
+    del gram
+    return jnp.eye(y.size, dtype=y.dtype)
 
 
-def _bisect(feasible: Callable[[Array], Array], dtype: Any) -> Array:
-    """The largest a in [0, 1] with feasible(a), for a predicate true up to a point and then false.
+class Solution(NamedTuple):
+    """An answer, and whether it is what was asked for."""
 
-    0 is taken as feasible without asking.
+    y_tilde: Array
+    """[K]."""
+    value: Array
+    """The objective at y_tilde."""
+    feasible: Array
+    """Whether all constraints hold; where not, no point was found at which they do, and y_tilde is
+    y."""
+
+
+def solution(
+    y: Array,
+    gram: Array,
+    *,
+    epsilon: Array | float,
+    oracle: Oracle = extreme,
+    distance: Distance = l1,
+    constraints: Sequence[Constraint] = (),
+    objective: Objective = deviation,
+    method: str = "line_search",
+) -> Solution:
+    """`solve`, and with it the objective reached and whether all constraints hold.
+
+    Arguments and errors as for `solve`.
     """
+    if y.ndim != 1 or gram.shape != (y.size, y.size):
+        raise InputError(
+            f"solve takes one query, y [K] and gram [K, K], not {y.shape} and {gram.shape}: "
+            "use jax.vmap over a batch"
+        )
+    _check_epsilon(epsilon)
+    check_method(method)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) / 2
-        inside = feasible(middle)
-        return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+    def value(y_tilde: Array) -> Array:
+        return objective(y_tilde, y, gram)
 
-    one = jnp.ones((), dtype)
-    low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.zeros((), dtype), one))
-    return jnp.where(feasible(one), one, low)
+    found = _line_search(value, y, oracle(y, gram), epsilon, distance, constraints)
+    if method == "ascend":
+        found = ascend(value, y, gram, found, epsilon, distance, constraints)
+    found = jnp.where(defined(y, gram) & (jnp.asarray(epsilon) > 0), found, y)
+    found = jnp.where(holds(found, y, constraints), found, y)
+    return Solution(found, value(found), holds(found, y, constraints))
+
+
+def _line_search(
+    value: Callable[[Array], Array],
+    y: Array,
+    y_star: Array,
+    epsilon: Array | float,
+    distance: Distance,
+    constraints: Sequence[Constraint],
+) -> Array:
+    """The best of the ends of the steps towards the targets y* [K] or [N, K]."""
+
+    def end(y_star: Array) -> Array:
+        y_tilde = step(y, y_star, epsilon, distance)
+        return reach(y, y_tilde, y, constraints) if constraints else y_tilde
+
+    if y_star.ndim == 1:
+        return end(y_star)
+    ends = jax.vmap(end)(y_star)
+    return ends[jax.vmap(value)(ends).argmax()]
 
 
 def solve(
@@ -177,6 +244,9 @@ def solve(
     epsilon: Array | float,
     oracle: Oracle = extreme,
     distance: Distance = l1,
+    constraints: Sequence[Constraint] = (),
+    objective: Objective = deviation,
+    method: str = "line_search",
 ) -> Array:
     """The MAD answer to one query: y~ = max_{y~} H(y~) s.t. Eq. 6 and 7, by Algorithm 1.
 
@@ -185,16 +255,27 @@ def solve(
     oracle(y, gram) -> y* chooses the target; distance(y_tilde, y) -> scalar is the utility
     constraint. y comes back unchanged where epsilon = 0 or the angle is undefined (`defined`).
 
+    constraints: further functions f(y_tilde, y) -> residuals, all of which are to be <= 0 (within
+    1e-6; `madjax.constraints` has examples). objective(y_tilde, y, gram) -> scalar takes the place
+    of H. method: "line_search" goes along the segment from y to y* as far as it may, so every
+    constraint must hold at y and up to a point; "ascend" maximises the objective over all answers
+    within the budget (`madjax.ascend`), takes any differentiable constraints, and is never worse
+    than the line search. Where no answer is found at which all hold, y comes back: `solution` says
+    whether that is so.
+
     Raises:
-        InputError: shapes that do not fit, or epsilon < 0 (where it is not traced).
+        InputError: shapes that do not fit, epsilon < 0 (where it is not traced), another method.
     """
-    if y.ndim != 1 or gram.shape != (y.size, y.size):
-        raise InputError(
-            f"solve takes one query, y [K] and gram [K, K], not {y.shape} and {gram.shape}: "
-            "use jax.vmap over a batch"
-        )
-    _check_epsilon(epsilon)
-    return step(y, oracle(y, gram), epsilon, distance)
+    return solution(
+        y,
+        gram,
+        epsilon=epsilon,
+        oracle=oracle,
+        distance=distance,
+        constraints=constraints,
+        objective=objective,
+        method=method,
+    ).y_tilde
 
 
 def perturb(
@@ -206,8 +287,11 @@ def perturb(
     epsilon: Array | float,
     oracle: Oracle = extreme,
     distance: Distance = l1,
+    constraints: Sequence[Constraint] = (),
+    objective: Objective = deviation,
+    method: str = "line_search",
     layers: str = "all",
-    method: str = "auto",
+    gram_method: str = "auto",
     chunk: int | None = None,
     memory: int | None = None,
 ) -> Array:
@@ -215,13 +299,15 @@ def perturb(
 
     apply(params, x[B, ...]) -> logits [B, K] is the surrogate; y [B, K] are the victim's
     posteriors; the result y_tilde is [B, K], or [E, B, K] for a grid of budgets epsilon [E], which
-    costs hardly more than one. Every row is a function of its own x and y alone. `layers`,
-    `method`, `chunk` and `memory` are those of `gram`, the rest those of `solve`.
+    costs hardly more than one. Every row is a function of its own x and y alone. `layers`, `chunk`
+    and `memory` are those of `gram`, as is `gram_method`, its method; the rest are those of
+    `solve`.
 
     Raises:
-        InputError: shapes that do not fit, or epsilon < 0 (where it is not traced).
+        InputError: shapes that do not fit, epsilon < 0 (where it is not traced), another method.
     """
     _check_epsilon(epsilon)
+    check_method(method)
     if y.ndim != 2 or y.shape[0] != x.shape[0]:
         raise InputError(
             f"perturb takes posteriors y [B, K] for {x.shape[0]} queries, not {y.shape}"
@@ -229,23 +315,43 @@ def perturb(
     epsilon = jnp.asarray(epsilon)
     if epsilon.ndim > 1:
         raise InputError(f"epsilon has shape {epsilon.shape}: give one budget or a list of them")
-    m = compute_gram(apply, params, x, layers=layers, method=method, chunk=chunk, memory=memory)
+    m = compute_gram(
+        apply, params, x, layers=layers, method=gram_method, chunk=chunk, memory=memory
+    )
     if m.shape[-1] != y.shape[-1]:
         raise InputError(
             f"the surrogate has {m.shape[-1]} classes and the posteriors {y.shape[-1]}: "
             "give a surrogate with the victim's classes"
         )
 
-    return _solve_all(oracle, distance, y, m, epsilon)
+    given = (oracle, distance, tuple(constraints), objective, method)
+    return _solve_all(*given, y, m, epsilon)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _solve_all(oracle: Oracle, distance: Distance, y: Array, gram: Array, epsilon: Array) -> Array:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _solve_all(
+    oracle: Oracle,
+    distance: Distance,
+    constraints: tuple[Constraint, ...],
+    objective: Objective,
+    method: str,
+    y: Array,
+    gram: Array,
+    epsilon: Array,
+) -> Array:
     """Queries [B, ...] at one budget or at E of them: [B, K] or [E, B, K]."""
+    one = partial(
+        solve,
+        oracle=oracle,
+        distance=distance,
+        constraints=constraints,
+        objective=objective,
+        method=method,
+    )
 
     def answer(query: tuple[Array, Array]) -> Array:
         def within(epsilon: Array) -> Array:
-            return solve(*query, epsilon=epsilon, oracle=oracle, distance=distance)
+            return one(*query, epsilon=epsilon)
 
         return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
 
@@ -262,3 +368,15 @@ def _check_epsilon(epsilon: Array | float) -> None:
         return
     if not np.all(np.asarray(epsilon) >= 0):
         raise InputError(f"epsilon is {epsilon}: the budget is a distance, give a number >= 0")
+
+
+METHODS = ("line_search", "ascend")
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that `solve` does not know."""
+    if method not in METHODS:
+        raise InputError(
+            f"method is {method!r}: choose one of {', '.join(map(repr, METHODS))} (the way to the "
+            "Gram matrix is gram_method)"
+        )

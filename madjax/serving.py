@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from madjax.constraints import l1
 from madjax.errors import InputError
 from madjax.files import write_atomically
-from madjax.mad import Distance, Oracle, extreme, perturb
+from madjax.mad import Objective, Oracle, deviation, extreme, perturb
+from madjax.steps import Constraint, Distance
 
 Array = jax.Array
 Predict = Callable[[Array], Array]
@@ -30,8 +31,11 @@ def defend(
     epsilon: Array | float,
     oracle: Oracle = extreme,
     distance: Distance = l1,
+    constraints: Sequence[Constraint] = (),
+    objective: Objective = deviation,
+    method: str = "line_search",
     layers: str = "all",
-    method: str = "auto",
+    gram_method: str = "auto",
     chunk: int | None = None,
     memory: int | None = None,
 ) -> Predict:
@@ -58,8 +62,11 @@ def defend(
             epsilon=epsilon,
             oracle=oracle,
             distance=distance,
-            layers=layers,
+            constraints=constraints,
+            objective=objective,
             method=method,
+            layers=layers,
+            gram_method=gram_method,
             chunk=chunk,
             memory=memory,
         )

@@ -2,6 +2,7 @@
 
     DIR/config.json     the config as run, and its hash
     DIR/rows.jsonl      one JSON object a line, one line a cell, written once and whole
+    DIR/traces/         one .npz file for every wave of online attackers: each of their steps
     DIR/checkpoints/    Orbax checkpoints of what is under way
 
 No array in a checkpoint belongs to a device: a run may go on on another machine.
@@ -24,6 +25,7 @@ from madjax.files import write_atomically
 
 CONFIG = "config.json"
 ROWS = "rows.jsonl"
+TRACES = "traces"
 
 
 def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> list[dict[str, Any]]:
@@ -108,6 +110,18 @@ def append_row(directory: Path, row: dict[str, Any]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_trace(directory: Path, name: str, columns: dict[str, np.ndarray]) -> None:
+    """Write the arrays of a trace as `traces/NAME.npz`, whole or not at all."""
+    folder = directory / TRACES
+    folder.mkdir(exist_ok=True)
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as file:  # savez adds a suffix to a path
+            np.savez_compressed(file, **columns)
+
+    write_atomically(folder / f"{name}.npz", write)
 
 
 def save(directory: Path, name: str, step: int, tree: Any) -> None:

@@ -126,7 +126,7 @@ def start(classifier: Classifier, recipe: Recipe, num_examples: int, key: Array)
     unknown = jnp.full(recipe.epochs, jnp.nan, jnp.float32)
     return State(
         params,
-        recipe.transformation(num_examples).init(_trainable(params)),
+        recipe.transformation(num_examples).init(trainable(params)),
         jax.random.key_data(order_key),
         jnp.zeros((), jnp.int32),
         unknown,
@@ -134,7 +134,7 @@ def start(classifier: Classifier, recipe: Recipe, num_examples: int, key: Array)
     )
 
 
-def _trainable(params: Any) -> Any:
+def trainable(params: Any) -> Any:
     """What gradients change: not the statistics of BatchNorm."""
     return {"params": params["params"]}
 
@@ -191,7 +191,7 @@ def one_pass(
 
     def step(i: Array, carry: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
         params, opt_state, total = carry
-        trained = _trainable(params)
+        trained = trainable(params)
         (value, params), gradient = jax.value_and_grad(loss, has_aux=True)(trained, params, i)
         updates, opt_state = optimizer.update(gradient, opt_state, trained)
         return params | optax.apply_updates(trained, updates), opt_state, total + value

@@ -27,6 +27,7 @@ BASE = Sweep(name="base", dataset="embedded:mnist", queryset="embedded:fashion_m
         ("name = spaced ", lambda c: c.name, "spaced"),
         ("budgets=10,100", lambda c: c.budgets, (10, 100)),
         ("attack.targets=madjax.top_label", lambda c: c.attack.targets, madjax.top_label),
+        ("defense.strengths=0.3,1", lambda c: c.defense.strengths, (0.3, 1.0)),
     ],
 )
 def test_override_replaces_one_field(assignment, get, want):
@@ -67,6 +68,11 @@ def test_override_replaces_one_field(assignment, get, want):
         ("seeds=-1", "seed is -1"),
         ("query_splits=valid", "holds 'valid'"),
         ("defense.distance=l7", "cannot be imported"),
+        ("defense=madjax.MAD,madjax.MAD", "each with settings or a variant of its own"),
+        ("defense=madjax.jbda", "holds JacobianAugmentation.* which is no madjax.Defense"),
+        ("defense=madjax.ReverseSigmoid", r"epsilon is 1\.1: the strength of reverse_sigmoid"),
+        ("defense.strengths=0.5,0.5", "strengths of mad, last, extreme, l1 is .* each once"),
+        ("defense.gamma=0.5", "no field 'gamma'; choose one of strengths"),
         ("defense.distance=madjax.constraints.l7", "cannot be imported"),
     ],
 )
@@ -74,6 +80,24 @@ def test_a_bad_override_is_one_clear_line(assignment, words):
     with pytest.raises(InputError, match=words) as caught:
         config.override(BASE, assignment)
     assert "\n" not in str(caught.value)
+
+
+def test_several_defences_from_the_command_line():
+    chosen = reduce(
+        config.override,
+        (
+            "epsilons=0,0.5",
+            "defense=madjax.Undefended,madjax.MAD,madjax.ReverseSigmoid",
+            "defense.gamma=0.4",  # of those that have it
+            "defense.layers=all",
+        ),
+        BASE,
+    )
+    none, mad, reverse = chosen.defenses
+    assert (mad.layers, reverse.gamma) == ("all", 0.4)
+    assert [chosen.strengths_of(d) for d in (none, mad, reverse)] == [(0.0,), (0, 0.5), (0, 0.5)]
+    with pytest.raises(InputError, match="no field 'speed'"):
+        config.override(chosen, "defense.speed=1")
 
 
 def test_an_attack_by_its_import_path_keeps_the_budget_and_the_training():
@@ -106,7 +130,9 @@ def test_shipped_configs_load_and_say_their_claim_command_and_cost():
     assert {"quickstart", "mnist_knockoff"} <= set(shipped)
     for name, path in shipped.items():
         assert config.load(name).name == name
-        assert config.load(f"configs/{name}.py") == config.load(str(path)) == config.load(name)
+        # described, since two functools.partial of the same function are never equal
+        by_name, by_path, by_file = map(config.load, (name, f"configs/{name}.py", str(path)))
+        assert config.describe(by_name) == config.describe(by_path) == config.describe(by_file)
         for word in ("Claim:", "Command:", "Cost:"):
             assert word in path.read_text()
 

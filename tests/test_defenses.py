@@ -1,5 +1,6 @@
 """A defence as the grid uses it and as a plain function, and what it costs honest users."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,24 @@ import pytest
 
 import madjax
 from madjax.batching import map_chunks
-from madjax.defenses import MAD, answers, as_function
+from madjax.defenses import (
+    DPSGD,
+    MAD,
+    Custom,
+    Owner,
+    RandomNoise,
+    ReverseSigmoid,
+    Rounding,
+    TopK,
+    Undefended,
+    answers,
+    as_function,
+    gaussian,
+    l1_ball,
+    l2_ball,
+    logit,
+    uniform,
+)
 from madjax.evaluate import utility
 
 
@@ -32,7 +50,7 @@ class Jacobian(MAD):
 def test_plain_function_is_perturb(queries):
     w, x, y = queries
     defend = as_function(Jacobian(layers="all"), apply, w, 0.6)
-    want = madjax.perturb(apply, w, x, y, epsilon=0.6, method="jacrev")
+    want = madjax.perturb(apply, w, x, y, epsilon=0.6, gram_method="jacrev")
     np.testing.assert_allclose(defend(jax.random.key(0), x, y), want, atol=1e-7)
 
 
@@ -68,6 +86,7 @@ def test_rows_name_the_defence():
         "layers": "all",
         "oracle": "extreme",
         "distance": "l1",
+        "defense_variant": "",
     }
     described = MAD(oracle=madjax.argmax_preserving, distance=madjax.kl).describe()
     assert described["defense"] == "mad_argmax"
@@ -111,3 +130,250 @@ def test_chunks_join_to_the_whole(chunk):
     got = map_chunks(function, x, chunk)
     for part, want in zip(got, function(x), strict=True):
         np.testing.assert_array_equal(part, want)
+
+
+def awkward(classes):
+    """Posteriors of every kind that breaks formulas, [B, K]."""
+    drawn = jax.nn.softmax(6 * jax.random.normal(jax.random.key(3), (40, classes)))
+    one_hot = jnp.eye(classes)
+    nearly = jax.nn.softmax(90 * one_hot)
+    ties = jnp.zeros((1, classes)).at[:, :2].set(0.5)
+    uniform = jnp.full((1, classes), 1 / classes)
+    return jnp.concatenate([drawn, one_hot, nearly, ties, uniform])
+
+
+def told(defense, y, strength, numbers=None, key=0):
+    """The answers of a defence that needs no surrogate."""
+    return answers(defense, jax.random.key(key), y, (), strength, numbers)
+
+
+DETERMINISTIC = {
+    "none": (Undefended(), (0.5,)),
+    "top1": (TopK(k=1), (1.0,)),
+    "top2": (TopK(k=2), (1.0,)),
+    "rounding": (Rounding(), (0.01, 0.1, 1.0)),
+    "reverse sigmoid": (ReverseSigmoid(gamma=0.2), (0.1, 1.0)),
+    "steep reverse sigmoid": (ReverseSigmoid(gamma=1.0), (0.1, 1.0)),
+}
+RANDOM = {
+    f"{noise.__name__} {ball.__name__}": (RandomNoise(noise=noise, ball=ball), (0.1, 5.0, 1e6))
+    for noise in (uniform, gaussian)
+    for ball in (l1_ball, l2_ball)
+}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("name", [*DETERMINISTIC, *RANDOM])
+def test_answers_are_distributions_and_strength_0_is_no_defence(name, classes):
+    defense, strengths = (DETERMINISTIC | RANDOM)[name]
+    y = awkward(classes)
+    for strength in strengths:
+        y_tilde = told(defense, y, strength)
+        assert jnp.isfinite(y_tilde).all()
+        assert (y_tilde >= 0).all()
+        np.testing.assert_allclose(y_tilde.sum(-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(told(defense, y, 0.0), y)
+
+
+@pytest.mark.parametrize("name", [*DETERMINISTIC, *RANDOM])
+def test_a_query_alone_gets_the_answer_it_gets_in_a_batch(name):
+    defense, (strength, *_) = (DETERMINISTIC | RANDOM)[name]
+    y = awkward(4)
+    batch = told(defense, y, strength)
+    for i in (0, 17, len(y) - 1):
+        alone = told(defense, y[i : i + 1], strength, jnp.array([i]))
+        np.testing.assert_allclose(alone[0], batch[i], atol=1e-7)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_renaming_the_classes_renames_the_answers(name):
+    defense, strengths = DETERMINISTIC[name]
+    y = jax.nn.softmax(4 * jax.random.normal(jax.random.key(5), (30, 6)))  # no ties
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    for strength in strengths:
+        np.testing.assert_allclose(
+            told(defense, y[:, order], strength), told(defense, y, strength)[:, order], atol=1e-6
+        )
+
+
+def test_top_k_by_hand():
+    y = jnp.array([[0.5, 0.1, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    np.testing.assert_allclose(told(TopK(k=1), y, 1.0), [[1, 0, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_allclose(
+        told(TopK(k=2), y, 0.1), [[0.625, 0, 0.375, 0], [0.5, 0.5, 0, 0]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        told(TopK(k=3, normalised=False), y[:1], 1.0), [[0.5, 0.1, 0.3, 0]], rtol=1e-6
+    )
+    np.testing.assert_array_equal(told(TopK(k=9), y, 1.0), y)
+
+
+def test_rounding_by_hand():
+    y = jnp.array([[0.6, 0.34, 0.06, 0.0], [0.3, 0.3, 0.2, 0.2]])
+    plain = Rounding(normalised=False)
+    np.testing.assert_allclose(
+        told(plain, y, 0.1), [[0.6, 0.3, 0.1, 0], [0.3, 0.3, 0.2, 0.2]], atol=1e-6
+    )
+    np.testing.assert_allclose(told(plain, y, 1.0), [[1, 0, 0, 0], [0, 0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(
+        told(Rounding(), y, 0.5), [[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]], atol=1e-6
+    )
+    np.testing.assert_allclose(told(Rounding(), y, 1.0)[1], 0.25)  # nothing is left: uniform
+
+
+def test_reverse_sigmoid_by_hand():
+    y = np.array([0.9, 0.08, 0.02])
+    sigmoid = 1 / (1 + np.exp(-0.2 * np.log(y / (1 - y))))
+    want = y - 0.5 * (sigmoid - 0.5)
+    got = told(ReverseSigmoid(gamma=0.2), jnp.float32(y)[None], 0.5)[0]
+    np.testing.assert_allclose(got, want / want.sum(), rtol=1e-5)
+    # A one-hot posterior: the sigmoids are 1 and 0.
+    got = told(ReverseSigmoid(), jnp.array([[1.0, 0, 0]]), 1.0)[0]
+    np.testing.assert_allclose(got, np.array([0.5, 0.5, 0.5]) / 1.5, rtol=1e-6)
+    np.testing.assert_allclose(told(ReverseSigmoid(), jnp.full((1, 4), 0.25), 1.0), 0.25)
+
+
+def test_reverse_sigmoid_keeps_the_label_of_confident_posteriors_alone():
+    y = jax.nn.softmax(8 * jax.random.normal(jax.random.key(2), (500, 7)))
+    y_tilde = told(ReverseSigmoid(gamma=0.4), y, 0.5)
+    np.testing.assert_array_equal(y_tilde.argmax(-1), y.argmax(-1))
+    y = jnp.full((1, 100), 0.989 / 99).at[0, 7].set(0.011)
+    assert told(ReverseSigmoid(), y, 1.0)[0].argmin() == 7
+
+
+def test_logits_keep_their_digits_next_to_certainty():
+    y = jax.nn.softmax(jnp.array([40.0, 0.0, -3.0]))
+    assert y[0] == 1  # 1 - y_0 would be 0
+    np.testing.assert_allclose(logit(y), [40 - np.log1p(np.exp(-3)), -40, -43], rtol=1e-6)
+    np.testing.assert_array_equal(logit(jnp.eye(2)[0]), [np.inf, -np.inf])
+
+
+def fixed(values):
+    """A noise that is drawn by hand."""
+    return lambda key, classes, radius, order: jnp.array(values)
+
+
+@pytest.mark.parametrize(
+    ("ball", "moved"),
+    [
+        (l1_ball, [2.5, 0.0, -1.5]),  # the nearest point of |d|_1 = 4 to (3, .4, -2)
+        (l2_ball, 4 * np.array([3, 0.4, -2]) / np.linalg.norm([3, 0.4, -2])),
+    ],
+)
+def test_random_noise_by_hand(ball, moved):
+    drawn = fixed([3, 0.4, -2.0] if ball is l1_ball else [30, 4.0, -20.0])
+    y = np.array([0.7, 0.2, 0.1])
+    got = told(RandomNoise(noise=drawn, ball=ball), jnp.float32(y)[None], 4.0)[0]
+    s = 1 / (1 + np.exp(-(np.log(y / (1 - y)) + moved)))
+    np.testing.assert_allclose(got, s / s.sum(), rtol=1e-4)
+
+
+def test_noise_is_drawn_as_it_says():
+    draws = jax.vmap(lambda k: uniform(k, 5, jnp.float32(3), 2.0))(
+        jax.random.split(jax.random.key(0), 2000)
+    )
+    most = 2 * 3 / 5**0.5
+    assert (draws >= 0).all()
+    assert (draws <= most).all()
+    np.testing.assert_allclose(draws.mean(0), most / 2, rtol=0.05)
+    draws = jax.vmap(lambda k: gaussian(k, 5, jnp.float32(3), 2.0))(
+        jax.random.split(jax.random.key(0), 2000)
+    )
+    np.testing.assert_allclose(draws.std(0), 1, rtol=0.06)
+
+
+def test_every_query_has_its_own_noise_and_the_key_decides():
+    y = jnp.tile(jnp.array([[0.6, 0.3, 0.1]]), (3, 1))
+    first, again, other = (told(RandomNoise(), y, 5.0, key=key) for key in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert len({tuple(row) for row in np.asarray(jnp.concatenate([first, other]))}) == 6
+
+
+def test_dp_sgd_answers_with_the_victim_of_its_noise(queries):
+    w, x, y = queries
+    defense = DPSGD(strengths=(0.5, 2.0))
+    known = jnp.stack([w, -w])
+    got = [as_function(defense, apply, known, s)(jax.random.key(0), x, y) for s in (0.5, 2.0, 0.0)]
+    np.testing.assert_allclose(got[0], jax.nn.softmax(x @ w), atol=1e-6)
+    np.testing.assert_allclose(got[1], jax.nn.softmax(-x @ w), atol=1e-6)
+    np.testing.assert_array_equal(got[2], y)
+
+
+def test_a_defence_of_ones_own_is_a_function(queries):
+    w, x, y = queries
+
+    def mix(key, x, y, strength):
+        return (1 - strength) * y + strength * jax.nn.softmax(x[:4])
+
+    got = as_function(Custom(function=mix), apply, w, 0.25)(jax.random.key(0), x, y)
+    np.testing.assert_allclose(got, 0.75 * y + 0.25 * jax.nn.softmax(x[:, :4]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: TopK(k=0), "k of TopK is 0"),
+        (lambda: Rounding(strengths=(2.0,)), "epsilon is 2.0: .* rounding is a number from 0 to 1"),
+        (lambda: ReverseSigmoid(gamma=0.0), "gamma of ReverseSigmoid is 0.0"),
+        (lambda: ReverseSigmoid(strengths=(1.5,)), "epsilon is 1.5: .* reverse_sigmoid"),
+        (lambda: RandomNoise(ball=max), "give madjax.defenses.l1_ball or l2_ball"),
+        (lambda: DPSGD(strengths=()), "strengths of DPSGD is"),
+        (lambda: DPSGD(strengths=(0.0, 1.0)), "each above 0"),
+        (lambda: DPSGD(clip=0.0), "clip of DPSGD is 0.0"),
+        (lambda: DPSGD().check_strength(3.0), "one of its noise multipliers 0.7, 2.0, 8.0"),
+        (lambda: MAD(surrogate_epochs=-1), "surrogate_epochs is -1"),
+        (lambda: MAD(strengths=(-0.1,)), "epsilon is -0.1: the strength of mad"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(make, words):
+    with pytest.raises(madjax.InputError, match=words):
+        make()
+
+
+def test_rows_tell_settings_apart():
+    said = [
+        MAD(),
+        MAD(surrogate_epochs=1),
+        MAD(surrogate_epochs=5),
+        MAD(layers="identity"),
+        TopK(k=1),
+        TopK(k=1, normalised=False),
+        TopK(k=3),
+        Rounding(),
+        ReverseSigmoid(),
+        ReverseSigmoid(gamma=0.4),
+        RandomNoise(),
+        RandomNoise(ball=l2_ball),
+        RandomNoise(noise=gaussian),
+        DPSGD(),
+        Undefended(),
+        Undefended(variant="twice"),
+    ]
+    labels = [defense.label for defense in said]
+    assert len(set(labels)) == len(labels)
+    assert labels[1] == "mad, last, extreme, l1, surrogate of 1 epoch"
+    assert labels[5] == "top1, not normalised"
+    names = [defense.describe()["defense"] for defense in said]
+    assert set(names) == {
+        *("mad", "top1", "top3", "rounding"),
+        *("reverse_sigmoid", "random_noise", "dp_sgd", "none"),
+    }
+
+
+def test_a_surrogate_is_trained_as_long_as_it_says():
+    classifier = madjax.Classifier(madjax.MLP(3, hidden=(4,)), lambda x: x / 255.0, (2, 2, 1))
+    images = jax.random.randint(jax.random.key(0), (24, 2, 2, 1), 0, 256).astype(jnp.uint8)
+    data = images, jnp.arange(24) % 3
+    recipe = madjax.Recipe(epochs=9, batch_size=8)
+    owner = Owner(classifier, recipe, jax.random.key(1), data, data)
+    key = jax.random.key(2)
+    chex.assert_trees_all_close(MAD().prepare(owner, key), classifier.init(key), atol=1e-7)
+    want = madjax.fit(classifier, madjax.Recipe(epochs=2, batch_size=8), key, data, data).params
+    chex.assert_trees_all_close(MAD(surrogate_epochs=2).prepare(owner, key), want)
+
+
+def test_entropy_by_hand():
+    y = jnp.array([[0.5, 0.25, 0.25, 0.0], [1.0, 0, 0, 0]])
+    got = utility(y, y, jnp.array([0, 0]))
+    np.testing.assert_allclose(got["entropy_mean"], 0.75)
+    np.testing.assert_allclose(got["entropy_std"], 0.75)

@@ -453,11 +453,11 @@ def test_perturb_is_gram_then_solve():
     def apply(w, x):
         return x @ w
 
-    got = madjax.perturb(apply, w, x, y, epsilon=0.7, method="jacrev")
+    got = madjax.perturb(apply, w, x, y, epsilon=0.7, gram_method="jacrev")
     m = madjax.gram(apply, w, x, method="jacrev")
     want = [solve(y[i], m[i], epsilon=0.7) for i in range(5)]
     np.testing.assert_allclose(got, jnp.stack(want), atol=1e-7)
-    alone = madjax.perturb(apply, w, x[3:4], y[3:4], epsilon=0.7, method="jacrev")
+    alone = madjax.perturb(apply, w, x[3:4], y[3:4], epsilon=0.7, gram_method="jacrev")
     np.testing.assert_allclose(alone[0], got[3], atol=1e-6)
 
 
@@ -467,7 +467,7 @@ def test_perturb_answers_a_grid_of_budgets_in_one_call():
     y = jax.nn.softmax(jax.random.normal(keys[2], (5, 4)))
 
     def answers(epsilon):
-        return madjax.perturb(lambda w, x: x @ w, w, x, y, epsilon=epsilon, method="jacrev")
+        return madjax.perturb(lambda w, x: x @ w, w, x, y, epsilon=epsilon, gram_method="jacrev")
 
     budgets = [0.0, 0.3, 1.2]
     got = answers(np.array(budgets))
@@ -490,6 +490,10 @@ def test_bad_input_is_named():
         solve(y[None], m[None], epsilon=0.1)
     w, x = jnp.ones((6, 4)), jnp.ones((5, 6))
     with pytest.raises(InputError, match="4 classes and the posteriors 3"):
-        madjax.perturb(lambda w, x: x @ w, w, x, jnp.ones((5, 3)), epsilon=0.1, method="jacrev")
+        madjax.perturb(
+            lambda w, x: x @ w, w, x, jnp.ones((5, 3)), epsilon=0.1, gram_method="jacrev"
+        )
     with pytest.raises(InputError, match="5 queries"):
-        madjax.perturb(lambda w, x: x @ w, w, x, jnp.ones((4, 4)), epsilon=0.1, method="jacrev")
+        madjax.perturb(
+            lambda w, x: x @ w, w, x, jnp.ones((4, 4)), epsilon=0.1, gram_method="jacrev"
+        )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def test_the_serving_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), names)
     assert names["y_tilde"].shape == (3, 10)
+
+
+def test_the_extension_in_one_file_runs_and_obeys_its_constraint(capsys):
+    path = ROOT / "experiments" / "new_constraint.py"
+    assert len(path.read_text().splitlines()) < 40
+    runpy.run_path(str(path))
+    free, kept = capsys.readouterr().out.splitlines()
+    degrees, moved = zip(*(re.findall(r"([\d.]+)", line)[1:] for line in (free, kept)), strict=True)
+    assert float(degrees[0]) > float(degrees[1]) > 10
+    assert float(moved[0]) > 0.2
+    assert float(moved[1]) <= 0.1
 
 
 def test_every_link_to_a_file_leads_somewhere():
@@ -72,6 +84,21 @@ def test_the_table_of_mad_is_that_of_the_committed_benchmark():
 
 def test_the_attacks_beside_table_1_are_quoted_as_committed():
     assert (RESULTS / "mnist_attacks" / "table1.md").read_text().strip() in README
+
+
+@pytest.mark.parametrize("run", ["mnist_defenses", "mnist_top_label"])
+def test_the_summaries_of_defences_are_quoted_as_committed(run):
+    assert (RESULTS / run / "summary.md").read_text().strip() in README
+
+
+@pytest.mark.parametrize("run", ["mnist_angle", "mnist_angle_variants"])
+def test_the_white_box_study_is_quoted_as_committed(run):
+    assert (RESULTS / run / "summary.md").read_text().strip() in README
+
+
+@pytest.mark.parametrize("file", ["bench_angle.md", "optimum/report.md"])
+def test_what_the_experiments_wrote_is_quoted_as_committed(file):
+    assert (RESULTS / file).read_text().strip() in README
 
 
 def test_the_benchmark_of_an_attack_is_quoted_as_committed():

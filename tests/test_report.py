@@ -74,6 +74,37 @@ def grid():
     ]
 
 
+def other(defense, epsilon, **changes):
+    """A row of a defence that is not MAD."""
+    free = {"layers": "none", "oracle": "none", "distance": "none"}
+    return row(**(free | {"defense": defense, "epsilon": epsilon} | changes))
+
+
+def several():
+    """Defences and ablations against the attacker with posteriors and the one with labels."""
+    argmax = {"defense": "mad_argmax", "layers": "all", "oracle": "argmax_preserving"}
+    cells = [other("none", 0.0), other("reverse_sigmoid", 0.3, defense_variant="gamma 0.2")]
+    cells += [row(epsilon=e, defense_variant="", l1_mean=e) for e in (0.0, 0.5, 1.0)]
+    cells += [row(epsilon=e, defense_variant="", **argmax) for e in (0.0, 1.0)]
+    cells += [other("random_noise", 50.0, defense_variant="uniform, l1 ball")]
+    cells += [other("dp_sgd", e, defense_variant="clip 1", dp_epsilon=8 / e) for e in (0.7, 2.0)]
+    cells += [other("top1", 1.0), other("rounding", 0.1), other("my_own", 3.0)]
+    cells += [row(epsilon=1.0, layers="identity"), row(epsilon=1.0, oracle="random_vertex")]
+    cells += [row(epsilon=1.0, oracle="extreme_unnormalised"), row(epsilon=1.0, oracle="argmin")]
+    cells += [row(epsilon=1.0, defense_variant="surrogate of 1 epoch")]
+    shared = {"num_classes": 10, "entropy_mean": 1.5}
+    return [
+        {**cell, **shared, "attack": attack, "variant": variant, "attacker_accuracy": start - i}
+        for attack, variant, start in (("knockoff", "", 98.0), ("knockoff", "argmax", 90.0))
+        for i, cell in enumerate(cells)
+    ]
+
+
+def drawn(ax):
+    """Label -> points [n, 2] of the curves in a panel."""
+    return {line.get_label(): line.get_xydata() for line in curve_lines(ax)}
+
+
 def curve_lines(ax):
     return [line for line in ax.get_lines() if line.get_gid() == "curve"]
 
@@ -222,6 +253,55 @@ def test_provenance_is_of_all_rows():
     assert "jax: not recorded" in report.table([row(versions=None)])
 
 
+def test_columns_appear_only_in_the_tables_of_curves_that_have_them():
+    old, new, dp = "MAD, last layer (oracle", "rounding", "DP-SGD (clip 1)"
+    rows = [row(), other("rounding", 0.1, entropy_mean=1.25, fidelity=98.5)]
+    rows += [
+        other("dp_sgd", e, defense_variant="clip 1", entropy_mean=2.0, dp_epsilon=d)
+        for e, d in ((0.0, None), (2.0, 3.456))
+    ]
+    blocks = report.table(rows).split("\n\n")[1:]
+    tables = dict(zip(blocks[::2], (b.rstrip("\n").split("\n") for b in blocks[1::2]), strict=True))
+
+    def cells(name):
+        (lines,) = [lines for heading, lines in tables.items() if f"5000, {name}" in heading]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    assert cells(old)[0][-1] == "L1"  # has fidelity, as all old rows, but no entropy
+    assert cells(new)[0][-3:] == ["L1", "fidelity %", "entropy, bits"]
+    assert cells(new)[2][-2:] == ["98.50", "1.25"]
+    assert cells(dp)[0][-4:] == ["L1", "fidelity %", "entropy, bits", "DP epsilon"]
+    assert [line[-1] for line in cells(dp)[2:]] == ["-", "3.46"]
+
+
+def test_headings_say_what_a_defence_has():
+    rows = [
+        other("reverse_sigmoid", 0.3, defense_variant="gamma 0.2"),
+        other("top1", 1.0),
+        row(defense_variant="surrogate of 1 epoch"),
+        row(layers="identity", oracle=None),
+    ]
+    heads = [line.split("5000, ")[1] for line in report.table(rows).split("\n") if "###" in line]
+    assert heads == [
+        "MAD, G = I (oracle -, distance l1)",
+        "MAD, last layer (surrogate of 1 epoch; oracle extreme, distance l1)",
+        "reverse sigmoid (gamma 0.2)",
+        "top-1 label",
+    ]
+
+
+def test_a_metric_that_is_not_finite_is_undefined():
+    (point,) = report.summarise([row(seed=s, dp_epsilon=math.inf) for s in (0, 1)])
+    assert point.dp_epsilon == (None, None)
+
+
+def test_rows_from_before_variants_are_of_the_same_curve(tmp_path):
+    old, new = row(epsilon=0.5), row(epsilon=1.0, defense_variant="", variant="")
+    (curve,) = {point.curve for point in report.summarise([old, new])}
+    assert curve.defense_variant == ""
+    assert report.read_rows(save(tmp_path, old, new)) == [old, new]
+
+
 def test_figure_plots_the_summary():
     rows = grid()
     panels = report.figure(rows).get_axes()
@@ -290,8 +370,7 @@ def test_legend_names_are_readable_and_distinct():
     rows = [
         row(),
         row(layers="all"),
-        row(defense="mad_argmax", oracle="argmax"),
-        row(defense="my_own", layers="none"),
+        row(defense="mad_argmax", oracle="argmax_preserving"),
         row(distance="l2"),
     ]
     (ax,) = report.figure(rows).get_axes()
@@ -300,8 +379,167 @@ def test_legend_names_are_readable_and_distinct():
         "MAD, last layer (knockoff), distance l2",
         "MAD, all parameters (knockoff)",
         "MAD-argmax, last layer (knockoff)",
-        "my_own (knockoff)",
     }
+    (ax,) = report.figure([other("my_own", 0.5, defense_variant="soft")]).get_axes()
+    assert [line.get_label() for line in curve_lines(ax)] == ["my_own (soft; knockoff)"]
+
+
+def test_labels_in_a_figure_of_defences_say_no_attack_and_differ_in_every_panel():
+    rows = several()
+    rows += [row(epsilon=0.5, attack="jbda"), row(epsilon=0.5, attack="jbda", budget=100)]
+    panels = report.defenses_figure(rows).get_axes()
+    assert {line.get_label() for line in curve_lines(panels[0])} == {
+        "MAD, last layer, budget 100",
+        "MAD, last layer, budget 5000",
+    }
+    assert {line.get_label() for line in curve_lines(panels[2])} == {
+        "MAD, last layer",
+        "MAD-argmax, all parameters",
+        "reverse sigmoid (gamma 0.2)",
+        "random noise (uniform, l1 ball)",
+        "DP-SGD (clip 1)",
+        "top-1 label",
+        "rounding",
+        "my_own",
+    }
+
+
+def test_a_curve_without_an_undefended_point_starts_at_that_of_its_attack():
+    rows = several()
+    _, label_free, _, label_only = report.defenses_figure(rows).get_axes()
+    for ax, top in ((label_free, 98.0), (label_only, 90.0)):
+        curves = drawn(ax)
+        # Undefended: the first row. The others follow in the order of the rows, 1 point less each.
+        np.testing.assert_array_equal(curves["DP-SGD (clip 1)"][:, 0], np.subtract(top, [0, 8, 9]))
+        np.testing.assert_array_equal(curves["top-1 label"][:, 0], np.subtract(top, [0, 10]))
+        # Its own point at epsilon 0 is kept.
+        np.testing.assert_array_equal(curves["MAD, last layer"][:, 0], np.subtract(top, [2, 3, 4]))
+        np.testing.assert_array_equal(
+            marked(ax, "undefended (ε = 0)").get_xdata(), [top - 2, top - 5, top]
+        )
+    lines = {line.get_label(): line for line in curve_lines(label_free)}
+    assert lines["DP-SGD (clip 1)"].get_markevery() == [1, 2]
+    # Tables and points are of the rows alone.
+    dp = [p.epsilon for p in report.summarise(rows) if p.curve.defense == "dp_sgd"]
+    assert dp == 2 * [0.7, 2.0]
+
+
+def test_the_start_is_of_another_defence_where_none_was_not_run_and_of_no_other_budget():
+    rows = [
+        row(attacker_accuracy=97.0),
+        row(epsilon=0.5, attacker_accuracy=80.0),
+        other("rounding", 0.1, attacker_accuracy=95.0),
+        other("rounding", 0.1, attacker_accuracy=60.0, budget=100),
+    ]
+    curves = drawn(report.defenses_figure(rows).get_axes()[1])
+    np.testing.assert_array_equal(curves["rounding, budget 5000"][:, 0], [97.0, 95.0])
+    np.testing.assert_array_equal(curves["rounding, budget 100"][:, 0], [60.0])
+
+
+def test_undefended_rows_are_a_circle_and_no_curve():
+    (ax,) = report.figure([other("none", 0.0), other("none", 0.0, seed=1)]).get_axes()
+    assert curve_lines(ax) == []
+    np.testing.assert_array_equal(marked(ax, "undefended (ε = 0)").get_xydata(), [[98.0, 99.0]])
+
+
+def test_figure_of_several_defences_shows_mad_or_else_what_is_no_ablation():
+    rows = several()
+    mad = {"MAD, last layer", "MAD-argmax, all parameters"}
+    attacks = ("(knockoff)", "(knockoff (argmax))")
+    (ax,) = report.figure(rows).get_axes()
+    assert set(drawn(ax)) == {f"{each} {attack}" for each in mad for attack in attacks}
+    free = [r for r in rows if r["defense"] in ("none", "rounding", "top1") and not r["variant"]]
+    ablation = [row(layers="identity", epsilon=1.0, variant="")]
+    (ax,) = report.figure(free + ablation).get_axes()
+    assert set(drawn(ax)) == {"rounding (knockoff)", "top-1 label (knockoff)"}
+    (ax,) = report.figure(ablation).get_axes()
+    assert set(drawn(ax)) == {"MAD, G = I (knockoff)"}
+
+
+def test_figure_of_defences_is_laid_out_as_the_papers_fourth():
+    rows = several()
+    panels = report.defenses_figure(rows).get_axes()
+    where = [(ax.get_subplotspec().rowspan[0], ax.get_subplotspec().colspan[0]) for ax in panels]
+    assert where == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    titles = [ax.get_title(loc="left").strip() for ax in panels]
+    assert titles == ["MNIST, knockoff", "", "MNIST, knockoff (argmax)", ""]
+    measures = ("l1_mean", "defender_accuracy")
+    dp = [r for r in rows if r["defense"] in ("none", "dp_sgd")]
+    for i, ax in enumerate(panels):
+        curves = drawn(ax)
+        assert len(curves) == 8
+        assert not any("G = I" in label or "y*" in label or "epoch" in label for label in curves)
+        own = [r for r in dp if r["variant"] == ("", "argmax")[i // 2]]
+        np.testing.assert_array_equal(
+            curves["DP-SGD (clip 1)"], [(r["attacker_accuracy"], r[measures[i % 2]]) for r in own]
+        )
+        diagonals = [line for line in ax.get_lines() if line.get_label() == "attacker = defender"]
+        assert len(diagonals) == i % 2
+        # Chance, at the utility of the undefended.
+        ideal = marked(ax, "ideal defence").get_xydata()
+        np.testing.assert_array_equal(ideal, [[10.0, (0.0, 99.0)[i % 2]]])
+
+
+def test_figure_of_ablations_is_laid_out_as_the_papers_eighth():
+    panels = report.ablations_figure(several()).get_axes()
+    where = [(ax.get_subplotspec().rowspan[0], ax.get_subplotspec().colspan[0]) for ax in panels]
+    assert where == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for ax in panels:
+        assert set(drawn(ax)) == {
+            "MAD, last layer",
+            "MAD-argmax, all parameters",
+            "MAD, G = I",
+            "MAD, last layer, y* = random",
+            "MAD, last layer, y* = argmin",
+            "MAD, last layer, un-normalised",
+            "MAD, last layer (surrogate of 1 epoch)",
+        }
+    assert panels[0].get_ylabel() == panels[2].get_ylabel() != panels[1].get_ylabel()
+
+
+def test_many_attacks_go_to_another_line_of_groups():
+    rows = [{**r, "attack": attack} for attack in "abc" for r in several()]
+    panels = report.defenses_figure(rows).get_axes()
+    where = [(ax.get_subplotspec().rowspan[0], ax.get_subplotspec().colspan[0]) for ax in panels]
+    assert where == [(u + 2 * (i // 4), i % 4) for i in range(6) for u in (0, 1)]
+
+
+def test_a_point_without_the_utility_is_left_out_of_that_panel_alone():
+    rows = [row(l1_mean=None, epsilon=e, attacker_accuracy=90 - e) for e in (0.0, 1.0)]
+    rows += [other("rounding", 0.1), other("rounding", 0.2, l1_mean=math.nan)]
+    top, bottom = report.defenses_figure(rows).get_axes()
+    np.testing.assert_array_equal(np.isnan(drawn(top)["rounding"][:, 1]), [True, False, True])
+    assert np.isnan(drawn(top)["MAD, last layer"][:, 1]).all()
+    assert all(np.isfinite(points).all() for points in drawn(bottom).values())
+    assert top.get_xlim() == bottom.get_xlim()
+
+
+def test_curves_of_one_panel_look_different_and_mad_alone_is_solid():
+    for make in (report.defenses_figure, report.ablations_figure):
+        lines = curve_lines(make(several()).get_axes()[0])
+        assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == len(lines)
+        solid = {line.get_label() for line in lines if line.get_linestyle() == "-"}
+        assert solid == {"MAD, last layer", "MAD-argmax, all parameters"}
+        # What is dashed lies above it.
+        assert {line.get_label() for line in lines[:2]} == solid
+
+
+@pytest.mark.parametrize("attacks", ["a", "abc"])
+@pytest.mark.parametrize("make", [report.defenses_figure, report.ablations_figure])
+def test_legend_lies_inside_the_figure_and_outside_the_panels(make, attacks):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    fig = make([{**r, "attack": attack} for attack in attacks for r in several()])
+    renderer = FigureCanvasAgg(fig).get_renderer()
+    fig.draw(renderer)
+    legend = fig.legends[0].get_window_extent(renderer)
+    assert legend.x0 >= 0
+    assert legend.y0 >= 0
+    assert legend.x1 <= fig.bbox.x1
+    boxes = [ax.get_tightbbox(renderer) for ax in fig.get_axes()]
+    for i, box in enumerate(boxes):
+        assert not box.overlaps(legend)
+        assert not any(box.overlaps(later) for later in boxes[i + 1 :])
 
 
 def test_png_has_the_same_bytes_twice_and_no_version(tmp_path):
@@ -318,14 +556,44 @@ def test_png_has_the_same_bytes_twice_and_no_version(tmp_path):
     assert paths[1].read_bytes() != first
 
 
-def test_write_report_writes_both_files_and_leaves_no_others(tmp_path):
-    save(tmp_path, *grid(), '{"half')
+def test_write_report_of_one_defence_writes_both_files_and_leaves_no_others(tmp_path):
+    rows = [r for r in grid() if r["layers"] == "last"]
+    save(tmp_path, *rows, '{"half')
     text = report.write_report(tmp_path)
-    assert text == report.table(grid())
+    assert text == report.table(rows)
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"rows.jsonl", "report.md", "tradeoff.png"}
+    assert names == {"rows.jsonl", "report.md", "tradeoff.png"} == set(report.files(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("defenses", "written"),
+    [
+        (["none", "top1"], []),
+        (["none", "top1", "rounding"], ["defenses.png"]),
+        (["none", "identity"], ["ablations.png"]),
+        (["top1", "identity", "random_vertex"], ["ablations.png"]),
+        (["none", "top1", "rounding", "identity"], ["defenses.png", "ablations.png"]),
+    ],
+)
+def test_figures_are_those_that_the_defences_call_for(tmp_path, defenses, written):
+    def called(r):
+        return {r["layers"], r["oracle"]} if r["defense"] == "mad" else {r["defense"]}
+
+    save(tmp_path, *(r for r in several() if called(r) & {*defenses}))
+    report.write_report(tmp_path)
+    files = ["rows.jsonl", "report.md", "tradeoff.png", *written]
+    assert report.files(tmp_path) == files
+    assert {path.name for path in tmp_path.iterdir()} == {*files}
+
+
+def test_every_figure_of_a_report_has_the_same_bytes_twice(tmp_path):
+    for name, make in report.figures_for(several()).items():
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            report.save_png(make(several()), tmp_path / folder / name)
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -344,26 +612,19 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_imports_are_light_and_pyplot_is_not_used():
-    source = Path(report.__file__).read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    roots = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    third_party = roots - set(sys.stdlib_module_names)
-    assert third_party == {"numpy", "matplotlib", "madjax"}
-    inside = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name for name in inside if name.startswith("madjax")} == {
+    sources = [p.read_text(encoding="utf-8") for p in Path(report.__file__).parent.glob("*.py")]
+    trees = [ast.parse(source) for source in sources]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    third_party = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    # pyarrow only where a trace is read
+    assert third_party == {"numpy", "matplotlib", "madjax", "pyarrow"}
+    inside = {name for name in names if name.startswith("madjax")}
+    assert {name for name in inside if not name.startswith("madjax.report.")} == {
         "madjax.errors",
         "madjax.files",
     }
-    top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    top = {node.module for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert not any(name.startswith("matplotlib") for name in top)
-    assert "pyplot" not in source
+    assert not any("pyplot" in source for source in sources)

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from madjax import (
+    DPSGD,
     MAD,
     AdaptiveKnockoff,
     Classifier,
     InputError,
     Knockoff,
     LeNet,
+    RandomNoise,
     Recipe,
     Sweep,
+    Undefended,
     fit,
     jbda,
     jbself,
@@ -30,6 +33,7 @@ from madjax import (
 from madjax.attacks import Custom, Transfer, World, crop_and_flip, keys
 from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import as_function, prediction_api
+from madjax.private import accounted_epsilon
 from madjax.report import read_rows
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.05)
@@ -70,7 +74,7 @@ class Setting:
         surrogates = [self.surrogate(seed) for seed in self.seeds]
         self.common = {
             "victim": self.victim,
-            "surrogates": jax.tree.map(lambda *leaves: jnp.stack(leaves), *surrogates),
+            "known": jax.tree.map(lambda *leaves: jnp.stack(leaves), *surrogates),
             "images": self.images,
             "labels": self.labels,
             "test_images": self.x_test,
@@ -100,6 +104,12 @@ class Setting:
         return sweep.Shared(
             posteriors=self.posterior(self.images), evidence=jnp.stack(evidence), **self.common
         )
+
+    def lesson(self):
+        return sweep.Lesson(self.images, self.x_test, self.labels_test)
+
+    def training(self, attack):
+        return sweep.Training(self.classifier, attack.recipe, attack.examples(attack.budget))
 
     def program(self, attack):
         return sweep.Program(
@@ -172,15 +182,15 @@ def run_grid(setting, attack, identities, devices, mapping):
     def over(function):
         return sweep.over_cells(function, mesh, mapping)
 
-    examples = attack.examples(attack.budget)
+    training, lesson = setting.training(attack), setting.lesson()
     transfer = over(program.begin)(stacked, shared)
     advance = over(program.round)
     for r in range(attack.rounds):
         transfer = advance((stacked, transfer), (shared, np.int32(r)))
-    state = over(partial(program.start, size=examples))(stacked, shared)
-    advance = over(partial(program.advance, size=examples))
+    state = over(training.start)(stacked, lesson)
+    advance = over(training.advance)
     for _ in range(attack.recipe.epochs):
-        state = advance((transfer, state), shared)
+        state = advance((transfer, state), lesson)
     results = jax.device_get((transfer, state))
     return [jax.tree.map(lambda a, i=i: a[i], results) for i in range(len(wave))]
 
@@ -274,14 +284,15 @@ def test_no_device_talks_to_another(asked):
     attack = ATTACKS["jbda"]
     program, shared = asked.program(attack), asked.shared(attack)
     _, stacked = stack([(0.4, seed) for seed in (0, 1, 2)], 4)
+    training, lesson = asked.training(attack), asked.lesson()
     like, learner = (
-        jax.eval_shape(sweep.over_cells(f, mesh, sweep.together), stacked, shared)
-        for f in (program.begin, partial(program.start, size=30))
+        jax.eval_shape(sweep.over_cells(f, mesh, sweep.together), stacked, common)
+        for f, common in ((program.begin, shared), (training.start, lesson))
     )
     for function, mine, common in (
         (program.begin, stacked, shared),
         (program.round, (stacked, like), (shared, np.int32(0))),
-        (partial(program.advance, size=30), (like, learner), shared),
+        (training.advance, (like, learner), lesson),
     ):
         text = (
             sweep.over_cells(function, mesh, sweep.together).lower(mine, common).compile().as_text()
@@ -440,18 +451,113 @@ def test_attacks_and_budgets_share_a_run_and_resume_in_the_middle(tmp_path, monk
     assert not list((tmp_path / "out" / "checkpoints").glob("attack-*"))
 
 
+MIXED = replace(
+    CONFIG,
+    seeds=(0, 1),
+    epsilons=(0.4, 0.99),
+    defense=(
+        Undefended(),
+        MAD(),
+        RandomNoise(strengths=(5.0,)),
+        MAD(surrogate_epochs=2, strengths=(0.99,)),
+        DPSGD(recipe=Recipe(epochs=2, batch_size=20, decay_epochs=0), strengths=(0.5, 2.0)),
+    ),
+)
+
+
+def who(row):
+    return row["defense"], row["defense_variant"], row["epsilon"], row["seed"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    data = write_data(tmp_path_factory.mktemp("data"))
+    out = tmp_path_factory.mktemp("runs") / "mixed"
+    return data, sweep.run(MIXED, out, data_dir=data, log=lambda line: None)
+
+
+def test_a_sweep_of_several_defences_is_several_sweeps(mixed, tmp_path):
+    data, rows = mixed
+    assert [who(row)[:3] for row in rows if row["seed"] == 1] == [
+        ("none", "", 0.0),
+        ("mad", "", 0.4),
+        ("mad", "", 0.99),
+        ("random_noise", "uniform, l1 ball", 5.0),
+        ("mad", "surrogate of 2 epochs", 0.99),
+        ("dp_sgd", "clip 1", 0.5),
+        ("dp_sgd", "clip 1", 2.0),
+    ]
+    assert len(rows) == 14
+    alone = replace(MIXED, defense=MAD(), epsilons=(0.0, 0.4, 0.99))
+    alone = sweep.run(alone, tmp_path / "out", data_dir=data, log=lambda line: None)
+    found = {who(row): row for row in rows}
+    for row in alone:
+        name = "mad" if row["epsilon"] else "none"
+        same = found[name, "", row["epsilon"], row["seed"]]
+        for field in ("defender_accuracy", "l1_mean", "entropy_mean", "attacker_accuracies"):
+            np.testing.assert_allclose(same[field], row[field], atol=1e-4)
+
+
+def test_rows_of_dp_sgd_have_the_privacy_they_cost(mixed):
+    _, rows = mixed
+    private = {row["epsilon"]: row for row in rows if row["defense"] == "dp_sgd"}
+    want = accounted_epsilon(0.5, num_examples=60, batch_size=20, epochs=2, delta=1 / 60)
+    np.testing.assert_allclose(private[0.5]["dp_epsilon"], want)
+    assert private[2.0]["dp_epsilon"] < private[0.5]["dp_epsilon"]
+    assert all(("dp_epsilon" in row) == (row["defense"] == "dp_sgd") for row in rows)
+    for row in private.values():  # the answers are another victim's, the distance to the first one
+        assert row["l1_mean"] > 0
+        assert row["defender_accuracy"] != row["victim_accuracy"] or row["fidelity"] < 100
+
+
+def test_what_defences_prepare_survives_a_stop(tmp_path, monkeypatch):
+    """Stop in a surrogate's training, and in that of the second private victim."""
+    data = write_data(tmp_path)
+    chosen = replace(MIXED, seeds=(0,), defense=MIXED.defense[3:])
+    kept = {}
+    # 2 checkpoints of the victim, 1 or 2 of the surrogate, 4 of its wave, 3 of private victims.
+    for saves, resume in ((3, False), (1 + 4 + 3, True)):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, "save", saves)
+            with pytest.raises(KeyboardInterrupt):
+                sweep.run(
+                    chosen, tmp_path / "out", data_dir=data, resume=resume, log=lambda line: None
+                )
+        folders = (tmp_path / "out" / "checkpoints").iterdir()
+        kept[saves] = {path.name.rpartition("-")[0]: path for path in folders}
+    assert set(kept[3]) == {"victim", "surrogate"}
+    assert {"victim", "surrogate", *(f"dp-sgd-noise-{n}-clip-1" for n in (0.5, 2))} == set(kept[8])
+    rows = sweep.run(chosen, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
+    want = sweep.run(chosen, tmp_path / "whole", data_dir=data, log=lambda line: None)
+    assert list(map(who, rows)) == list(map(who, want))
+    for row, same in zip(rows, want, strict=True):
+        np.testing.assert_array_equal(row["attacker_accuracies"], same["attacker_accuracies"])
+        assert row["defender_accuracy"] == same["defender_accuracy"]
+
+
+def test_the_victim_is_exported_behind_any_of_its_defences(tmp_path):
+    data = write_data(tmp_path)
+    chosen = replace(
+        MIXED, defense=(MAD(), DPSGD(strengths=(0.5,), recipe=MIXED.defense[4].recipe))
+    )
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="2 defences, 2 of them meant: choose one by its label"):
+        sweep.defended(chosen, out, strength=0.5, data_dir=data)
+    with pytest.raises(InputError, match="the strength of dp_sgd is one of its noise multipliers"):
+        sweep.defended(chosen, out, strength=0.4, defense="dp_sgd, clip 1", data_dir=data)
+
+
 def test_a_smaller_budget_trains_anew_on_the_first_examples(asked):
     attack, cell = ATTACKS["jbda"], (0.9, 1)
     transfer, _ = asked.singly(attack, [cell])[cell]
     mesh, (_, stacked) = sweep.make_mesh(jax.devices()[:1]), stack([cell], 1)
-    program, shared = asked.program(attack), asked.shared(attack)
+    training, lesson = sweep.Training(asked.classifier, RECIPE, 20), asked.lesson()
     start, advance = (
-        sweep.over_cells(partial(f, size=20), mesh, sweep.serially)
-        for f in (program.start, program.advance)
+        sweep.over_cells(f, mesh, sweep.serially) for f in (training.start, training.advance)
     )
-    state, transfers = start(stacked, shared), jax.tree.map(lambda a: a[None], transfer)
+    state, transfers = start(stacked, lesson), jax.tree.map(lambda a: a[None], transfer)
     for _ in range(RECIPE.epochs):
-        state = advance((transfers, state), shared)
+        state = advance((transfers, state), lesson)
     test, key = (asked.x_test, asked.labels_test), keys(cell[1])["train"]
     want = fit(asked.classifier, RECIPE, key, transfer.take(asked.images, jnp.arange(20)), test)
     got = jax.tree.map(lambda a: a[0], state)

@@ -23,6 +23,7 @@ from madjax.attacks.jacobian import (
     towards_top,
 )
 from madjax.attacks.knockoff import Knockoff, crop_and_flip, unchanged
+from madjax.attacks.online import Online
 
 __all__ = [
     "AdaptiveKnockoff",
@@ -30,6 +31,7 @@ __all__ = [
     "Custom",
     "JacobianAugmentation",
     "Knockoff",
+    "Online",
     "Transfer",
     "World",
     "away_from_top",

@@ -1,8 +1,8 @@
-"""One attack of a sweep, wave after wave: what is computed is kept, and rows are written once."""
+"""One defence and attack, wave after wave: what is computed is kept, rows are written once."""
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,19 @@ from tqdm import tqdm
 from madjax import store
 from madjax.attacks import Attack, Transfer, check_transfer
 from madjax.config import Sweep
-from madjax.sweep.cells import Cell, Program, Shared, default_mapping, over_cells
-from madjax.sweep.rows import Identity, identity, identity_of_row, measured
+from madjax.sweep.cells import (
+    Cell,
+    Lesson,
+    Program,
+    Shared,
+    Training,
+    default_mapping,
+    over_cells,
+)
+from madjax.sweep.rows import identity, identity_of_row, measured
+from madjax.sweep.victim import Log
 
 Array = jax.Array
-Log = Callable[[str], None]
 
 
 def budgets_of(config: Sweep, attack: Attack) -> list[int]:
@@ -27,8 +35,14 @@ def budgets_of(config: Sweep, attack: Attack) -> list[int]:
     return sorted({*config.budgets, attack.budget})
 
 
+@lru_cache(maxsize=64)
+def _compiled(training: Training, mesh: Mesh) -> tuple[Callable, Callable]:
+    """The training's functions; no defence enters them, so that a sweep compiles them once."""
+    return tuple(over_cells(f, mesh, default_mapping()) for f in (training.start, training.advance))
+
+
 class Campaign:
-    """The waves of one attack: its compiled functions, and what each wave adds to the run."""
+    """The waves of a defence and an attack: what all of them need, and where results go."""
 
     def __init__(
         self,
@@ -42,30 +56,60 @@ class Campaign:
         bar: tqdm,
         log: Log,
     ):
-        self.attack, self.shared, self.mesh = program.attack, shared, mesh
+        self.program, self.attack, self.shared = program, program.attack, shared
         self.directory, self.facts, self.rows, self.log, self.bar = directory, facts, rows, log, bar
         self.budgets = budgets_of(config, self.attack)
-        self.place = config.attacks.index(self.attack)
-        self.done = set(map(identity_of_row, rows))
-        self.sharding = NamedSharding(mesh, P("cells"))
-        over = partial(over_cells, mesh=mesh, mapping=default_mapping())
-        self.usefulness, self.begin, self.round = (
-            over(f) for f in (program.usefulness, program.begin, program.round)
+        self.place = (
+            f"attack-{config.attacks.index(self.attack)}"
+            f"-defense-{config.defenses.index(program.defense)}"
         )
-        sizes = {budget: self.attack.examples(budget) for budget in self.budgets}
-        self.start = {b: over(partial(program.start, size=n)) for b, n in sizes.items()}
-        self.advance = {b: over(partial(program.advance, size=n)) for b, n in sizes.items()}
+        self.done = set(map(identity_of_row, rows))
+        self.mesh, self.sharding = mesh, NamedSharding(mesh, P("cells"))
+        self.over = partial(over_cells, mesh=mesh, mapping=default_mapping())
+
+    def run(self, number: int, wave: list[Cell], stacked: Cell) -> None:
+        """All that the cells of a wave have to do, and their rows."""
+        raise NotImplementedError
+
+    def missing(self, budget: int, wave: list[Cell]) -> list[int]:
+        """The cells of a wave that have no row yet."""
+        identities = [identity(self.program, budget, cell) for cell in wave]
+        return [i for i, each in enumerate(identities) if each not in self.done]
+
+    def finish(self, measured: dict[str, Any], said: str) -> None:
+        """Write the row of a cell, and log what it says."""
+        row = self.facts | measured
+        row |= self.program.defense.facts(row["epsilon"], row["n_train"])
+        store.append_row(self.directory, row)
+        self.rows.append(row)
+        self.log(
+            f"{self.program.label}, budget {row['budget']:,}, epsilon {row['epsilon']:g}, seed "
+            f"{row['seed']}: {said}, {row['seconds']:.0f} s"
+        )
+
+
+class TransferCampaign(Campaign):
+    """Waves that collect transfer sets and train stolen models on them."""
+
+    def __init__(self, config: Sweep, program: Program, shared: Shared, mesh: Mesh, *rest: Any):
+        super().__init__(config, program, shared, mesh, *rest)
+        self.usefulness, self.begin, self.round = (
+            self.over(f) for f in (program.usefulness, program.begin, program.round)
+        )
+        self.lesson = Lesson(shared.images, shared.test_images, shared.test_labels)
+        trainings = {
+            budget: Training(program.stolen, self.attack.recipe, self.attack.examples(budget))
+            for budget in self.budgets
+        }
+        self.trainings = {budget: _compiled(each, mesh) for budget, each in trainings.items()}
 
     def run(self, number: int, wave: list[Cell], stacked: Cell) -> None:
         """Collect the transfer sets of a wave, and train the stolen models at each budget."""
-        missing = {
-            budget: [i for i, c in enumerate(wave) if self._identity(budget, c) not in self.done]
-            for budget in self.budgets
-        }
+        missing = {budget: self.missing(budget, wave) for budget in self.budgets}
         if not any(missing.values()):
             return
         # On another count of devices a wave holds other cells, and begins anew.
-        name = f"attack-{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
+        name = f"{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
         transfer, spent = self._collect(f"{name}-transfer", stacked)
         useful = self.usefulness(stacked, self.shared)
         for budget in filter(missing.get, self.budgets):
@@ -74,21 +118,16 @@ class Campaign:
             results = jax.device_get((useful, transfer.asked, accuracy))
             for i in missing[budget]:
                 mine = jax.tree.map(lambda a, i=i: a[i], results)
-                row = self.facts | measured(self.attack, budget, wave[i], *mine)
+                row = measured(self.program, budget, wave[i], *mine)
                 row["seconds"] = round((seconds + spent) / len(wave), 3)
                 row["seconds_collecting"] = round(spent / len(wave), 3)
-                store.append_row(self.directory, row)
-                self.rows.append(row)
-                self.log(
-                    f"{self.attack.label}, budget {budget:,}, epsilon {row['epsilon']:g}, seed "
-                    f"{row['seed']}: defender {row['defender_accuracy']:.2f} %, attacker "
-                    f"{row['attacker_accuracy']:.2f} %, {row['seconds']:.0f} s"
+                self.finish(
+                    row,
+                    f"defender {row['defender_accuracy']:.2f} %, attacker "
+                    f"{row['attacker_accuracy']:.2f} %",
                 )
             store.discard(self.directory, at)
         store.discard(self.directory, f"{name}-transfer")
-
-    def _identity(self, budget: int, cell: Cell) -> Identity:
-        return identity(self.attack, budget, cell)
 
     def _collect(self, name: str, stacked: Cell) -> tuple[Transfer, float]:
         """The wave's transfer sets, from their checkpoint as far as that goes, and the seconds."""
@@ -111,7 +150,7 @@ class Campaign:
             seconds += time.perf_counter() - began
             self._keep(name, transfer, seconds, r + 1)
             self.log(
-                f"{self.attack.label}: round {r + 1} of {rounds}, "
+                f"{self.program.label}: round {r + 1} of {rounds}, "
                 f"{int(transfer.asked[0]):,} queries, {seconds:.0f} s"
             )
         check_transfer(self.attack, transfer)
@@ -125,7 +164,8 @@ class Campaign:
         self, name: str, budget: int, transfer: Transfer, stacked: Cell, cells: int
     ) -> tuple[Array, float]:
         """The accuracies of the wave's stolen models after each epoch, and the seconds."""
-        state = self.start[budget](stacked, self.shared)
+        start, advance = self.trainings[budget]
+        state = start(stacked, self.lesson)
         seconds = 0.0
         saved = store.restore(self.directory, name, (state, np.zeros(())))
         if saved is not None:
@@ -134,7 +174,7 @@ class Campaign:
         self.bar.update(cells * finished)
         for e in range(finished, self.attack.recipe.epochs):
             began = time.perf_counter()
-            state = jax.block_until_ready(self.advance[budget]((transfer, state), self.shared))
+            state = jax.block_until_ready(advance((transfer, state), self.lesson))
             seconds += time.perf_counter() - began
             store.save(self.directory, name, e + 1, (state, np.asarray(seconds)))
             self.bar.update(cells)

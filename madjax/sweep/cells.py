@@ -1,7 +1,8 @@
 """One cell of the grid as pure functions, and many of them over devices.
 
-A cell is one (epsilon, seed) of an attack. `Program` holds its functions; `over_cells` compiles any
-of them for a wave of cells, spread over a mesh; `waves` cuts a grid to size.
+A cell is one (strength, seed) of a defence and an attack. `Program` holds its functions;
+`over_cells` compiles any of them for a wave of cells, spread over a mesh; `waves` cuts a grid to
+size.
 """
 
 import os
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from madjax.attacks import Attack, Transfer, World, keys
 from madjax.datasets import Family
-from madjax.defenses import answers, prediction_api
+from madjax.defenses import Defense, answers, prediction_api
+from madjax.errors import InputError
 from madjax.evaluate import utility
 from madjax.models import Classifier
-from madjax.train import State, epoch, start
+from madjax.train import Recipe, State, epoch, start
 
 Array = jax.Array
 
@@ -30,18 +33,19 @@ class Cell(NamedTuple):
     """One point of the grid; with a leading axis, a wave of them."""
 
     epsilon: Array
+    """The strength of the defence."""
     seed: Array
     at: Array
     """Position of the seed in the leading axes of `Shared`."""
 
 
 class Shared(NamedTuple):
-    """What all cells of one attack read."""
+    """What all cells of one defence and attack read."""
 
     victim: Any
     """The victim's parameters."""
-    surrogates: Any
-    """The surrogates' parameters, with a leading axis of seeds."""
+    known: Any
+    """What the defence has prepared (for MAD: the surrogates), with a leading axis of seeds."""
     images: Array
     """The attacker's own images, and their classes."""
     labels: Array
@@ -65,10 +69,42 @@ class Program:
     network: Classifier
     stolen: Classifier
     family: Family
-    defense: Any
+    defense: Defense
     attack: Attack
     num_classes: int
     num_labels: int
+
+    @property
+    def label(self) -> str:
+        """Defence and attack, as the log calls them."""
+        return f"{self.defense.label} against {self.attack.label}"
+
+    @property
+    def laps(self) -> int:
+        """How many pieces of a cell's work the progress bar counts."""
+        return self.attack.recipe.epochs
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether the evidence of the test set is needed before the attack."""
+        return True
+
+    def rehearse(self, cell: Cell, shared: Shared) -> None:
+        """Trace all that a cell will do.
+
+        Raises:
+            InputError: an attack that makes another transfer set than it says.
+        """
+        transfer = self.begin(cell, shared)
+        if self.attack.rounds:
+            transfer = self.round((cell, transfer), (shared, jnp.int32(0)))
+        self.usefulness(cell, shared)
+        wanted = (self.attack.examples(self.attack.budget), self.num_classes)
+        if transfer.targets.shape != wanted:
+            raise InputError(
+                f"the attack {self.attack.label} makes targets of shape "
+                f"{transfer.targets.shape}: return {wanted}, one row for each example"
+            )
 
     def usefulness(self, cell: Cell, shared: Shared) -> dict[str, Array]:
         """The defence's utility on the test set."""
@@ -89,30 +125,12 @@ class Program:
         """Round r of the attack's queries; shared = (what cells share, r)."""
         return self.attack.round(shared[1], cell[1], self._world(cell[0], shared[0]))
 
-    def start(self, cell: Cell, shared: Shared, *, size: int) -> State:
-        """A fresh stolen model that will train on the first `size` examples."""
-        del shared
-        return start(self.stolen, self.attack.recipe, size, keys(cell.seed)["train"])
-
-    def advance(self, cell: tuple[Transfer, State], shared: Shared, *, size: int) -> State:
-        """One epoch of the stolen model's training, and its accuracy after it."""
-        transfer, state = cell
-        return epoch(
-            self.stolen,
-            self.attack.recipe,
-            state,
-            lambda i: transfer.take(shared.images, i),
-            size,
-            shared.test_images,
-            shared.test_labels,
-        )
-
     def _world(self, cell: Cell, shared: Shared) -> World:
         key = keys(cell.seed)
         if shared.posteriors is None:
-            surrogate = jax.tree.map(lambda a: a[cell.at], shared.surrogates)
+            known = jax.tree.map(lambda a: a[cell.at], shared.known)
             respond = prediction_api(
-                self.defense, self.network, shared.victim, surrogate, key["defense"], cell.epsilon
+                self.defense, self.network, shared.victim, known, key["defense"], cell.epsilon
             )
         else:
             drawn = self.attack.foreseen(key["draw"], shared.images.shape[0])
@@ -133,6 +151,41 @@ class Program:
             self.stolen,
             self.family,
             key["draw"],
+        )
+
+
+class Lesson(NamedTuple):
+    """What the training of all stolen models reads: the attacker's own images and the test set."""
+
+    images: Array
+    test_images: Array
+    test_labels: Array
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of the stolen model of one cell on `size` examples, whatever the defence was."""
+
+    stolen: Classifier
+    recipe: Recipe
+    size: int
+
+    def start(self, cell: Cell, lesson: Lesson) -> State:
+        """A fresh stolen model."""
+        del lesson
+        return start(self.stolen, self.recipe, self.size, keys(cell.seed)["train"])
+
+    def advance(self, cell: tuple[Transfer, State], lesson: Lesson) -> State:
+        """One epoch, and the accuracy after it."""
+        transfer, state = cell
+        return epoch(
+            self.stolen,
+            self.recipe,
+            state,
+            lambda i: transfer.take(lesson.images, i),
+            self.size,
+            lesson.test_images,
+            lesson.test_labels,
         )
 
 
@@ -171,14 +224,14 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("cells",), (AxisType.Auto,), devices=devices)
 
 
-def over_cells(function: Callable[[Any, Shared], Any], mesh: Mesh, mapping: Mapping) -> Callable:
+def over_cells(function: Callable[[Any, Any], Any], mesh: Mesh, mapping: Mapping) -> Callable:
     """Compile function(cell, shared) for cells with a leading axis that the mesh divides.
 
     No device talks to another. `check_vma` must stay off: with it, gradients of parameters that
     are made inside the mapped function from constants are summed over the mesh.
     """
 
-    def local(cells: Any, shared: Shared) -> Any:
+    def local(cells: Any, shared: Any) -> Any:
         return mapping(lambda cell: function(cell, shared), cells)
 
     return jax.jit(

@@ -10,10 +10,10 @@ from madjax import store
 from madjax.attacks import keys
 from madjax.config import Sweep, describe
 from madjax.datasets import open_dataset
-from madjax.defenses import as_function
+from madjax.defenses import Defense, as_function
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.sweep.pipeline import make_classifier, restore_victim
+from madjax.sweep.victim import keeper, make_classifier, owner_of, restore_victim
 
 Array = jax.Array
 
@@ -23,34 +23,52 @@ def defended(
     directory: str | Path,
     *,
     strength: float,
+    defense: str | None = None,
     seed: int = 0,
     data_dir: str | Path | None = None,
     any_platform: bool = False,
 ) -> tuple[Classifier, jax.stages.Wrapped]:
     """The victim of a run, and predict(images[B, H, W, C]) -> y_tilde [B, K] with its defence.
 
-    strength: the defence's, epsilon for MAD. seed: whose surrogate is taken, the one that stood
+    strength: the defence's, epsilon for MAD. defense: which, by its label, of a run with several.
+    seed: whose surrogate is taken, the one that stood
     behind the rows of that seed. any_platform: networks take XLA's own convolution, where by
     default they take what is fast on this platform.
 
     Raises:
-        InputError: a directory without a trained victim, or with that of another config.
+        InputError: an unknown defence, or a strength that it has not; a directory without a trained
+            victim, or with that of another config.
     """
     directory = Path(directory)
+    chosen = _choose(config, defense)
+    chosen.check_strength(strength)
     data = open_dataset(config.dataset, data_dir)
     victim = make_classifier(config.architecture, data, "victim")
     _check_victim(config, directory)
-    params = restore_victim(config, victim, data, directory).params
+    owner = owner_of(config, victim, data, keeper(directory, victim, len(data.x_train), print))
+    params = restore_victim(owner, directory).params
+    known = chosen.prepare(owner, keys(seed)["surrogate"])
     if any_platform and hasattr(victim.module, "convolution"):
         module = victim.module.clone(convolution=lax.conv_general_dilated)
         victim = Classifier(module, victim.preprocess, victim.image_shape)
-    surrogate = victim.init(keys(seed)["surrogate"])
-    defend = as_function(config.defense, victim.apply, surrogate, strength)
+    defend = as_function(chosen, victim.apply, known, strength)
 
     def predict(images: Array) -> Array:
         return defend(jax.random.key(seed), images, victim.posterior(params, images))
 
     return victim, jax.jit(predict)
+
+
+def _choose(config: Sweep, label: str | None) -> Defense:
+    """The defence of this label, or the only one."""
+    found = [d for d in config.defenses if label in (None, d.label)]
+    if len(found) != 1:
+        raise InputError(
+            f"the config has {len(config.defenses)} defences, {len(found)} of them "
+            f"{label or 'meant'}: choose one by its label, "
+            + " | ".join(d.label for d in config.defenses)
+        )
+    return found[0]
 
 
 def _check_victim(config: Sweep, directory: Path) -> None:

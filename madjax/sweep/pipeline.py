@@ -1,14 +1,17 @@
 """From a config to rows: the pipeline around the grid.
 
-What cells share is computed once: the victim, its posteriors, and for every seed the surrogate's
-evidence (for MAD the Gram matrices), which no epsilon enters, for the test set and for queries that
-an attack foresees. Then waves of cells, attack by attack, collect transfer sets and train stolen
-models (`campaign`); a wave's rows are written when it ends, and a checkpoint after each of its
-rounds and epochs.
+What cells share is computed once: the victim, its posteriors, and for every defence and seed what
+the defence has prepared (for MAD the surrogate) and its evidence (for MAD the Gram matrices), which
+no strength enters, for the test set and for queries that an attack foresees. Then waves of cells,
+defence by defence and attack by attack, collect transfer sets and train stolen models
+(`campaign`); a wave's rows are written when it ends, and a checkpoint after each of its rounds and
+epochs.
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -21,29 +24,36 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from madjax import store
-from madjax.attacks import Attack, keys
+from madjax.attacks import Attack, Online, keys
 from madjax.batching import map_chunks
-from madjax.config import Sweep, describe, name_of
+from madjax.config import Sweep, describe
 from madjax.datasets import Dataset, base_name, check_compatible, open_dataset
+from madjax.defenses import Defense, Owner
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.sweep.campaign import Campaign, Log, budgets_of
+from madjax.sweep.campaign import TransferCampaign, budgets_of
 from madjax.sweep.cells import Cell, Program, Shared, make_mesh, waves
+from madjax.sweep.online import OnlineCampaign, OnlineProgram
 from madjax.sweep.rows import identity, identity_of_row, shared_facts
-from madjax.train import State, fit, start
+from madjax.sweep.victim import (
+    Log,
+    first_line,
+    keeper,
+    make_classifier,
+    owner_of,
+    train_victim,
+)
+from madjax.train import Recipe, State, start
 
 Array = jax.Array
 
-VICTIM = 6
-"""Folded into the victim's key, so that it shares no randomness with an attacker of its seed."""
 
-
-def grid(config: Sweep) -> list[Cell]:
-    """All cells, seed by seed, so that a sweep that is stopped early has whole curves."""
+def grid(config: Sweep, defense: Defense) -> list[Cell]:
+    """All cells of a defence, seed by seed, so that a sweep stopped early has whole curves."""
     return [
         Cell(np.float32(e), np.uint32(s), np.int32(i))
         for i, s in enumerate(config.seeds)
-        for e in config.epsilons
+        for e in config.strengths_of(defense)
     ]
 
 
@@ -71,7 +81,11 @@ def run(
     data = open_dataset(config.dataset, data_dir)
     sources = _sources(config, data, data_dir)
     victim = make_classifier(config.architecture, data, "victim")
-    programs = [_program(config, victim, attack, data, sources) for attack in config.attacks]
+    programs = [
+        _program(config, victim, defense, attack, data, sources)
+        for defense in config.defenses
+        for attack in config.attacks
+    ]
     for program in programs:
         _rehearse(config, program, data, sources)
     # The data too: names do not change when what is behind them does.
@@ -79,43 +93,60 @@ def run(
     sums = {"dataset": data.checksum(), "query": query}
     description = describe(config) | {"data": sums}
     rows = store.open_run(directory, description, resume=resume)
-    cells = grid(config)
     todo = {
         program: {
-            identity(program.attack, budget, cell)
+            identity(program, budget, cell)
             for budget in budgets_of(config, program.attack)
-            for cell in cells
+            for cell in grid(config, program.defense)
         }
+        - set(map(identity_of_row, rows))
         for program in programs
     }
-    for identities in todo.values():
-        identities -= set(map(identity_of_row, rows))
     if not any(todo.values()):
         store.discard(directory, "attack-*")
         log(f"{directory}: all cells are done")
         return rows
 
-    state = _train_victim(config, victim, data, directory, log)
+    owner = owner_of(config, victim, data, keeper(directory, victim, len(data.x_train), log))
+    state = train_victim(owner)
     mesh = make_mesh()
-    common = _common(config, victim, state.params, data, log)
+    judged = _judge(victim, state.params, data)
     facts = shared_facts(config, description, data, state, mesh)
-    everything = -(-len(cells) // mesh.size)
-    per_device = cells_per_device or (1 if jax.default_backend() == "cpu" else everything)
-    size = mesh.size * min(per_device, everything)
-    epochs = sum(len(missing) * p.attack.recipe.epochs for p, missing in todo.items())
+    epochs = sum(len(missing) * p.laps for p, missing in todo.items())
     with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
-        for program in filter(todo.get, programs):
-            shared = _share(config, program, common, sources[program.attack.source], log)
-            shared = jax.device_put(shared, NamedSharding(mesh, P()))
-            of_source = facts | {
-                "queryset": base_name(sources[program.attack.source].name),
-                "queryset_source": sources[program.attack.source].name,
-            }
-            campaign = Campaign(config, program, shared, mesh, directory, of_source, rows, bar, log)
-            for number, (wave, stacked) in enumerate(waves(cells, size)):
-                campaign.run(number, wave, stacked)
+        for defense, waiting in groupby(filter(todo.get, programs), lambda p: p.defense):
+            waiting = list(waiting)
+            needed = any(program.needs_evidence for program in waiting)
+            known, evidence = _prepare(config, defense, owner, judged, needed, log)
+            cells = grid(config, defense)
+            for program in waiting:
+                own = sources[program.attack.source]
+                attacked = _share(config, program, state.params, known, own, log)
+                shared = Shared(**attacked, **judged, test_evidence=evidence)
+                shared = jax.device_put(shared, NamedSharding(mesh, P()))
+                said = facts | {
+                    **defense.describe(),
+                    "queryset": base_name(own.name),
+                    "queryset_source": own.name,
+                }
+                kind = OnlineCampaign if isinstance(program, OnlineProgram) else TransferCampaign
+                campaign = kind(config, program, shared, mesh, directory, said, rows, bar, log)
+                size = _wave_size(program, len(cells), mesh.size, cells_per_device)
+                for number, (wave, stacked) in enumerate(waves(cells, size)):
+                    campaign.run(number, wave, stacked)
     store.discard(directory, "attack-*")  # of waves that were stopped after their last row
     return rows
+
+
+def _wave_size(program: Program, cells: int, devices: int, per_device: int | None) -> int:
+    """How many cells are trained side by side; see `run`.
+
+    Online cells all go together, as each is held against the one of its seed at strength 0.
+    """
+    everything = -(-cells // devices)
+    one_by_one = jax.default_backend() == "cpu" and not isinstance(program, OnlineProgram)
+    wanted = per_device or (1 if one_by_one else everything)
+    return devices * min(wanted, everything)
 
 
 class _Source(NamedTuple):
@@ -127,87 +158,61 @@ class _Source(NamedTuple):
     num_labels: int
 
 
-def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
-    """The network of one party, checked on the victim's image shape and classes."""
-    name = name_of(architecture)
-    blank = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.uint8)
-    try:
-        module = architecture(data.num_classes)
-        classifier = Classifier(module, data.family.preprocess, data.image_shape)
-        logits = jax.eval_shape(
-            lambda k, x: classifier.apply(classifier.init(k), x), jax.random.key(0), blank
-        )
-    except Exception as error:
-        raise InputError(
-            f"the {role}'s {name} cannot take images of shape {data.image_shape} "
-            f"({_first_line(error)}): choose another architecture or data set"
-        ) from error
-    if logits.shape != (1, data.num_classes):
-        raise InputError(
-            f"the {role}'s {name} gives outputs {logits.shape[1:]} for the "
-            f"{data.num_classes} classes of {data.name}: choose another architecture"
-        )
-    return classifier
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"
-
-
 def _program(
-    config: Sweep, victim: Classifier, attack: Attack, data: Dataset, sources: dict[str, _Source]
+    config: Sweep,
+    victim: Classifier,
+    defense: Defense,
+    attack: Attack,
+    data: Dataset,
+    sources: dict[str, _Source],
 ) -> Program:
-    """The functions of one attack's cells, once it is known to fit its images."""
+    """The functions of the cells of one defence and attack, once they are known to fit."""
     own = sources[attack.source]
     stolen = make_classifier(attack.architecture, data, "attacker")
     attack.check(len(own.images), data.num_classes, data.image_shape)
-    return Program(
-        victim, stolen, data.family, config.defense, attack, data.num_classes, own.num_labels
-    )
+    kind = OnlineProgram if isinstance(attack, Online) else Program
+    return kind(victim, stolen, data.family, defense, attack, data.num_classes, own.num_labels)
 
 
 def _rehearse(config: Sweep, program: Program, data: Dataset, sources: dict[str, _Source]) -> None:
     """Trace what the cells will do, on shapes alone: what fails does so before any work."""
     own = sources[program.attack.source]
+    network, defense = program.network, program.defense
 
-    def everything(key: Array, images: Array, tests: Array) -> Any:
-        params = program.network.init(key)
-        surrogates = jax.tree.map(lambda a: a[None], params)
+    def untrained(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+        del name, train
+        return start(network, recipe, len(data.x_train), key)
+
+    def everything(key: Array, images: Array, tests: Array) -> None:
+        params = network.init(key)
+        owner = owner_of(config, network, data, untrained)
+        known = jax.tree.map(lambda a: a[None], defense.prepare(owner, key))
         shared = Shared(
             params,
-            surrogates,
+            known,
             images,
             jnp.zeros(len(images), jnp.int32),
-            *_prepare(program, config.seeds[:1], params, surrogates, images),
+            *_foreseen(program, config.seeds[:1], params, known, images),
             tests,
             jnp.zeros(len(tests), jnp.int32),
             jnp.ones((len(tests), data.num_classes)),
-            _evidence(config.defense, program.network, surrogates, [tests]),
+            _evidence(defense, network, known, [tests]),
         )
         cell = Cell(jnp.float32(0), jnp.uint32(0), jnp.int32(0))
-        transfer = program.begin(cell, shared)
-        if program.attack.rounds:
-            transfer = program.round((cell, transfer), (shared, jnp.int32(0)))
-        return transfer, program.usefulness(cell, shared)
+        program.rehearse(cell, shared)
 
     shapes = (
         jax.ShapeDtypeStruct((n, *data.image_shape), jnp.uint8)
         for n in (len(own.images), len(data.x_test))
     )
     try:
-        transfer, _ = jax.eval_shape(everything, jax.random.key(0), *shapes)
-        wanted = (program.attack.examples(program.attack.budget), data.num_classes)
-        if transfer.targets.shape != wanted:
-            raise InputError(
-                f"the attack {program.attack.label} makes targets of shape "
-                f"{transfer.targets.shape}: return {wanted}, one row for each example"
-            )
+        jax.eval_shape(everything, jax.random.key(0), *shapes)
     except InputError:
         raise
     except Exception as error:
         raise InputError(
-            f"the defence {config.defense} or the attack {program.attack.label} fails on these "
-            f"data ({_first_line(error)}): choose another, or mend it"
+            f"the defence {defense} or the attack {program.attack.label} fails on these "
+            f"data ({first_line(error)}): choose another, or mend it"
         ) from error
 
 
@@ -230,109 +235,68 @@ def _sources(config: Sweep, victim: Dataset, data_dir: str | Path | None) -> dic
     }
 
 
-def _victim(config: Sweep, victim: Classifier, data: Dataset) -> tuple[Array, Any]:
-    """The key of the victim's training, and the shapes of its state."""
-    key = jax.random.fold_in(jax.random.key(config.victim_seed), VICTIM)
-    begin = partial(start, victim, config.victim, len(data.x_train))
-    return key, jax.eval_shape(begin, key)
-
-
-def restore_victim(config: Sweep, victim: Classifier, data: Dataset, directory: Path) -> State:
-    """The trained victim of a run.
-
-    Raises:
-        InputError: it is not there, or its training has not ended.
-    """
-    saved = store.restore(directory, "victim", _victim(config, victim, data)[1])
-    if saved is None or int(saved.epoch) < config.victim.epochs:
-        raise InputError(
-            f"{directory} holds no victim trained for {config.victim.epochs} epochs: finish it "
-            "with madjax sweep --resume"
-        )
-    return saved
-
-
-def _train_victim(
-    config: Sweep, victim: Classifier, data: Dataset, directory: Path, log: Log
-) -> State:
-    """The victim, from its checkpoint as far as that goes."""
-    key, like = _victim(config, victim, data)
-    saved = store.restore(directory, "victim", like)
-    epochs = config.victim.epochs
-    with tqdm(
-        total=epochs,
-        initial=int(saved.epoch) if saved else 0,
-        unit="epoch",
-        desc="victim",
-        disable=None,
-    ) as bar:
-
-        def after_epoch(state: State) -> None:
-            store.save(directory, "victim", int(state.epoch), state)
-            bar.update()
-
-        state = fit(
-            victim,
-            config.victim,
-            key,
-            (data.x_train, data.y_train),
-            (data.x_test, data.y_test),
-            state=jax.tree.map(jnp.asarray, saved),
-            after_epoch=after_epoch,
-        )
-    log(
-        f"victim: {name_of(config.architecture)} on {data.name}, {len(data.x_train):,} images, "
-        f"{epochs} epochs: {float(state.accuracy[-1]):.2f} % of {len(data.x_test):,} test images"
-    )
-    return state
-
-
-class _Common(NamedTuple):
-    """What all cells of all attacks read."""
-
-    victim: Any
-    surrogates: Any
-    test: tuple[Any, ...]
-    """The last fields of `Shared`."""
-
-
-def _common(config: Sweep, victim: Classifier, params: Any, data: Dataset, log: Log) -> _Common:
-    """The surrogates of all seeds, and the test set as the defence sees it."""
-    began = time.perf_counter()
-    drawn = [jax.jit(victim.init)(keys(seed)["surrogate"]) for seed in config.seeds]
-    surrogates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
+def _judge(victim: Classifier, params: Any, data: Dataset) -> dict[str, Array]:
+    """The fields of `Shared` by which defences and stolen models are judged."""
     images = jnp.asarray(data.x_test)
-    posteriors = _posteriors(victim, params, images)
-    evidence = _evidence(config.defense, victim, surrogates, [images] * len(config.seeds))
-    jax.block_until_ready(evidence)
-    log(f"test set: {len(images):,} images in {time.perf_counter() - began:.1f} s")
-    return _Common(params, surrogates, (images, jnp.asarray(data.y_test), posteriors, evidence))
-
-
-def _share(config: Sweep, program: Program, common: _Common, own: _Source, log: Log) -> Shared:
-    """What one attack's cells read."""
-    began = time.perf_counter()
-    images, labels = jnp.asarray(own.images), jnp.asarray(own.labels)
-    prepared = _prepare(program, config.seeds, common.victim, common.surrogates, images)
-    if prepared[0] is not None:
-        jax.block_until_ready(prepared)
-        log(
-            f"{program.attack.label}: {len(config.seeds)} x {program.attack.budget:,} queries "
-            f"prepared in {time.perf_counter() - began:.1f} s"
-        )
-    return Shared(common.victim, common.surrogates, images, labels, *prepared, *common.test)
+    return {
+        "test_images": images,
+        "test_labels": jnp.asarray(data.y_test),
+        "test_posteriors": _posteriors(victim, params, images),
+    }
 
 
 def _prepare(
-    program: Program, seeds: tuple[int, ...], victim: Any, surrogates: Any, images: Array
+    config: Sweep,
+    defense: Defense,
+    owner: Owner,
+    judged: dict[str, Array],
+    needed: bool,
+    log: Log,
+) -> tuple[Any, Any]:
+    """What a defence knows and its evidence of the test set, each with a leading axis of seeds.
+
+    The evidence only where it is needed, else None.
+    """
+    began = time.perf_counter()
+    each = [defense.prepare(owner, keys(seed)["surrogate"]) for seed in config.seeds]
+    known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    tests = [judged["test_images"]] * len(config.seeds) if needed else []
+    evidence = jax.block_until_ready(_evidence(defense, owner.classifier, known, tests))
+    log(f"{defense.label}: prepared in {time.perf_counter() - began:.1f} s")
+    return known, evidence
+
+
+def _share(
+    config: Sweep, program: Program, victim: Any, known: Any, own: _Source, log: Log
+) -> dict[str, Any]:
+    """The fields of `Shared` that belong to one attack's images."""
+    began = time.perf_counter()
+    images, labels = jnp.asarray(own.images), jnp.asarray(own.labels)
+    posteriors, evidence = _foreseen(program, config.seeds, victim, known, images)
+    if posteriors is not None:
+        jax.block_until_ready((posteriors, evidence))
+        log(
+            f"{program.label}: {len(config.seeds)} x {program.attack.budget:,} queries "
+            f"prepared in {time.perf_counter() - began:.1f} s"
+        )
+    return {
+        "victim": victim,
+        "known": known,
+        "images": images,
+        "labels": labels,
+        "posteriors": posteriors,
+        "evidence": evidence,
+    }
+
+
+def _foreseen(
+    program: Program, seeds: tuple[int, ...], victim: Any, known: Any, images: Array
 ) -> tuple[Array | None, Any]:
     """Posteriors of the attacker's images and evidence of each seed's queries, if foreseen."""
     drawn = [program.attack.foreseen(keys(seed)["draw"], len(images)) for seed in seeds]
     if drawn[0] is None:
         return None, None
-    evidence = _evidence(
-        program.defense, program.network, surrogates, [images[each] for each in drawn]
-    )
+    evidence = _evidence(program.defense, program.network, known, [images[each] for each in drawn])
     return _posteriors(program.network, victim, images), evidence
 
 
@@ -342,10 +306,10 @@ def _posteriors(network: Classifier, params: Any, images: Array) -> Array:
     )
 
 
-def _evidence(defense: Any, network: Classifier, surrogates: Any, images: list[Array]) -> Any:
-    """Evidence of the i-th images by the i-th surrogate, with a leading axis for i."""
+def _evidence(defense: Defense, network: Classifier, known: Any, images: list[Array]) -> Any:
+    """Evidence of the i-th images by what is known for the i-th seed, with a leading axis for i."""
     each = [
-        defense.evidence(network.apply, jax.tree.map(lambda a, i=i: a[i], surrogates), x)
+        defense.evidence(network.apply, jax.tree.map(lambda a, i=i: a[i], known), x)
         for i, x in enumerate(images)
     ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) if each else None

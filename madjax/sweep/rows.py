@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from madjax.attacks import Attack
 from madjax.config import Sweep, digest, name_of
 from madjax.datasets import Dataset, base_name
-from madjax.sweep.cells import Cell, device_name
+from madjax.sweep.cells import Cell, Program, device_name
 from madjax.train import State
 
 Array = jax.Array
@@ -21,23 +20,26 @@ Array = jax.Array
 _PACKAGES = ("madjax", "jax", "flax", "optax")
 
 
-Identity = tuple[str, str, int, float, int]
-"""Attack, variant, budget, epsilon and seed: one row."""
+Identity = tuple[str | int | float, ...]
+"""Defence, attack, budget, strength and seed: one row."""
+
+_IDENTITY = ("defense", "layers", "oracle", "distance", "defense_variant", "attack", "variant")
 
 
-def identity(attack: Attack, budget: int, cell: Cell) -> Identity:
-    """What a row says of its cell: epsilon with the digits the user gave."""
-    said = attack.describe()
-    return said["attack"], said["variant"], budget, float(str(cell.epsilon)), int(cell.seed)
+def identity(program: Program, budget: int, cell: Cell) -> Identity:
+    """What a row says of its cell: the strength with the digits the user gave."""
+    said = program.defense.describe() | program.attack.describe()
+    who = (said[name] for name in _IDENTITY)
+    return *who, budget, float(str(cell.epsilon)), int(cell.seed)
 
 
 def identity_of_row(row: dict[str, Any]) -> Identity:
     """The cell that a row belongs to."""
-    return row["attack"], row["variant"], row["budget"], row["epsilon"], row["seed"]
+    return *(row.get(name, "") for name in _IDENTITY), row["budget"], row["epsilon"], row["seed"]
 
 
 def measured(
-    attack: Attack,
+    program: Program,
     budget: int,
     cell: Cell,
     usefulness: dict[str, Array],
@@ -45,23 +47,44 @@ def measured(
     accuracy: Array,
 ) -> dict[str, Any]:
     """The fields of one cell: which it is, the defence's utility, the attacker after each epoch."""
-    *_, epsilon, seed = identity(attack, budget, cell)
+    attack = program.attack
+    return {
+        **which(program, budget, cell),
+        "queries": int(asked) if budget == attack.budget else budget,
+        "epochs": attack.recipe.epochs,
+        **{name: number(value) for name, value in usefulness.items()},
+        **after(accuracy),
+    }
+
+
+def which(program: Program, budget: int, cell: Cell) -> dict[str, Any]:
+    """The fields of one cell that say which it is."""
+    attack = program.attack
+    *_, epsilon, seed = identity(program, budget, cell)
     return {
         **attack.describe(),
         "attack_architecture": name_of(attack.architecture).lower(),
         "optimizer": name_of(attack.recipe.optimizer),
         "targets": name_of(attack.targets),
         "budget": budget,
-        "queries": int(asked) if budget == attack.budget else budget,
         "examples": attack.examples(budget),
-        "epochs": attack.recipe.epochs,
         "epsilon": epsilon,
         "seed": seed,
-        **{name: number(value) for name, value in usefulness.items()},
+    }
+
+
+def after(accuracy: Array) -> dict[str, Any]:
+    """The stolen model's accuracy, percent: in the end, at best, and each time it was tested."""
+    return {
         "attacker_accuracy": number(accuracy[-1]),
         "attacker_accuracy_best": number(accuracy.max()),
-        "attacker_accuracies": [number(value) for value in accuracy],
+        "attacker_accuracies": numbers(accuracy),
     }
+
+
+def numbers(values: Any) -> list[float | None]:
+    """`number` of each."""
+    return [number(value) for value in values]
 
 
 def number(value: Any) -> float | None:
@@ -82,7 +105,6 @@ def shared_facts(
         "dataset": base_name(config.dataset),
         "dataset_source": config.dataset,
         "victim": name_of(config.architecture).lower(),
-        **config.defense.describe(),
         "victim_epochs": config.victim.epochs,
         "victim_accuracy": number(victim.accuracy[-1]),
         "num_classes": data.num_classes,

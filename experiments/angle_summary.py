@@ -1,0 +1,115 @@
+"""The white-box study in short: angles by epsilon, the paper's claims beside them, and variants.
+
+Claim: see configs/mnist_angle.py and configs/mnist_angle_variants.py, whose rows this reads.
+Command: python experiments/angle_summary.py experiments/results/mnist_angle \
+    experiments/results/mnist_angle_variants
+Cost: none; writes summary.md beside the rows of each.
+
+Angles in degrees over all steps of all seeds' means; ± is the sample standard deviation over seeds.
+The paper's figures are those of section 5.2.3, for a VGG16 on CIFAR10 with N steps that it does not
+say; ours are LeNet on MNIST.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+
+from madjax.report import read_rows, summarise
+from madjax.report.names import attack, defence
+
+
+def mean(points, field):
+    """The mean over seeds of a field at each point, without a spread."""
+    return {p.epsilon: getattr(p, field).mean for p in points}
+
+
+def said(stat, digits=1):
+    """Mean ± sample standard deviation over seeds, if there are several."""
+    spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
+    return f"{stat.mean:.{digits}f}{spread}"
+
+
+def markdown(head, lines):
+    """A table whose first column is text."""
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
+
+
+def angles(points):
+    """A line for every epsilon."""
+    head = ["epsilon", "angle", "std over steps", "5 %", "median", "95 %", "max"]
+    head += ["test loss", "attacker %", "defender %", "direction kept"]
+    fields = ("angle_std", "angle_p05", "angle_p50", "angle_p95", "angle_max")
+    lines = [
+        [f"{p.epsilon:g}", said(p.angle_mean)]
+        + [f"{getattr(p, field).mean:.1f}" for field in fields]
+        + [said(p.test_loss, 2), said(p.attacker_accuracy), said(p.defender_accuracy)]
+        + [said(p.direction_kept, 2)]
+        for p in points
+    ]
+    return markdown(head, lines)
+
+
+def claims(points, rows):
+    """What the paper says of its figures 6 and 7, and what these rows say."""
+    maxima, means, losses = (
+        mean(points, field) for field in ("angle_max", "angle_mean", "test_loss")
+    )
+    useful = [e for e in means if 0.95 <= e <= 0.99]
+    flipped = [row for row in rows if row["epsilon"] == 2]
+    first = fmean(row["test_losses"][0] for row in flipped)
+    clean = losses[0.0]
+    lines = [
+        ["range of the deviations", "0 to 115", f"0 to {max(maxima.values()):.0f}"],
+        [
+            "mean at epsilon 0.95 to 0.99",
+            "24.9",
+            f"{means[min(useful)]:.1f} to {means[max(useful)]:.1f}",
+        ],
+        ["mean at epsilon 2", "above 90", f"{means[2.0]:.1f}"],
+        [
+            "test loss at epsilon 2",
+            "rises",
+            f"{first:.1f} after {flipped[0]['steps_at'][0]} steps, {losses[2.0]:.1f} after "
+            f"{flipped[0]['steps_at'][-1]:,} (clean: {clean:.2f})",
+        ],
+    ]
+    return markdown(["claim (degrees, nats)", "paper, VGG16 on CIFAR10", "LeNet on MNIST"], lines)
+
+
+def variants(points):
+    """A line for every defence and attacker, with the angle and test loss at each epsilon."""
+    curves = {}
+    for point in points:
+        curves.setdefault(point.curve, {})[point.epsilon] = point
+    epsilons = sorted({p.epsilon for p in points} - {0})
+    head = ["defence", "attacker", "clean: test loss"]
+    head += [f"{what} at {e:g}" for e in epsilons for what in ("angle", "test loss", "kept")]
+    lines = []
+    for curve, own in curves.items():
+        line = [defence(curve), attack(curve), f"{own[0.0].test_loss.mean:.2f}"]
+        for e in epsilons:
+            line += [f"{own[e].angle_mean.mean:.1f}", f"{own[e].test_loss.mean:.2f}"]
+            line.append(f"{own[e].direction_kept.mean:.2f}")
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def main():
+    """Write the tables beside the rows, and print them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, metavar="DIR")
+    parser.add_argument("variants", type=Path, nargs="?", metavar="VARIANTS_DIR")
+    options = parser.parse_args()
+    rows = read_rows(options.study)
+    points = summarise(rows)
+    tables = {options.study: f"{angles(points)}\n{claims(points, rows)}"}
+    if options.variants:
+        tables[options.variants] = variants(summarise(read_rows(options.variants)))
+    for directory, text in tables.items():
+        (directory / "summary.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Speed of the white-box study: a step of all 7 attackers, beside plain PyTorch loops, in one run.
+
+Claim: the grid of 7 epsilons of configs/mnist_angle.py takes >= 20 times as many steps a second as
+a plain PyTorch loop of the same study, one backward pass a class and step.
+Command: pip install -e ".[bench]" && python experiments/bench_angle.py --devices 2
+Cost: about 5 minutes on 2 CPU cores.
+
+All variants run in turn, `--rounds` times, so that a busy machine slows them alike; the figures are
+medians over the rounds, with the smallest and largest, and the ratio is the median of the ratios
+within a round. Compilation is timed apart. Two PyTorch loops: `objective per class` finds the
+vertex as the authors' code does, two products with G a candidate; `one product` is as lean as a
+plain loop gets: inner products of the rows of G once, and the step taken from G itself.
+Neither side evaluates anything here. LeNet, K = 10, random images and posteriors.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madjax import MAD, Classifier, LeNet, Online, sweep
+from madjax.datasets import MNIST_FAMILY
+
+EPSILONS = (0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0)
+IMAGES = 500
+RATE = 0.001
+
+
+def grid(mapping, steps):
+    """One lap of all attackers over all devices: a function without arguments."""
+    attack = Online(budget=steps, images=IMAGES, every=steps)
+    classifier = Classifier(LeNet(10), MNIST_FAMILY.preprocess, (28, 28, 1))
+    defense = MAD(layers="all")
+    program = sweep.OnlineProgram(classifier, classifier, MNIST_FAMILY, defense, attack, 10, 10)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.randint(keys[0], (IMAGES, 28, 28, 1), 0, 256).astype(jnp.uint8)
+    victim = jax.jit(classifier.init)(keys[1])
+    nothing = jnp.zeros(IMAGES, jnp.int32)
+    shared = sweep.Shared(victim, None, x, nothing, None, None, x, nothing, None, None)
+    mesh = sweep.make_mesh()
+    size = -(-len(EPSILONS) // mesh.size) * mesh.size
+    cells = [sweep.Cell(np.float32(e), np.uint32(0), np.int32(0)) for e in EPSILONS]
+    ((_, stacked),) = sweep.waves(cells, size)
+    state = sweep.over_cells(program.start, mesh, mapping)(stacked, shared)
+    advance = sweep.over_cells(program.advance, mesh, mapping)
+    return lambda: jax.block_until_ready(advance((stacked, state), shared)), steps
+
+
+def pytorch(lean, steps, threads):
+    """The same study in a plain loop, one attacker after another."""
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    images = torch.randn(IMAGES, 1, 28, 28)
+    posteriors = torch.softmax(3 * torch.randn(IMAGES, 10), -1)
+
+    def attacker():
+        return nn.Sequential(
+            nn.Conv2d(1, 20, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(20, 50, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(800, 500),
+            nn.ReLU(),
+            nn.Linear(500, 10),
+        )
+
+    def jacobian(net, weights, x):
+        log_p = torch.log_softmax(net(x), dim=-1)[0]
+        rows = []
+        for k in range(10):
+            g = torch.autograd.grad(log_p[k], weights, retain_graph=k < 9)
+            rows.append(torch.cat([part.flatten() for part in g]))
+        return torch.stack(rows)
+
+    def objective(g, y_tilde, y):
+        a, u = g.T @ y_tilde, g.T @ y
+        return float(((a / a.norm() - u / u.norm()) ** 2).sum())
+
+    def vertex(g, y):
+        if lean:
+            return int((g @ (g.T @ y) / g.norm(dim=1)).argmin())
+        return max(range(10), key=lambda k: objective(g, torch.eye(10)[k], y))
+
+    nets = {epsilon: attacker() for epsilon in EPSILONS}
+
+    def run():
+        for epsilon, net in nets.items():
+            weights = list(net.parameters())
+            for at in torch.randint(IMAGES, (steps,)).tolist():
+                x, y = images[at : at + 1], posteriors[at]
+                g = jacobian(net, weights, x)
+                y_star = torch.eye(10)[vertex(g, y)]
+                move = min(epsilon / float((y - y_star).abs().sum()), 1)
+                y_tilde = (1 - move) * y + move * y_star
+                poisoned, true = g.T @ y_tilde, g.T @ y
+                cosine = poisoned @ true / poisoned.norm() / true.norm()
+                torch.rad2deg(torch.arccos(cosine.clamp(-1, 1))).item()
+                with torch.no_grad():
+                    for w, part in zip(
+                        weights, poisoned.split([w.numel() for w in weights]), strict=True
+                    ):
+                        w += RATE * part.view_as(w)
+
+    return run, steps
+
+
+def measure(variants, rounds):
+    """First-call seconds, and steps a second in every round, for each variant in turn."""
+    first, rates = {}, {name: [] for name in variants}
+    for name, (run, _) in variants.items():
+        began = time.perf_counter()
+        run()
+        first[name] = time.perf_counter() - began
+    for _ in range(rounds):
+        for name, (run, steps) in variants.items():
+            began = time.perf_counter()
+            run()
+            rates[name].append(steps / (time.perf_counter() - began))
+    return first, rates
+
+
+def main():
+    """Measure, and write the rows as JSON and as a table where --out says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200, help="of madjax, a round")
+    parser.add_argument("--torch-steps", type=int, default=10, help="of PyTorch, a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
+    parser.add_argument("--out", type=Path, help="without suffix: OUT.json and OUT.md")
+    options = parser.parse_args()
+    if jax.config.jax_platforms in (None, "cpu"):
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    plain, lean = "PyTorch, objective per class", "PyTorch, one product"
+    variants = {
+        plain: pytorch(False, options.torch_steps, options.threads),
+        lean: pytorch(True, options.torch_steps, options.threads),
+        "madjax, lax.map": grid(sweep.serially, options.steps),
+        "madjax, vmap": grid(sweep.together, options.steps),
+    }
+    first, rates = measure(variants, options.rounds)
+    results = []
+    for name, values in rates.items():
+        result = {"variant": name, "first_call_seconds": round(first[name], 1)}
+        result["steps_per_second"] = [round(f(values), 2) for f in (statistics.median, min, max)]
+        for title, other in (("ratio", plain), ("ratio_to_lean", lean)):
+            ratios = [a / b for a, b in zip(values, rates[other], strict=True)]
+            result[title] = [round(f(ratios), 2) for f in (statistics.median, min, max)]
+        results.append(result)
+    lines = [
+        "| variant | steps/s of the grid | ratio | ratio to one product |",
+        "| --- | --: | --: | --: |",
+    ]
+    for result in results:
+        said = [
+            "{} ({} to {})".format(*result[field])
+            for field in ("steps_per_second", "ratio", "ratio_to_lean")
+        ]
+        lines.append(f"| {result['variant']} | " + " | ".join(said) + " |")
+    print("\n".join(lines))
+    if options.out:
+        import torch
+
+        facts = {
+            "device": sweep.device_name(sweep.make_mesh()),
+            "versions": {
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "torch": torch.__version__,
+            },
+            "options": {k: v for k, v in vars(options).items() if k != "out"},
+            "results": results,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

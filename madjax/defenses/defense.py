@@ -1,0 +1,233 @@
+"""What every defence is: one query's answer, as a pure function with a traced strength.
+
+A defence answers one query from the victim's posterior y, from `evidence` about the query that
+does not depend on the strength (for MAD: the Gram matrix), and from a traced strength. So the
+evidence of a set of queries is computed once, and every strength of the grid is a `vmap` away.
+What it needs to know before the first query (a surrogate, another victim) it makes in `prepare`.
+`as_function` closes over all of it and gives the plain form (key, x, y) -> y~.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from madjax.batching import map_chunks
+from madjax.errors import InputError
+from madjax.mad import QUERIES
+from madjax.models import Classifier
+from madjax.train import Recipe, State, fit
+
+Array = jax.Array
+Apply = Callable[[Any, Array], Array]
+Fit = Callable[..., State]
+"""A training loop with the arguments of `madjax.fit`."""
+
+MAX_STRENGTH = 1e6
+"""Beyond any distance that a posterior can have but an infinite KL; small enough for float32."""
+
+
+def untracked(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+    """Train without a trace: what `Owner.keep` is outside of a sweep."""
+    del name, recipe, key
+    return train()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the owner of a prediction API has to prepare a defence with.
+
+    classifier is the victim's network, recipe how it was trained, with key; data = (images, labels)
+    and test are its data. keep(name, recipe, key, train) trains, and a sweep makes it go on from
+    checkpoints: train(state=, after_epoch=) -> State.
+    """
+
+    classifier: Classifier
+    recipe: Recipe
+    key: Array
+    data: tuple[Array, Array]
+    test: tuple[Array, Array]
+    keep: Callable[..., State] = untracked
+
+    def train(self, name: str, recipe: Recipe, key: Array, fit: Fit = fit) -> Any:
+        """The parameters of the victim's network, trained by a recipe on the victim's data.
+
+        name, recipe and key tell its checkpoint from those of other networks of one sweep.
+        """
+
+        def train(**options: Any) -> State:
+            return fit(self.classifier, recipe, key, self.data, self.test, **options)
+
+        return self.keep(name, recipe, key, train).params
+
+
+@dataclass(frozen=True)
+class Defense:
+    """The settings that all defences share; a new defence overrides `answer`, and more if need be.
+
+    strengths: those of the grid, where they are not the sweep's `epsilons`. variant tells settings
+    apart, in rows and figures, where one sweep holds several of a defence.
+    """
+
+    strengths: tuple[float, ...] = field(default=(), kw_only=True)
+    variant: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        for strength in self.strengths:
+            self.check_strength(strength)
+
+    @property
+    def name(self) -> str:
+        """The defence in rows and figures."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """All of `describe`: what tells the defences of one sweep apart."""
+        return ", ".join(each for each in self.describe().values() if each not in ("", "none")) or (
+            self.name
+        )
+
+    @property
+    def strongest(self) -> float:
+        """The largest strength that there is."""
+        return MAX_STRENGTH
+
+    @property
+    def has_surrogate(self) -> bool:
+        """Whether what it knows are parameters that stand for the attacker's.
+
+        In white-box mode such a defence is given the attacker's own (`madjax.attacks.Online`).
+        """
+        return False
+
+    def check_strength(self, strength: float) -> None:
+        """Refuse a strength that the defence does not have.
+
+        Raises:
+            InputError: with the value and what to give in its place.
+        """
+        if not 0 <= strength <= self.strongest:
+            raise InputError(
+                f"epsilon is {strength}: the strength of {self.name} is a number from 0 to "
+                f"{self.strongest:g}"
+            )
+
+    def prepare(self, owner: Owner, key: Array) -> Any:
+        """What the defence knows before the first query, such as the surrogate's parameters."""
+        del owner, key
+        return ()
+
+    def evidence(self, apply: Apply, known: Any, x: Array) -> Any:
+        """What the answers to x [B, ...] need to know of it: a pytree of arrays [B, ...].
+
+        apply is the network's, known what `prepare` returned.
+        """
+        del apply, known, x
+        return ()
+
+    def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
+        """The answer y~ [K] to one query with posterior y [K]; the strength is above 0."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, str]:
+        """The fields of a row that say which defence this was."""
+        return {
+            "defense": self.name,
+            "layers": "none",
+            "oracle": "none",
+            "distance": "none",
+            "defense_variant": self.variant,
+        }
+
+    def facts(self, strength: float, num_examples: int) -> dict[str, Any]:
+        """Further fields of a row: what is known of a strength, given the victim's examples."""
+        del strength, num_examples
+        return {}
+
+
+@dataclass(frozen=True)
+class Custom(Defense):
+    """A defence that is one function (key, x [...], y [K], strength) -> y~ [K] of one query.
+
+    jit-able and vmap-able; the strength may be traced.
+    """
+
+    function: Callable[[Array, Array, Array, Array | float], Array]
+    title: str = "custom"
+
+    @property
+    def name(self) -> str:
+        """The title."""
+        return self.title
+
+    def evidence(self, apply: Apply, known: Any, x: Array) -> Array:
+        """The queries themselves."""
+        del apply, known
+        return x
+
+    def answer(self, key: Array, y: Array, evidence: Array, strength: Array | float) -> Array:
+        """What the function says."""
+        return self.function(key, evidence, y, strength)
+
+
+def answers(
+    defense: Defense,
+    key: Array,
+    y: Array,
+    evidence: Any,
+    strength: Array | float,
+    numbers: Array | None = None,
+) -> Array:
+    """The defence's answers to a batch: y [B, K], evidence [B, ...] -> y_tilde [B, K].
+
+    The key of query number i is fold_in(key, i); numbers int32 [B] are by default 0, 1, ... At
+    strength 0 every answer is y itself, whatever the defence.
+    """
+
+    def answer(query: tuple[Array, Array, Any]) -> Array:
+        i, y, evidence = query
+        told = defense.answer(jax.random.fold_in(key, i), y, evidence, strength)
+        return jnp.where(strength > 0, told, y)
+
+    numbers = jnp.arange(y.shape[0]) if numbers is None else numbers
+    return map_chunks(jax.vmap(answer), (numbers, y, evidence), QUERIES)
+
+
+def as_function(
+    defense: Defense, apply: Apply, known: Any, strength: Array | float
+) -> Callable[[Array, Array, Array], Array]:
+    """The defence as a plain function (key, x[B, ...], y[B, K]) -> y_tilde [B, K].
+
+    apply and known are the network and what the defence has prepared: for MAD, the surrogate.
+    """
+
+    def defend(key: Array, x: Array, y: Array) -> Array:
+        return answers(defense, key, y, defense.evidence(apply, known, x), strength)
+
+    return defend
+
+
+def prediction_api(
+    defense: Defense,
+    classifier: Classifier,
+    victim: Any,
+    known: Any,
+    key: Array,
+    strength: Array | float,
+) -> Callable[[Array, Array], Array]:
+    """The defended victim as attackers meet it: (numbers [B], images [B, H, W, C]) -> y_tilde.
+
+    victim are parameters of the classifier, known is what the defence has prepared; key is the
+    defence's own.
+    """
+
+    def respond(queries: tuple[Array, Array]) -> Array:
+        numbers, images = queries
+        y = classifier.posterior(victim, images)
+        evidence = defense.evidence(classifier.apply, known, images)
+        return answers(defense, key, y, evidence, strength, numbers)
+
+    return lambda numbers, images: map_chunks(respond, (numbers, images), QUERIES)

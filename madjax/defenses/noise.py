@@ -1,0 +1,132 @@
+"""Defences that disturb the posterior's logits: reverse sigmoid, and random noise in a ball."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from madjax.defenses.defense import Defense
+from madjax.errors import InputError
+
+Array = jax.Array
+
+
+def logit(y: Array) -> Array:
+    """log(y_k / (1 - y_k)) of a posterior y [K]; -inf and inf for entries 0 and 1.
+
+    1 - y_k is summed up from the other entries: as a difference it has no digits where y_k is
+    nearly 1, which is what the victim's top class mostly is.
+    """
+    others = jnp.matmul(1 - jnp.eye(y.size, dtype=y.dtype), y, precision="highest")
+    return jnp.log(y) - jnp.log(others)
+
+
+@dataclass(frozen=True)
+class ReverseSigmoid(Defense):
+    """Reverse sigmoid (Lee et al. 2018, https://arxiv.org/abs/1806.00054); the strength is beta.
+
+    y~ = y' / sum_k y'_k with y' = y - beta (sigmoid(gamma logit(y)) - 1/2), beta in [0, 1]. The
+    paper's gamma is 0.2 for MNIST, 0.4 for FashionMNIST, 0.1 for CIFAR10 and 0.2 for its other data
+    sets. The top label of a confident posterior is kept. Not every one is: with s the sigmoid, the
+    order of entries is reversed where beta gamma s (1 - s) > y (1 - y), which is so for small y. A
+    one-hot posterior becomes uniform at beta = 1; a uniform one is its own answer.
+    """
+
+    gamma: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma <= 1:
+            raise InputError(
+                f"gamma of ReverseSigmoid is {self.gamma}: give a number above 0 and up to 1"
+            )
+
+    @property
+    def name(self) -> str:
+        """Rows call it `reverse_sigmoid`."""
+        return "reverse_sigmoid"
+
+    @property
+    def strongest(self) -> float:
+        """Beta = 1."""
+        return 1.0
+
+    def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
+        """The posterior less what the sigmoid says."""
+        del key, evidence
+        told = y - strength * (jax.nn.sigmoid(self.gamma * logit(y)) - 0.5)
+        return told / told.sum()
+
+    def describe(self) -> dict[str, str]:
+        """The fields of a row that say which defence this was."""
+        described = ", ".join(filter(None, (f"gamma {self.gamma:g}", self.variant)))
+        return super().describe() | {"defense_variant": described}
+
+
+Noise = Callable[[Array, int, Array, float], Array]
+"""(key, classes K, radius, order p of the ball) -> noise [K] before it is projected."""
+
+
+def uniform(key: Array, classes: int, radius: Array, order: float) -> Array:
+    """U[0, 1] * 2 radius / K^(1/p): never negative, and as large as the ball on the average."""
+    return jax.random.uniform(key, (classes,)) * 2 * radius / classes ** (1 / order)
+
+
+def gaussian(key: Array, classes: int, radius: Array, order: float) -> Array:
+    """N(0, 1), which a large ball leaves as it is."""
+    del radius, order
+    return jax.random.normal(key, (classes,))
+
+
+def l1_ball(noise: Array, radius: Array) -> Array:
+    """The nearest point with sum_k |d_k| <= radius (Duchi et al. 2008)."""
+    return optax.projections.projection_l1_ball(noise, radius)
+
+
+def l2_ball(noise: Array, radius: Array) -> Array:
+    """The nearest point with |d| <= radius."""
+    return optax.projections.projection_l2_ball(noise, radius)
+
+
+ORDERS = {l1_ball: 1.0, l2_ball: 2.0}
+
+
+@dataclass(frozen=True)
+class RandomNoise(Defense):
+    """Random noise on the logits (section 5.1); the strength is the radius of the noise's ball.
+
+    y~ = s / sum_k s_k with s = sigmoid(logit(y) + d), d the projection of a draw of `noise` onto
+    `ball`. Every query has its own draw, also when it is asked again. Radii are in logits: a
+    victim's posteriors on MNIST have logits beyond 15, and a radius of some 100 to move them.
+    """
+
+    noise: Noise = uniform
+    ball: Callable[[Array, Array], Array] = l1_ball
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ball not in ORDERS:
+            raise InputError(
+                f"ball of RandomNoise is {self.ball}: give madjax.defenses.l1_ball or l2_ball"
+            )
+
+    @property
+    def name(self) -> str:
+        """Rows call it `random_noise`."""
+        return "random_noise"
+
+    def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
+        """The posterior of the disturbed logits."""
+        del evidence
+        radius = jnp.asarray(strength, y.dtype)
+        moved = self.ball(self.noise(key, y.size, radius, ORDERS[self.ball]), radius)
+        # As a softmax of log-sigmoids, the sum that divides cannot vanish.
+        return jax.nn.softmax(jax.nn.log_sigmoid(logit(y) + moved))
+
+    def describe(self) -> dict[str, str]:
+        """The fields of a row that say which defence this was."""
+        parts = (f"{self.noise.__name__}, l{ORDERS[self.ball]:g} ball", self.variant)
+        return super().describe() | {"defense_variant": ", ".join(filter(None, parts))}

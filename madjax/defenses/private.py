@@ -1,0 +1,109 @@
+"""DP-SGD as a defence: the API is another victim, trained with differential privacy."""
+
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from madjax import private
+from madjax.defenses.defense import Apply, Defense, Owner
+from madjax.errors import InputError
+from madjax.train import Recipe
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class DPSGD(Defense):
+    """A victim trained by DP-SGD (Abadi et al. 2016); the strength is the noise multiplier.
+
+    Per-example gradients are clipped to L2 norm `clip` and summed, Gaussian noise of standard
+    deviation strength * clip is added (`madjax.private.fit`). Each of the strengths, which must be
+    given, is a victim of its own, with the undefended victim's key; y~ is its posterior, and
+    distances are taken from the undefended victim's. Rows have the accounted `dp_epsilon` at
+    `dp_delta` = 1 / (number of training examples).
+    """
+
+    recipe: Recipe = Recipe(epochs=10, batch_size=600, learning_rate=0.5, decay_epochs=0)
+    clip: float = 1.0
+    strengths: tuple[float, ...] = field(default=(0.7, 2.0, 8.0), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.strengths or min(self.strengths) <= 0:
+            raise InputError(
+                f"strengths of DPSGD is {self.strengths}: give at least one noise multiplier, each "
+                "above 0"
+            )
+        if not 0 < self.clip < float("inf"):
+            raise InputError(f"clip of DPSGD is {self.clip}: give a number above 0")
+
+    @property
+    def name(self) -> str:
+        """Rows call it `dp_sgd`."""
+        return "dp_sgd"
+
+    def check_strength(self, strength: float) -> None:
+        """Refuse a noise multiplier that no victim is trained with."""
+        super().check_strength(strength)
+        if strength not in (0, *self.strengths):
+            raise InputError(
+                f"epsilon is {strength}: the strength of dp_sgd is one of its noise multipliers "
+                f"{', '.join(map(str, self.strengths))}; add it to strengths"
+            )
+
+    def prepare(self, owner: Owner, key: Array) -> Any:
+        """The victims' parameters, with a leading axis of strengths."""
+        del key
+        trained = [
+            owner.train(
+                f"dp-sgd-noise-{strength:g}-clip-{self.clip:g}",
+                self.recipe,
+                owner.key,
+                partial(private.fit, noise_multiplier=strength, clip=self.clip),
+            )
+            for strength in self.strengths
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
+
+    def evidence(self, apply: Apply, known: Any, x: Array) -> Array:
+        """The posteriors [B, strengths, K] of all victims."""
+        return jnp.stack(
+            [
+                jax.nn.softmax(apply(jax.tree.map(lambda a, i=i: a[i], known), x))
+                for i in range(len(self.strengths))
+            ],
+            axis=1,
+        )
+
+    def answer(self, key: Array, y: Array, evidence: Array, strength: Array | float) -> Array:
+        """The posterior of the victim with this noise multiplier; NaN if there is none."""
+        del key, y
+        is_it = jnp.asarray(self.strengths, jnp.float32) == jnp.float32(strength)
+        return jnp.where(is_it.any(), evidence[is_it.argmax()], jnp.nan)
+
+    def describe(self) -> dict[str, str]:
+        """The fields of a row that say which defence this was."""
+        parts = (f"clip {self.clip:g}", self.variant)
+        return super().describe() | {"defense_variant": ", ".join(filter(None, parts))}
+
+    def facts(self, strength: float, num_examples: int) -> dict[str, Any]:
+        """The accounted privacy of this victim; null at strength 0, where nothing is private."""
+        delta = 1 / num_examples
+        epsilon = _epsilon(strength, num_examples, self.recipe.batch_size, self.recipe.epochs)
+        return {"dp_epsilon": epsilon, "dp_delta": delta, "dp_clip": self.clip}
+
+
+@cache
+def _epsilon(noise: float, num_examples: int, batch_size: int, epochs: int) -> float | None:
+    if not noise:
+        return None
+    return private.accounted_epsilon(
+        noise,
+        num_examples=num_examples,
+        batch_size=batch_size,
+        epochs=epochs,
+        delta=1 / num_examples,
+    )

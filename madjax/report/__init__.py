@@ -1,0 +1,38 @@
+"""Rows to tables and figures: reads files only, so a finished sweep is reported anywhere."""
+
+from madjax.report.angles import angles_figure, course_figure
+from madjax.report.figures import (
+    ablations_figure,
+    defenses_figure,
+    figure,
+    save_png,
+    tradeoff_figure,
+)
+from madjax.report.names import NAMES
+from madjax.report.points import Curve, Stat, Summary, summarise
+from madjax.report.rows import read_rows
+from madjax.report.tables import table
+from madjax.report.trace import read_trace, write_trace
+from madjax.report.write import figures_for, files, write_report
+
+__all__ = [
+    "NAMES",
+    "Curve",
+    "Stat",
+    "Summary",
+    "ablations_figure",
+    "angles_figure",
+    "course_figure",
+    "defenses_figure",
+    "figure",
+    "figures_for",
+    "files",
+    "read_rows",
+    "read_trace",
+    "save_png",
+    "summarise",
+    "table",
+    "tradeoff_figure",
+    "write_report",
+    "write_trace",
+]

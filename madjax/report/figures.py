@@ -1,0 +1,167 @@
+"""Rows to figures: which curves, in which panels, and their legend."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from madjax.files import write_atomically
+from madjax.report.names import MAD, attack, is_ablation, labels, name, place
+from madjax.report.panels import (
+    ACCURACY,
+    CIRCLE,
+    CROSS,
+    DIAGONAL,
+    GREY,
+    IDEAL,
+    INK,
+    L1,
+    Line,
+    Utility,
+    draw,
+)
+from madjax.report.points import Curve, curves, started
+
+# Okabe and Ito's colour-blind-safe set without its sky blue, which reads as the ideal's cyan.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#444444")
+STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+DATASET, ATTACK = ("dataset",), ("dataset", "attack", "variant")
+UNDER, BESIDE = (1, 0), (0, 1)  # lines and columns from one utility's panel to the next
+
+
+def figure(rows: list[dict]):
+    """Matplotlib Figure of the paper's Fig. 3: defender against attacker accuracy, in percent.
+
+    One panel a data set; curves are the lines with gid "curve", in epsilon order. Of several
+    defences it shows MAD, against every attack. The ideal defence is drawn where the rows have
+    `num_classes`. Raises InputError for no rows.
+    """
+    return _figure(rows, _attacked, DATASET, (ACCURACY,), UNDER, across=3)
+
+
+def defenses_figure(rows: list[dict]):
+    """Matplotlib Figure of the paper's Fig. 4: L1 distance, below it defender accuracy.
+
+    Both against attacker accuracy, with a column for each data set and attack, and a curve for
+    each defence that is no ablation of MAD.
+    """
+    return _figure(rows, _compared, ATTACK, (L1, ACCURACY), UNDER, across=4)
+
+
+def ablations_figure(rows: list[dict]):
+    """Matplotlib Figure of the paper's Fig. 8: L1 distance, beside it defender accuracy.
+
+    Both against attacker accuracy, with a line of panels for each data set and attack, and a curve
+    for MAD, MAD-argmax and each of their ablations.
+    """
+    return _figure(rows, _family, ATTACK, (L1, ACCURACY), BESIDE, across=1)
+
+
+def save_png(fig, path: str | Path) -> None:
+    """Write a Figure as a PNG at 160 dpi: whole or not at all, the same bytes every time."""
+    # matplotlib's version in the metadata would make the bytes differ between machines.
+    options = {"format": "png", "dpi": 160, "metadata": {"Software": None}}
+    write_atomically(Path(path), lambda part: fig.savefig(part, **options))
+
+
+def tradeoff_figure(rows: list[dict], path: str | Path) -> None:
+    """Write `figure(rows)` with `save_png`."""
+    save_png(figure(rows), path)
+
+
+def _is_plain_mad(curve: Curve) -> bool:
+    return curve.defense in MAD and not is_ablation(curve)
+
+
+def _compared(known: list[Curve]) -> list[Curve]:
+    return [curve for curve in known if not is_ablation(curve)]
+
+
+def _attacked(known: list[Curve]) -> list[Curve]:
+    compared = _compared(known)
+    return list(filter(_is_plain_mad, compared)) or compared or known
+
+
+def _family(known: list[Curve]) -> list[Curve]:
+    return [curve for curve in known if curve.defense in MAD]
+
+
+def _figure(
+    rows: list[dict],
+    choose: Callable[[list[Curve]], list[Curve]],
+    panel: tuple[str, ...],
+    utilities: tuple[Utility, ...],
+    step: tuple[int, int],
+    across: int,
+):
+    """The chosen curves in groups of panels: a group for each place, a panel for each utility.
+
+    `step` leads from one panel of a group to the next, and `across` groups stand side by side.
+    """
+    points = started(curves(rows))
+    known = sorted(points, key=lambda curve: not _is_plain_mad(curve))  # first, below the dashed
+    said = labels(choose([curve for curve in known if curve.defense != "none"]), panel)
+    looks = _looks(said)
+    kept = [curve for curve in known if curve in said or curve.defense == "none"]
+    places = list(dict.fromkeys(place(curve, panel) for curve in kept))
+    across = min(across, len(places))
+    group = np.multiply(step, len(utilities) - 1) + 1
+    lines, columns = group * (math.ceil(len(places) / across), across)
+    fig = _canvas(lines, columns, looks)
+    for i, at in enumerate(places):
+        own = [curve for curve in kept if place(curve, panel) == at]
+        drawn = [Line(said[c], looks[said[c]], points[c]) for c in own if c in said]
+        zeros = [point for curve in own for point in points[curve] if point.epsilon == 0]
+        starts = list(dict.fromkeys(zeros))  # curves may share one
+        here = [row for row in rows if tuple(row.get(field, "") for field in panel) == at]
+        classes = {row["num_classes"] for row in here if row.get("num_classes")}
+        for u, utility in enumerate(utilities):
+            line, column = group * divmod(i, across) + np.multiply(step, u)
+            ax = fig.add_subplot(lines, columns, line * columns + column + 1)
+            draw(ax, drawn, starts, classes, utility, tags=panel == DATASET)
+            if u == 0:
+                _title(ax, name(own[0].dataset), attack(own[0]) if panel == ATTACK else "", here)
+    return fig
+
+
+def _canvas(lines: int, columns: int, looks: dict[str, dict]):
+    """A Figure with room for so many panels, and the legend below it."""
+    from matplotlib.figure import Figure  # lazy: a second that tables do not need
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **look, **CROSS, label=label) for label, look in looks.items()]
+    handles += [Line2D([], [], **look) for look in (CIRCLE, IDEAL, DIAGONAL)]
+    width, height = (6.4, 4.6) if columns == 1 else (4.9, 3.9)
+    longest = 0.4 + 0.059 * max(len(handle.get_label()) for handle in handles)  # inches
+    abreast = max(1, int(width * columns / max(2.4, longest)))
+    size = (width * columns, height * lines + 0.22 * math.ceil(len(handles) / abreast))
+    fig = Figure(figsize=size, layout="constrained", facecolor="white")
+    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    style = {"frameon": False, "fontsize": 8.5, "loc": "outside lower center"}
+    fig.legend(handles=handles, labelcolor=INK, ncols=abreast, **style)
+    return fig
+
+
+def _looks(said: dict[Curve, str]) -> dict[str, dict]:
+    """Options of matplotlib for each label: solid lines for MAD, others dashed where beside it.
+
+    Curves that keep the defender's accuracy cover one another, and dashes let both be seen.
+    """
+    beside = any(map(_is_plain_mad, said))
+    looks = {}
+    for curve, label in said.items():
+        i = len(looks)
+        style = i // len(COLOURS) + int(beside and not _is_plain_mad(curve))
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[style % len(STYLES)]}
+        looks.setdefault(label, look)
+    return looks
+
+
+def _title(ax, dataset: str, attack: str, rows: list[dict]) -> None:
+    runs = [", ".join(sorted({name(row[f]) for row in rows})) for f in ("victim", "queryset")]
+    small = f"victim {runs[0]} · queries {runs[1]} · {len({row['seed'] for row in rows})} seed(s)"
+    # A longer title stands on a line of its own.
+    large = f"{dataset}, {attack}\n" if attack else dataset
+    ax.set_title(large, loc="left", fontweight="bold", color=INK)
+    ax.set_title(small, loc="right", fontsize=8, color=GREY)

@@ -1,0 +1,117 @@
+"""One panel of a figure: utility against the attacker's accuracy, along curves of strength."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from madjax.report.points import Summary
+
+GREY, INK = "#9AA0A6", "#30343A"
+MARK = {"ls": "", "mfc": "white", "zorder": 4}
+CROSS = {"marker": "x", "ms": 6, "mew": 1.2, "lw": 1.7}
+CIRCLE = MARK | {"marker": "o", "ms": 8, "mec": INK, "mew": 1.4, "label": "undefended (ε = 0)"}
+IDEAL = MARK | {"marker": "x", "ms": 10, "mec": "#00BCD4", "mew": 3, "label": "ideal defence"}
+DIAGONAL = {"color": GREY, "lw": 1.2, "label": "attacker = defender"}
+PERCENT = 10.0  # noise is not to fill a panel: the least an axis of accuracies spans
+
+
+@dataclass(frozen=True)
+class Utility:
+    """What the y axis shows: a metric of `Summary`, its label, and the least the axis spans.
+
+    accuracy says that the metric can be held against the attacker's, on a diagonal.
+    """
+
+    metric: str
+    label: str
+    span: float
+    accuracy: bool
+
+
+ACCURACY = Utility("defender_accuracy", "defender accuracy (%)  ↑  utility", PERCENT, True)
+L1 = Utility("l1_mean", "mean L1 distance  ↓  utility", 0.2, False)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve to draw: its label, its look (matplotlib's options), its points."""
+
+    label: str
+    look: dict
+    points: list[Summary]
+
+
+def draw(
+    ax, lines: list[Line], starts: list[Summary], classes: set[int], utility: Utility, tags: bool
+) -> None:
+    """Draw curves, circles at the undefended `starts`, the ideal of so many classes, and axes.
+
+    A point without the utility is left out. tags: say epsilon beside points, where there is room.
+    """
+    start = _xy(starts, utility)
+    corners = [(100 / k, start[:, 2].mean()) for k in classes] if len(start) else []
+    ideal = np.array(corners).reshape(-1, 2)
+    seen = np.concatenate(
+        [ideal, start[:, [0, 2]], *(_xy(line.points, utility)[:, [0, 2]] for line in lines)]
+    )
+    for line in lines:
+        x, dx, y, dy = _xy(line.points, utility).T
+        dx, dy = np.nan_to_num([dx, dy])
+        crosses = [i for i, p in enumerate(line.points) if p.epsilon]
+        ax.plot(x, y, **line.look, **CROSS, markevery=crosses, label=line.label, gid="curve")
+        ax.errorbar(x, y, dy, dx, fmt="none", ecolor=line.look["color"], elinewidth=1, alpha=0.35)
+    for mark, (x, y) in ((CIRCLE, start[:, [0, 2]].T), (IDEAL, ideal.T)):
+        ax.plot(x, y, **mark)
+    left, right = _limits(seen[:, 0], PERCENT)
+    bottom, top = _limits(seen[:, 1], utility.span)
+    if utility.accuracy:
+        ax.axline((0, 0), slope=1, **DIAGONAL, zorder=1)
+        ax.fill_between([left, right], [left, right], bottom - 100, color=GREY, alpha=0.10, lw=0)
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    if tags:
+        low, high = np.array([(left, bottom), (right, top)])
+        _tag(
+            ax,
+            [(line, (_xy(line.points, utility)[:, [0, 2]] - low) / (high - low)) for line in lines],
+        )
+    ax.set_xlabel("attacker accuracy (%)  ↓  non-replicability", color=INK)
+    ax.set_ylabel(utility.label, color=INK)
+    ax.spines[:].set_color(GREY)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color=GREY, alpha=0.2, lw=0.6)
+
+
+def _xy(points: list[Summary], utility: Utility) -> np.ndarray:
+    """[n, 4]: attacker mean and std, utility mean and std (NaN where undefined)."""
+    both = [(*p.attacker_accuracy, *getattr(p, utility.metric)) for p in points]
+    return np.array(both, dtype=float).reshape(-1, 4)
+
+
+def _limits(values: np.ndarray, least: float) -> tuple[float, float]:
+    known = values[np.isfinite(values)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
+    pad = max(0.08 * (high - low), (least - high + low) / 2)
+    return low - pad, high + pad
+
+
+def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:
+    """Write epsilon beside the points that have room; lines come with places, in axes fractions."""
+    ends = [((0, 0), (0, 1))]
+    ends += [pair for _, knots in lines for pair in pairwise([knots[0], *knots])]
+    taken = np.concatenate([np.linspace(*pair, 40) for pair in ends])
+    # No label close to a labelled or undefended point; the far corner keeps the list non-empty.
+    done = [(9, 9), *(knots[0] for line, knots in lines if line.points[0].epsilon == 0)]
+    sides = np.array([(-1, 1), (1, -1), (0, 1.3), (0, -1.3), (1, 1), (-1, -1)])
+    for line, knots in lines:
+        # Largest epsilon first: the most room, and the points a reader asks about.
+        for spot, point in zip(knots[::-1], line.points[::-1], strict=True):
+            text = "ε = " * (point is line.points[-1]) + f"{point.epsilon:g}"
+            half = np.array([0.006 + 0.006 * len(text), 0.022])
+            spots = spot + sides * (half + 0.01)
+            free = [at for at in spots if not np.any(np.all(abs(taken - at) < half, axis=1))]
+            if free and point.epsilon and min(np.hypot(*(spot - other)) for other in done) > 0.02:
+                style = {"fontsize": 7, "ha": "center", "va": "center", "transform": ax.transAxes}
+                ax.text(*free[0], text, color=line.look["color"], **style)
+                done.append(spot)
+                taken = np.vstack([taken, free[0] + np.linspace(-half, half, 5) * (1, 0)])

@@ -1,0 +1,51 @@
+"""The rows of a run, as its sweep wrote them."""
+
+import json
+import math
+from pathlib import Path
+
+from madjax.errors import InputError
+from madjax.report.points import Curve
+
+NUMBERS = ("epsilon", "budget", "seed", "defender_accuracy", "attacker_accuracy")
+LATER = ("variant", "defense_variant")  # fields that older rows of a curve lack
+
+
+def read_rows(directory: str | Path) -> list[dict]:
+    """Read `rows.jsonl` in `directory`, one dict for each line.
+
+    A last line that is not JSON is what a crash leaves of a half-written row: it is skipped.
+    Raises InputError for no directory, file or rows, and for a broken line, one without a field
+    that identifies its cell, or without a finite number where one is needed.
+    """
+    path = Path(directory) / "rows.jsonl"
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such directory; give the --out folder of a sweep")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; run `madjax sweep --out {path.parent}` first")
+    # Bytes, not text: the crash may have cut a line inside a character.
+    lines = [(i, b) for i, b in enumerate(path.read_bytes().split(b"\n"), 1) if b.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            row = json.loads(line.decode())
+        except ValueError as error:
+            if number == lines[-1][0]:
+                break
+            raise InputError(f"{path}:{number}: not JSON ({error}); delete the line") from None
+        if problem := _problem(row):
+            raise InputError(f"{path}:{number}: {problem}; delete the line and run its cell again")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no rows; let the sweep finish at least one cell")
+    return rows
+
+
+def _problem(row) -> str | None:
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    needed = [name for name in (*Curve._fields, *NUMBERS) if name not in LATER]
+    if missing := [name for name in needed if name not in row]:
+        return f"no field {missing[0]!r}"
+    bad = [n for n in NUMBERS if not (isinstance(row[n], int | float) and math.isfinite(row[n]))]
+    return f"{bad[0]} is {row[bad[0]]!r}, not a finite number" if bad else None

@@ -1,0 +1,78 @@
+"""Rows to Markdown."""
+
+from madjax.report.names import attack, defence, remarked
+from madjax.report.points import Curve, Summary, curves
+
+HEAD = ("epsilon", "n", "defender acc. %", "attacker acc. %", "attacker best epoch %", "L1")
+# Columns of some curves only: (head, field, the field whose record brings it). Fidelity comes with
+# entropy, as rows had it long before it had a column, and their reports are not to change.
+OPTIONAL = (
+    ("fidelity %", "fidelity", "entropy_mean"),
+    ("entropy, bits", "entropy_mean", "entropy_mean"),
+    ("DP epsilon", "dp_epsilon", "dp_epsilon"),
+    ("angle, degrees", "angle_mean", "angle_mean"),
+    ("its std", "angle_std", "angle_mean"),
+    ("5 %", "angle_p05", "angle_mean"),
+    ("median", "angle_p50", "angle_mean"),
+    ("95 %", "angle_p95", "angle_mean"),
+    ("max", "angle_max", "angle_mean"),
+    ("test loss", "test_loss", "angle_mean"),
+    ("direction kept", "direction_kept", "angle_mean"),
+)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown that is also aligned plain text: provenance, then a table for each curve.
+
+    Accuracies in percent, mean ± sample std over seeds; "-" is undefined. Fidelity and entropy, the
+    epsilon of differential privacy, and angles over an online attacker's steps, where the curve's
+    rows have them. InputError for no rows.
+    """
+    by_curve = curves(rows)
+    parts = [_provenance(rows)]
+    for curve, points in by_curve.items():
+        shown = [
+            each for each in OPTIONAL if any(getattr(p, each[2]).mean is not None for p in points)
+        ]
+        head = (*HEAD, *(title for title, _, _ in shown))
+        cells = [_cells(point, [field for _, field, _ in shown]) for point in points]
+        widths = [max(3, *map(len, column)) for column in zip(head, *cells, strict=True)]
+        lines = [
+            "| " + " | ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + " |"
+            for line in (head, ["-" * (w - 1) + ":" for w in widths], *cells)
+        ]
+        parts += [_heading(curve), "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(curve: Curve) -> str:
+    route = f"{curve.dataset} ({curve.victim}) <- {curve.queryset}, {attack(curve)}"
+    fine = f"oracle {curve.oracle or '-'}, distance {curve.distance or '-'}"
+    fine = "" if (curve.oracle, curve.distance) == ("none", "none") else fine
+    who = remarked(defence(curve), curve.defense_variant, fine)
+    return f"### {route}, budget {curve.budget}, {who}"
+
+
+def _text(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _cells(p: Summary, optional: list[str]) -> list[str]:
+    both = (p.defender_accuracy, p.attacker_accuracy)
+    pairs = [f"{_text(mean)} ± {_text(std)}" for mean, std in both]
+    rest = [_text(p.attacker_accuracy_best.mean), _text(p.l1_mean.mean, 3)]
+    rest += [_text(getattr(p, field).mean) for field in optional]
+    return [f"{p.epsilon:g}", str(p.n), *pairs, *rest]
+
+
+def _distinct(rows: list[dict], name: str) -> str:
+    values = dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)
+    return ", ".join(sorted(values, key=lambda v: (len(v), v))) or "not recorded"
+
+
+def _provenance(rows: list[dict]) -> str:
+    flat = [{**row, "jax": (row.get("versions") or {}).get("jax")} for row in rows]
+    parts = ("seeds=seed", "device", "config", "config hash=config_hash", "commit=git_commit")
+    parts = [part.split("=") for part in (*parts, "jax", "test examples=n_test")]
+    text = "; ".join(f"{part[0]}: {_distinct(flat, part[-1])}" for part in parts)
+    return f"{len(rows)} rows; {text}. Mean ± sample standard deviation over seeds."

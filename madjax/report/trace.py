@@ -1,0 +1,61 @@
+"""The traces of a run's online attackers as one flat table: NumPy or Parquet."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from madjax.errors import InputError
+from madjax.files import write_atomically
+
+
+def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
+    """Every step of every online attacker in `traces/` of a run: column -> [rows].
+
+    Columns: `step` from 0, `angle` (degrees), `distance_used`, `loss`, and which cell it was:
+    `epsilon`, `seed`, and the names of defence and attack. InputError where there are no traces.
+    """
+    files = sorted((Path(directory) / "traces").glob("*.npz"))
+    if not files:
+        raise InputError(f"{directory} holds no traces: run madjax angle --out {directory} first")
+    tables = []
+    for file in files:
+        with np.load(file) as held:
+            arrays = dict(held)
+        cells, steps = arrays["angle"].shape
+        table = {"step": np.tile(np.arange(steps, dtype=np.int32), cells)}
+        for name, values in arrays.items():
+            each = (
+                values if values.ndim == 2 else np.broadcast_to(values.reshape(-1, 1), (cells, 1))
+            )
+            table[name] = np.broadcast_to(each, (cells, steps)).reshape(-1)
+        tables.append(table)
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+def write_trace(directory: str | Path, path: str | Path) -> None:
+    """Write the traces of a run to one file, by its suffix: .npz or .parquet.
+
+    Raises:
+        InputError: another suffix; no traces.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise InputError(f"{path} is neither of {', '.join(WRITERS)}: give a name that ends in one")
+    columns = read_trace(directory)
+    write_atomically(path, lambda draft: WRITERS[path.suffix](draft, columns))
+
+
+def _npz(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # savez adds a suffix to a path
+        np.savez_compressed(file, **columns)
+
+
+def _parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
+    import pyarrow  # lazy: half a second that tables do not need
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+WRITERS: dict[str, Callable] = {".npz": _npz, ".parquet": _parquet}

@@ -1,0 +1,48 @@
+"""A run's report: which files it has, and writing them beside the rows."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from madjax.files import write_atomically
+from madjax.report.angles import angles_figure, course_figure, is_traced
+from madjax.report.figures import ablations_figure, defenses_figure, figure, save_png
+from madjax.report.names import is_ablation, place
+from madjax.report.points import curves
+from madjax.report.rows import read_rows
+from madjax.report.tables import table
+
+DEFENCE = ("defense", "defense_variant", "layers", "oracle", "distance")
+
+
+def figures_for(rows: list[dict]) -> dict[str, Callable]:
+    """The figures that a report of these rows has: file name -> the function that draws it."""
+    known = [curve for curve in curves(rows) if curve.defense != "none"]
+    found = {"tradeoff.png": figure}
+    if len({place(curve, DEFENCE) for curve in known if not is_ablation(curve)}) > 1:
+        found["defenses.png"] = defenses_figure
+    if any(map(is_ablation, known)):
+        found["ablations.png"] = ablations_figure
+    if any(map(is_traced, rows)):
+        found |= {"angles.png": angles_figure, "course.png": course_figure}
+    return found
+
+
+def files(directory: str | Path) -> list[str]:
+    """The names of the directory's rows and of what `write_report` writes beside them."""
+    return ["rows.jsonl", "report.md", *figures_for(read_rows(directory))]
+
+
+def write_report(directory: str | Path) -> str:
+    """Write `report.md` and the figures beside the directory's rows; return the table's text.
+
+    `tradeoff.png` always; `defenses.png` for two or more defences, `ablations.png` for ablations,
+    `angles.png` and `course.png` for online attackers.
+    """
+    rows = read_rows(directory)
+    text = table(rows)
+    for name, make in figures_for(rows).items():
+        save_png(make(rows), Path(directory) / name)
+    write_atomically(
+        Path(directory) / "report.md", lambda part: part.write_text(text, encoding="utf-8")
+    )
+    return text

@@ -1,0 +1,253 @@
+"""Cells of the white-box study: an attacker trained online, its evaluations and its trace."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from madjax import store
+from madjax.attacks import keys
+from madjax.attacks.online import Training, begin, lap
+from madjax.batching import map_chunks
+from madjax.config import Sweep
+from madjax.constraints import l1
+from madjax.defenses import answers
+from madjax.evaluate import utility
+from madjax.sweep.campaign import Campaign
+from madjax.sweep.cells import Cell, Program, Shared
+from madjax.sweep.rows import after, number, numbers, which
+from madjax.train import cross_entropy
+
+Array = jax.Array
+
+BINS = 180
+"""Of the histogram of angles in rows: one degree each."""
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percent; rows have the angle at each."""
+
+
+@dataclass(frozen=True)
+class OnlineProgram(Program):
+    """The functions of one cell of the white-box study."""
+
+    @property
+    def laps(self) -> int:
+        """See `Program.laps`."""
+        return self.attack.laps
+
+    @property
+    def needs_evidence(self) -> bool:
+        """No: what the defence knows changes with every step."""
+        return False
+
+    def rehearse(self, cell: Cell, shared: Shared) -> None:
+        """See `Program.rehearse`."""
+        training = self.advance((cell, self.start(cell, shared)), shared)
+        self.judge((cell, training), shared)
+
+    def start(self, cell: Cell, shared: Shared) -> Training:
+        """A fresh attacker, with its images and the victim's posteriors of them."""
+
+        def posterior(images: Array) -> Array:
+            return map_chunks(lambda x: self.network.posterior(shared.victim, x), images, 250)
+
+        return begin(self.attack, self.stolen, keys(cell.seed), shared.images, posterior)
+
+    def advance(self, cell: tuple[Cell, Training], shared: Shared) -> Training:
+        """The steps up to the next evaluation."""
+        cell, training = cell
+        key = keys(cell.seed)["defense"]
+
+        def respond(attacker: Any, numbers: Array, x: Array, y: Array) -> Array:
+            evidence = self._evidence(cell, attacker, shared, x)
+            return answers(self.defense, key, y, evidence, cell.epsilon, numbers)
+
+        distance = getattr(self.defense, "distance", l1)
+        return lap(self.attack, self.stolen, training, shared.images, respond, distance)
+
+    def judge(self, cell: tuple[Cell, Training], shared: Shared) -> dict[str, Array]:
+        """The attacker on the test set, and the defence's utility on the first of its images."""
+        cell, training = cell
+
+        def test(example: tuple[Array, Array]) -> tuple[Array, Array]:
+            x, labels = example
+            logits = self.stolen.apply(training.params, x)
+            one_hot = jax.nn.one_hot(labels, self.num_classes)
+            return logits.argmax(-1) == labels, cross_entropy(logits, one_hot)
+
+        hits, losses = map_chunks(test, (shared.test_images, shared.test_labels), 250)
+        few = slice(self.attack.judged)
+        y = shared.test_posteriors[few]
+        handed = training.surrogate if self.attack.refresh > 1 else training.params
+        told = answers(
+            self.defense,
+            jax.random.fold_in(keys(cell.seed)["defense"], 1),
+            y,
+            self._evidence(cell, handed, shared, shared.test_images[few]),
+            cell.epsilon,
+        )
+        return utility(y, told, shared.test_labels[few]) | {
+            "attacker_accuracy": 100 * hits.mean(dtype=jnp.float32),
+            "test_loss": losses.mean(),
+        }
+
+    def _evidence(self, cell: Cell, attacker: Any, shared: Shared, x: Array) -> Any:
+        """What the defence makes of queries: of the attacker's own network where it has it."""
+        if self.defense.has_surrogate and self.attack.refresh:
+            return self.defense.evidence(self.stolen.apply, attacker, x)
+        known = jax.tree.map(lambda a: a[cell.at], shared.known)
+        return self.defense.evidence(self.network.apply, known, x)
+
+
+class OnlineCampaign(Campaign):
+    """Waves of online attackers, evaluated and checkpointed after each lap."""
+
+    def __init__(
+        self, config: Sweep, program: OnlineProgram, shared: Shared, mesh: Mesh, *rest: Any
+    ):
+        super().__init__(config, program, shared, mesh, *rest)
+        self.start, self.advance, self.judge = (
+            self.over(f) for f in (program.start, program.advance, program.judge)
+        )
+
+    def run(self, number: int, wave: list[Cell], stacked: Cell) -> None:
+        """Train the attackers of a wave together; their rows and their trace."""
+        missing = self.missing(self.attack.budget, wave)
+        if not missing:
+            return
+        name = f"{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
+        training = self.start(stacked, self.shared)
+        origin = training.params
+        judged = jax.eval_shape(self.judge, (stacked, training), self.shared)
+        laps = {
+            field: np.full((self.attack.laps, len(stacked.seed)), np.nan, np.float32)
+            for field in (*judged, "direction_kept")
+        }
+        seconds, first = 0.0, 0
+        saved = store.restore(self.directory, name, (training, laps, np.zeros(())))
+        if saved is not None:
+            training = jax.device_put(saved[0], self.sharding)
+            laps, seconds = saved[1], float(saved[2])
+            first = -(-int(training.step[0]) // self.attack.every)
+        self.bar.update(len(missing) * first)
+        for at in range(first, self.attack.laps):
+            began = time.perf_counter()
+            training = self.advance((stacked, training), self.shared)
+            results = self.judge((stacked, training), self.shared)
+            results["direction_kept"] = direction_kept(
+                stacked, np.asarray(_products(origin, training.params))
+            )
+            for field, values in results.items():
+                laps[field][at] = values
+            seconds += time.perf_counter() - began
+            store.save(self.directory, name, at + 1, (training, laps, np.asarray(seconds)))
+            self.bar.update(len(missing))
+        self._write(number, wave, missing, training, laps, seconds)
+        store.discard(self.directory, name)
+
+    def _write(
+        self,
+        number: int,
+        wave: list[Cell],
+        missing: list[int],
+        training: Training,
+        laps: dict[str, np.ndarray],
+        seconds: float,
+    ) -> None:
+        """The trace of a wave, then its rows."""
+        trace = {
+            field: np.asarray(values)[: len(wave)]
+            for field, values in training.trace._asdict().items()
+        }
+        cells = [which(self.program, self.attack.budget, cell) for cell in wave]
+        said = self.program.defense.describe() | self.attack.describe()
+        store.save_trace(
+            self.directory,
+            f"{self.place}-wave-{number}",
+            trace
+            | {field: np.array([cell[field] for cell in cells]) for field in ("epsilon", "seed")}
+            | {field: np.array(value) for field, value in said.items()},
+        )
+        for i in missing:
+            row = (
+                cells[i]
+                | _settings(self.attack)
+                | _evaluated({k: v[:, i] for k, v in laps.items()})
+            )
+            row |= _summary(self.attack, {k: v[i] for k, v in trace.items()})
+            row["seconds"] = round(seconds / len(wave), 3)
+            self.finish(
+                row,
+                f"angle {row['angle_mean']:.1f} degrees, defender "
+                f"{row['defender_accuracy']:.2f} %, attacker {row['attacker_accuracy']:.2f} %",
+            )
+
+
+@jax.jit
+def _products(origin: Any, params: Any) -> Array:
+    """Inner products [cells, cells] of the cells' ways from their first parameters."""
+    total = jnp.zeros(())
+    for old, new in zip(*map(jax.tree.leaves, (origin, params)), strict=True):
+        way = (new - old).reshape(len(new), -1)
+        total += jnp.matmul(way, way.T, precision="highest")
+    return total
+
+
+def direction_kept(cells: Cell, products: np.ndarray) -> np.ndarray:
+    """Cosine between a cell's way and the undefended one's of its seed; NaN where there is none."""
+    lengths = np.sqrt(np.diagonal(products))
+    clean = (cells.epsilon == 0)[None, :] & (cells.seed[:, None] == cells.seed[None, :])
+    twin = clean.argmax(1)
+    cosine = np.full(len(lengths), np.nan, np.float32)
+    size = lengths * lengths[twin]
+    known = clean.any(1) & (size > 0)
+    cosine[known] = (products[np.arange(len(twin)), twin] / np.where(size > 0, size, 1))[known]
+    return np.clip(cosine, -1, 1)
+
+
+def _settings(attack: Any) -> dict[str, Any]:
+    """The fields of a row that say how the attacker trained."""
+    return {
+        "queries": attack.budget,
+        "steps": attack.steps,
+        "batch_size": attack.recipe.batch_size,
+        "learning_rate": attack.recipe.learning_rate,
+        "refresh": attack.refresh,
+        "n_judged": attack.judged,
+    }
+
+
+def _evaluated(laps: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a row from its evaluations: the last of each, and the course of some."""
+    row = {field: number(values[-1]) for field, values in laps.items()}
+    row |= after(laps["attacker_accuracy"])
+    courses = {
+        "test_losses": "test_loss",
+        "defender_accuracies": "defender_accuracy",
+        "directions_kept": "direction_kept",
+    }
+    return row | {name: numbers(laps[field]) for name, field in courses.items()}
+
+
+def _summary(attack: Any, trace: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a row from its trace; `steps_at` are the steps of the evaluations."""
+    angle = trace["angle"]
+    ends = [min((i + 1) * attack.every, attack.steps) for i in range(attack.laps)]
+    pieces = [slice(i * attack.every, end) for i, end in enumerate(ends)]
+    counts, _ = np.histogram(np.clip(angle, 0, 180), BINS, (0, 180))
+    return {
+        "angle_mean": number(angle.mean(dtype=np.float64)),
+        "angle_std": number(angle.std(dtype=np.float64)),
+        "angle_max": number(angle.max()),
+        **{f"angle_p{q:02}": number(np.percentile(angle, q)) for q in QUANTILES},
+        "angle_histogram": counts.tolist(),
+        "distance_used_mean": number(trace["distance_used"].mean(dtype=np.float64)),
+        "unchanged": number(100 * np.mean(trace["distance_used"] == 0)),
+        "steps_at": ends,
+        "angle_means": [number(angle[piece].mean(dtype=np.float64)) for piece in pieces],
+        "train_losses": [number(trace["loss"][piece].mean(dtype=np.float64)) for piece in pieces],
+    }

@@ -1,0 +1,125 @@
+"""The victim, and all else that its owner trains, each with a checkpoint after every epoch."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from madjax import store
+from madjax.config import Sweep, describe, digest, name_of
+from madjax.datasets import Dataset
+from madjax.defenses import Owner
+from madjax.errors import InputError
+from madjax.models import Classifier
+from madjax.train import Recipe, State, fit, start
+
+Array = jax.Array
+Log = Callable[[str], None]
+Keep = Callable[[str, Recipe, Array, Callable[..., State]], State]
+"""`Owner.keep`."""
+
+VICTIM = 6
+"""Folded into the victim's key, so that it shares no randomness with an attacker of its seed."""
+
+
+def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
+    """The network of one party, checked on the victim's image shape and classes."""
+    name = name_of(architecture)
+    blank = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.uint8)
+    try:
+        module = architecture(data.num_classes)
+        classifier = Classifier(module, data.family.preprocess, data.image_shape)
+        logits = jax.eval_shape(
+            lambda k, x: classifier.apply(classifier.init(k), x), jax.random.key(0), blank
+        )
+    except Exception as error:
+        raise InputError(
+            f"the {role}'s {name} cannot take images of shape {data.image_shape} "
+            f"({first_line(error)}): choose another architecture or data set"
+        ) from error
+    if logits.shape != (1, data.num_classes):
+        raise InputError(
+            f"the {role}'s {name} gives outputs {logits.shape[1:]} for the "
+            f"{data.num_classes} classes of {data.name}: choose another architecture"
+        )
+    return classifier
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"
+
+
+def owner_of(config: Sweep, victim: Classifier, data: Dataset, keep: Keep) -> Owner:
+    """The victim's owner, who trains by `keep`."""
+    key = jax.random.fold_in(jax.random.key(config.victim_seed), VICTIM)
+    train, test = (data.x_train, data.y_train), (data.x_test, data.y_test)
+    return Owner(victim, config.victim, key, train, test, keep)
+
+
+def keeper(directory: Path, victim: Classifier, num_examples: int, log: Log) -> Keep:
+    """The `Owner.keep` of a run: training goes on from the checkpoint in its directory."""
+
+    def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+        folder = _folder(name, recipe, key)
+        saved = _restore(directory, folder, victim, recipe, num_examples)
+        done = int(saved.epoch) if saved else 0
+        bar = tqdm(total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None)
+
+        def after_epoch(state: State) -> None:
+            store.save(directory, folder, int(state.epoch), state)
+            bar.update()
+
+        with bar:
+            state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
+        if done < recipe.epochs:
+            log(
+                f"{name}: {name_of(type(victim.module))}, {num_examples:,} images, "
+                f"{recipe.epochs} epochs: {float(state.accuracy[-1]):.2f} % of the test images"
+            )
+        return state
+
+    return keep
+
+
+def train_victim(owner: Owner) -> State:
+    """The undefended victim."""
+    return owner.keep(
+        "victim",
+        owner.recipe,
+        owner.key,
+        partial(fit, owner.classifier, owner.recipe, owner.key, owner.data, owner.test),
+    )
+
+
+def restore_victim(owner: Owner, directory: Path) -> State:
+    """The trained victim of a run.
+
+    Raises:
+        InputError: it is not there, or its training has not ended.
+    """
+    folder = _folder("victim", owner.recipe, owner.key)
+    size = len(owner.data[0])
+    saved = _restore(directory, folder, owner.classifier, owner.recipe, size)
+    if saved is None or int(saved.epoch) < owner.recipe.epochs:
+        raise InputError(
+            f"{directory} holds no victim trained for {owner.recipe.epochs} epochs: finish it "
+            "with madjax sweep --resume"
+        )
+    return saved
+
+
+def _folder(name: str, recipe: Recipe, key: Array) -> str:
+    """A checkpoint's name: other recipes and keys have others."""
+    return f"{name}-{digest([describe(recipe), jax.random.key_data(key).tolist()])}"
+
+
+def _restore(
+    directory: Path, folder: str, victim: Classifier, recipe: Recipe, num_examples: int
+) -> State | None:
+    like = jax.eval_shape(partial(start, victim, recipe, num_examples), jax.random.key(0))
+    return store.restore(directory, folder, like)

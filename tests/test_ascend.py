@@ -1,0 +1,463 @@
+"""The optimising solver against dense grids; constraints against their definitions."""
+
+import itertools
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+import madjax
+from madjax import InputError, angle, deviation, extreme_at_budget, solution, solve, sweep
+from madjax.ascend import best_in_l1, best_in_linf, overshoot
+from madjax.batching import map_chunks
+from madjax.constraints import (
+    bound_confidence,
+    bound_cost,
+    bound_entropy,
+    cap,
+    entropy,
+    keep_bin,
+    keep_label,
+    keep_top_k,
+    kl,
+    l1,
+    l2,
+    linf,
+)
+from madjax.objectives import opposition, towards, unnormalised
+from madjax.steps import reach
+
+
+def problem(key, k, sharp=3.0):
+    """A posterior, and the Gram matrix of a network whose own posterior is p: M p = 0."""
+    of_g, of_p, of_y = jax.random.split(key, 3)
+    g = jax.random.normal(of_g, (k, 4 * k))
+    p = jax.nn.softmax(0.3 * jax.random.normal(of_p, (k,)))
+    g = g - (p[:, None] * g).sum(0, keepdims=True)
+    return jax.nn.softmax(sharp * jax.random.normal(of_y, (k,))), jnp.matmul(
+        g, g.T, precision="highest"
+    )
+
+
+def problems(n, k, seed=0, sharp=3.0):
+    return jax.vmap(partial(problem, k=k, sharp=sharp))(jax.random.split(jax.random.key(seed), n))
+
+
+def answered(y, gram, **options):
+    """`solution`, compiled, of one query or of a batch."""
+    solver = partial(solution, **options)
+    return jax.jit(solver if y.ndim == 1 else jax.vmap(solver))(y, gram)
+
+
+def simplex_grid(k, n):
+    """All points of the simplex with coordinates in multiples of 1 / n."""
+    bars = np.array(list(itertools.combinations(range(n + k - 1), k - 1)))
+    ends = np.full((len(bars), 1), n + k - 1)
+    return np.diff(np.concatenate([-np.ones_like(ends), bars, ends], axis=1)) - 1.0
+
+
+def pulled(grid, y, epsilon, distance):
+    """Grid points, those outside of the ball brought to it along the segment from y."""
+    return jax.vmap(lambda v: madjax.steps.step(y, v, epsilon, distance))(grid)
+
+
+# --- the optimum ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.5, 0.99, 1.5])
+@pytest.mark.parametrize(("k", "n"), [(3, 300), (4, 60)])
+def test_ascend_finds_the_best_of_a_dense_grid(k, n, epsilon):
+    """Within 1e-3 of the grid's best H in >= 99 % of random problems, in an L1 ball."""
+    grid = jnp.asarray(simplex_grid(k, n) / n, jnp.float32)
+
+    @jax.jit
+    def gap(query):
+        y, gram = query
+        best = jax.vmap(lambda v: deviation(v, y, gram))(pulled(grid, y, epsilon, l1)).max()
+        return solution(y, gram, epsilon=epsilon, method="ascend").value - best
+
+    gaps = jax.lax.map(gap, problems(150, k, seed=k))
+    assert jnp.mean(gaps > -1e-3) >= 0.99
+
+
+@pytest.mark.parametrize("distance", [linf, l2, kl])
+def test_other_balls_come_near_a_dense_grid(distance):
+    grid = jnp.asarray(simplex_grid(3, 200) / 200, jnp.float32)
+    epsilon = {linf: 0.4, l2: 0.5, kl: 0.3}[distance]
+
+    @jax.jit
+    def gap(query):
+        y, gram = query
+        best = jax.vmap(lambda v: deviation(v, y, gram))(pulled(grid, y, epsilon, distance)).max()
+        found = solution(y, gram, epsilon=epsilon, distance=distance, method="ascend")
+        return found.value - best, distance(found.y_tilde, y)
+
+    gaps, spent = jax.lax.map(gap, problems(60, 3, seed=7))
+    assert jnp.mean(gaps > -2e-3) >= 0.98
+    assert spent.max() <= epsilon + 1e-5
+
+
+@jax.jit
+def three_ways(y, gram, epsilon):
+    return {
+        "line": solution(y, gram, epsilon=epsilon),
+        "budget": solution(y, gram, epsilon=epsilon, oracle=extreme_at_budget),
+        "ascend": solution(y, gram, epsilon=epsilon, method="ascend"),
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    epsilon=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.99, 1.5, 2.0]),
+    sharp=st.sampled_from([0.1, 3.0, 30.0]),
+    k=st.sampled_from([2, 5, 20]),
+)
+def test_never_worse_than_the_line_search_and_always_within(seed, epsilon, sharp, k):
+    y, gram = problem(jax.random.key(seed), k, sharp)
+    value = partial(deviation, y=y, gram=gram)
+    by = three_ways(y, gram, epsilon)
+    assert by["line"].value <= by["budget"].value + 1e-5
+    assert by["budget"].value <= by["ascend"].value + 1e-5
+    for found in by.values():
+        v = found.y_tilde
+        assert found.feasible
+        assert jnp.isfinite(v).all()
+        assert v.min() >= -1e-7
+        np.testing.assert_allclose(v.sum(), 1, atol=2e-6)
+        assert l1(v, y) <= epsilon + 2e-6
+        np.testing.assert_allclose(found.value, value(v), atol=1e-6)
+    if epsilon == 0:
+        assert all((found.y_tilde == y).all() for found in by.values())
+
+
+def test_one_answer_for_a_query_alone_in_a_batch_and_on_a_grid_of_budgets():
+    y, gram = problems(4, 5)
+    grid = jnp.array([0.2, 0.9])
+    solver = partial(solve, method="ascend")
+    batch = jax.jit(jax.vmap(partial(solver, epsilon=0.9)))(y, gram)
+    many = jax.jit(jax.vmap(lambda e: jax.vmap(partial(solver, epsilon=e))(y, gram)))(grid)
+    for i in range(4):
+        alone = jax.jit(partial(solver, epsilon=0.9))(y[i], gram[i])
+        values = [deviation(v, y[i], gram[i]) for v in (alone, batch[i], many[1, i])]
+        np.testing.assert_allclose(values, values[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["line_search", "ascend"])
+def test_renaming_the_classes_renames_the_answer(method):
+    y, gram = problem(jax.random.key(3), 6)
+    turn = jnp.array([3, 1, 5, 0, 2, 4])
+    found = answered(y, gram, epsilon=0.7, method=method)
+    turned = answered(y[turn], gram[turn][:, turn], epsilon=0.7, method=method)
+    np.testing.assert_allclose(found.value, turned.value, atol=1e-4)
+
+
+def test_the_surrogates_own_posterior_comes_back():
+    _, gram = problem(jax.random.key(0), 4)
+    p = jnp.linalg.solve(gram + 1, jnp.ones(4))
+    p = p / p.sum()
+    assert (answered(p, gram, epsilon=0.5, method="ascend").y_tilde == p).all()
+
+
+def test_beyond_the_surrogates_posterior_the_gradient_is_the_opposite():
+    y, gram = problem(jax.random.key(1), 5)
+    far = overshoot(y, gram)
+    assert far.min() >= 0
+    np.testing.assert_allclose(far.sum(), 1, atol=1e-6)
+    np.testing.assert_allclose(far.min(), 0, atol=1e-6)  # as far as the simplex goes
+    np.testing.assert_allclose(angle(far, y, gram), 180, atol=0.1)
+    found = answered(y, gram, epsilon=float(l1(far, y)) + 1e-3, method="ascend")
+    np.testing.assert_allclose(found.value, 4, atol=1e-3)
+
+
+@pytest.mark.parametrize("gram", [jnp.zeros((3, 3)), jnp.eye(3), jnp.ones((3, 3))])
+def test_a_gram_matrix_without_one_null_direction_does_no_harm(gram):
+    y = jnp.array([0.7, 0.2, 0.1])
+    found = answered(y, gram, epsilon=0.6, method="ascend")
+    assert jnp.isfinite(found.y_tilde).all()
+    assert found.value >= solution(y, gram, epsilon=0.6).value
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31), epsilon=st.floats(0.01, 1.9), k=st.sampled_from([2, 3, 8]))
+def test_linear_problems_over_the_balls_are_solved_exactly(seed, epsilon, k):
+    """Against scipy's linear programming: v = y - g + r for L1, bounds for Linf."""
+    slope, logits = jax.random.normal(jax.random.key(seed), (2, k))
+    y = jax.nn.softmax(3 * logits)
+    y64, a = np.asarray(y, float), np.asarray(slope, float)
+    v = best_in_l1(slope, y, epsilon)
+    both = np.concatenate([a, -a])  # received, given
+    bounds = [(0, 1)] * k + [(0, each) for each in y64]
+    want = linprog(
+        -both,
+        A_ub=np.ones((1, 2 * k)),
+        b_ub=[epsilon],
+        A_eq=np.concatenate([np.ones(k), -np.ones(k)])[None],
+        b_eq=[0],
+        bounds=bounds,
+    )
+    np.testing.assert_allclose(slope @ v, a @ y64 - want.fun, atol=1e-4)
+    v = best_in_linf(slope, y, min(epsilon, 1))
+    low, high = np.maximum(y64 - epsilon, 0), np.minimum(y64 + epsilon, 1)
+    want = linprog(-a, A_eq=np.ones((1, k)), b_eq=[1], bounds=list(zip(low, high, strict=True)))
+    np.testing.assert_allclose(slope @ v, -want.fun, atol=1e-4)
+
+
+def test_the_vertices_are_compared_where_the_budget_ends():
+    """By hand: a plain loop over vertices, each stepped to the budget."""
+    y, gram = problems(8, 6, seed=2)
+    found = answered(y, gram, epsilon=0.4, oracle=extreme_at_budget)
+    for i in range(8):
+        ends = [madjax.steps.step(y[i], e, 0.4, l1) for e in jnp.eye(6)]
+        want = max(float(deviation(v, y[i], gram[i])) for v in ends)
+        np.testing.assert_allclose(found.value[i], want, atol=1e-5)
+
+
+def test_the_end_of_the_way_to_the_best_vertex_may_not_be_the_best_end():
+    y, gram = problems(100, 6, seed=2)
+    line, budget = (
+        answered(y, gram, epsilon=0.4, oracle=oracle).value
+        for oracle in (madjax.extreme, extreme_at_budget)
+    )
+    assert (budget >= line - 1e-6).all()
+    assert jnp.mean(budget > line + 1e-3) > 0.2
+
+
+# --- objectives -----------------------------------------------------------------------------------
+
+
+def test_objectives_are_what_they_say_of_explicit_gradients():
+    g = jax.random.normal(jax.random.key(0), (4, 9))
+    y, v, t = jax.nn.softmax(jax.random.normal(jax.random.key(1), (3, 4)))
+    gram = g @ g.T
+    a, u, direction = (g.T @ w for w in (v, y, t))
+    np.testing.assert_allclose(unnormalised(v, y, gram), jnp.sum((a - u) ** 2), rtol=1e-4)
+    np.testing.assert_allclose(opposition(v, y, gram), -a @ u, rtol=1e-4, atol=1e-5)
+    cosine = a @ direction / jnp.linalg.norm(a) / jnp.linalg.norm(direction)
+    np.testing.assert_allclose(towards(v, y, gram, target=tuple(t.tolist())), cosine, atol=1e-5)
+    assert towards(v, y, 0 * gram, target=(1.0, 0, 0, 0)) == 0
+
+
+@pytest.mark.parametrize(
+    "objective", [unnormalised, opposition, partial(towards, target=(0.0, 1.0, 0.0))]
+)
+def test_ascend_maximises_any_objective(objective):
+    grid = jnp.asarray(simplex_grid(3, 200) / 200, jnp.float32)
+
+    @jax.jit
+    def gap(query):
+        y, gram = query
+        best = jax.vmap(lambda v: objective(v, y, gram))(pulled(grid, y, 0.6, l1)).max()
+        found = solution(y, gram, epsilon=0.6, objective=objective, method="ascend")
+        return (found.value - best) / jnp.abs(best)
+
+    gaps = jax.lax.map(gap, problems(60, 3, seed=11))
+    assert jnp.mean(gaps > -1e-3) >= 0.95
+
+
+# --- constraints ----------------------------------------------------------------------------------
+
+
+def learned(y_tilde, y):
+    """A small random network of both, which holds at y by construction."""
+
+    def network(v):
+        hidden = jnp.tanh(jnp.matmul(v, jnp.sin(jnp.arange(5 * v.size).reshape(v.size, 5) ** 2.0)))
+        return jnp.sum(hidden * jnp.cos(jnp.arange(5.0)))
+
+    return network(y_tilde) - network(y) - 0.05
+
+
+COST = tuple(tuple(float((i - j) ** 2) for j in range(5)) for i in range(5))
+EXAMPLES = {
+    "keep_label": partial(keep_label, margin=0.02),
+    "keep_top_k": partial(keep_top_k, k=2),
+    "bound_confidence": partial(bound_confidence, most=0.2),
+    "keep_bin": partial(keep_bin, bins=5),
+    "bound_entropy above": partial(bound_entropy, most=1.2),
+    "bound_entropy below": partial(bound_entropy, least=0.5),
+    "bound_cost": partial(bound_cost, cost=COST, most=2.0),
+    "cap": partial(cap, most=0.8),
+    "learned": learned,
+}
+
+
+def test_constraints_by_hand():
+    y = jnp.array([0.6, 0.3, 0.1, 0.0])
+    v = jnp.array([0.4, 0.45, 0.0, 0.15])
+    close = partial(np.testing.assert_allclose, atol=1e-6)
+    close(keep_label(v, y, margin=0.1), [-1, 0.15, -0.3, -0.15])
+    close(keep_top_k(v, y, k=2), 0.15 - 0.4)
+    close(keep_top_k(v, y, k=3), 0.15 - 0.0)
+    close(bound_confidence(v, y, most=0.05), 0.15)
+    close(keep_bin(v, y, bins=4), [0.1, -0.35])
+    close(keep_bin(v, jnp.array([1.0, 0, 0, 0]), bins=4), [0.35, -0.6])
+    close(entropy(jnp.array([0.5, 0.25, 0.25, 0])), 1.5)
+    half = jnp.array([0.5, 0.5, 0, 0])
+    close(bound_entropy(half, y, least=0.25, most=2.0), [-0.75, -1])
+    close(bound_entropy(half, y), [-1, -1])
+    cost = ((0.0, 1, 1, 1), (2, 0, 0, 0), (0, 0, 0, 0), (9, 9, 9, 9))
+    close(bound_cost(v, y, cost=cost, most=0.5), 0.6 * 0.6 + 0.3 * 2 * 0.4 - 0.5)
+    close(cap(v, y, most=0.4), [0, 0.05, -0.4, -0.25])
+
+
+def check_constraint(constraint, method, y, gram, epsilon=0.8):
+    @jax.jit
+    def check(query):
+        y, gram = query
+        found = solution(y, gram, epsilon=epsilon, constraints=(constraint,), method=method)
+        line = solution(y, gram, epsilon=epsilon, constraints=(constraint,))
+        worst = jnp.max(constraint(found.y_tilde, y))
+        at_y = jnp.max(constraint(y, y)) <= 1e-6
+        return found, worst, at_y, l1(found.y_tilde, y), line.value
+
+    found, worst, at_y, far, line = map_chunks(jax.vmap(check), (y, gram), 1000)
+    assert jnp.isfinite(found.y_tilde).all()
+    assert jnp.where(found.feasible, worst, 0).max() <= 1e-5
+    assert far.max() <= epsilon + 1e-5
+    assert found.feasible[at_y].all()
+    assert (jnp.where(found.feasible[:, None], 0, found.y_tilde - y) == 0).all()
+    assert (found.value >= line - 1e-5).all()
+    assert jnp.mean(far > 0.01) > 0.2  # it does something
+
+
+FAST = ("keep_label", "cap", "learned")  # of the longer programs; the others are among the slow
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, "line_search") for name in EXAMPLES] + [(name, "ascend") for name in FAST],
+)
+def test_an_answer_meets_its_constraint_or_is_y_and_says_so(name, method):
+    y, gram = problems(300, 5, seed=5)
+    y = y.at[0].set(jnp.eye(5)[0]).at[1].set(0.2)
+    check_constraint(EXAMPLES[name], method, y, gram)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("method", ["line_search", "ascend"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_hundred_thousand_answers_meet_each_constraint(name, method):
+    y, gram = problems(100_000, 5, seed=6)
+    check_constraint(EXAMPLES[name], method, y, gram)
+
+
+def test_ascend_finds_points_that_no_segment_from_y_passes_at_its_start():
+    """A capped answer to a confident posterior, and one with some entropy: y itself breaks both."""
+    y, gram = problems(100, 5, seed=9, sharp=8.0)
+    confident = y.max(axis=1) > 0.85
+    assert confident.sum() > 50
+    both = (partial(cap, most=0.75), partial(bound_entropy, least=0.6))
+    found = answered(y, gram, epsilon=0.9, constraints=both, method="ascend")
+    assert found.feasible.all()
+    assert found.y_tilde.max() <= 0.75 + 1e-5
+    assert jax.vmap(entropy)(found.y_tilde).min() >= 0.6 - 1e-5
+
+
+@pytest.mark.parametrize("method", ["line_search", "ascend"])
+def test_contradictory_constraints_return_y_and_say_so(method):
+    y, gram = problems(10, 4)
+    never = (partial(cap, most=0.3), partial(keep_label, margin=0.2))
+    found = answered(y, gram, epsilon=0.8, constraints=never, method=method)
+    assert not found.feasible.any()
+    assert (found.y_tilde == y).all()
+    nothing = solution(y[0], gram[0], epsilon=0.8, constraints=(lambda v, y: jnp.nan,))
+    assert not nothing.feasible
+    assert (nothing.y_tilde == y[0]).all()
+
+
+def test_constraints_add_up():
+    y, gram = problems(40, 5, seed=1)
+    both = (partial(keep_label, margin=0.05), partial(bound_confidence, most=0.3))
+    found = answered(y, gram, epsilon=1.2, constraints=both, method="ascend")
+    for constraint in both:
+        at_y = jax.vmap(lambda y, c=constraint: jnp.max(c(y, y)))(y) <= 0
+        worst = jax.vmap(lambda v, y, c=constraint: jnp.max(c(v, y)))(found.y_tilde, y)
+        assert worst[at_y & found.feasible].max() <= 1e-5
+    free = answered(y, gram, epsilon=1.2, method="ascend")
+    assert (found.value <= free.value + 1e-4).all()
+
+
+def test_a_label_kept_by_constraint_beats_the_vertices_of_mad_argmax():
+    y, gram = problems(60, 5, seed=4)
+    kept = answered(y, gram, epsilon=0.9, constraints=(keep_label,), method="ascend")
+    vertices = answered(y, gram, epsilon=0.9, oracle=madjax.argmax_preserving)
+    assert (
+        kept.y_tilde.max(1)
+        <= jnp.take_along_axis(kept.y_tilde, y.argmax(1)[:, None], 1)[:, 0] + 1e-5
+    ).all()
+    assert kept.value.mean() > vertices.value.mean() + 0.2
+
+
+def test_reach_stops_where_the_constraint_does():
+    start, end = jnp.array([1.0, 0, 0]), jnp.array([0.0, 1, 0])
+    point = reach(start, end, start, (partial(bound_confidence, most=0.3),))
+    np.testing.assert_allclose(point, [0.7, 0.3, 0], atol=1e-5)
+    assert (reach(start, end, start, ()) == end).all()
+
+
+# --- through the other doors ----------------------------------------------------------------------
+
+
+def test_perturb_takes_constraints_and_methods():
+    module = nn.Dense(4)
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    w = module.init(jax.random.key(1), x)
+    y = jax.nn.softmax(3 * jax.random.normal(jax.random.key(2), (6, 4)))
+    options = {"constraints": (partial(keep_label, margin=0.01),), "method": "ascend"}
+    got = madjax.perturb(module.apply, w, x, y, epsilon=0.7, **options)
+    gram = madjax.gram(module.apply, w, x)
+    want = jax.jit(jax.vmap(partial(solve, epsilon=0.7, **options)))(y, gram)
+    for g, v, q, m in zip(got, want, y, gram, strict=True):
+        np.testing.assert_allclose(deviation(g, q, m), deviation(v, q, m), atol=1e-3)
+        assert keep_label(g, q, margin=0.01).max() <= 1e-5 or (g == q).all()
+
+
+def test_a_defence_with_constraints_says_so_in_rows():
+    plain, other = (
+        madjax.MAD().describe()["defense_variant"],
+        madjax.MAD(
+            method="ascend",
+            objective=opposition,
+            constraints=(partial(keep_label, margin=0.1), bound_entropy),
+        ).describe()["defense_variant"],
+    )
+    assert plain == ""
+    assert other == "ascend, opposition, keep_label(margin=0.1), bound_entropy"
+
+
+def test_constraints_of_a_defence_are_several_functions():
+    assert madjax.MAD(constraints=[keep_label]).constraints == (keep_label,)
+    with pytest.raises(InputError, match="constraints of MAD is keep_label: give a tuple"):
+        madjax.MAD(constraints=keep_label)
+
+
+@pytest.mark.parametrize("method", ["structured", "search", ""])
+def test_an_unknown_method_is_named(method):
+    y, gram = problem(jax.random.key(0), 3)
+    with pytest.raises(InputError, match="choose one of 'line_search', 'ascend'"):
+        solve(y, gram, epsilon=0.1, method=method)
+    with pytest.raises(InputError, match="choose one of 'line_search', 'ascend'"):
+        madjax.MAD(method=method)
+
+
+def test_cells_that_ascend_run_on_several_devices():
+    """LAPACK calls, as in `jnp.linalg.solve`, may never return there: nothing may need one."""
+    y, gram = problems(2000, 10)
+
+    def cell(epsilon, shared):
+        solver = jax.vmap(partial(solve, epsilon=epsilon, method="ascend"))
+        return map_chunks(lambda query: solver(*query), shared, 1000)
+
+    run = sweep.over_cells(cell, sweep.make_mesh(), sweep.serially)
+    answers = run(jnp.array([0.1, 0.5, 0.9, 1.5]), (y, gram))
+    alone = answered(y[:50], gram[:50], epsilon=0.5, method="ascend")
+    values = jax.vmap(deviation)(answers[1, :50], y[:50], gram[:50])
+    np.testing.assert_allclose(values, alone.value, atol=1e-3)

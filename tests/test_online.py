@@ -1,0 +1,489 @@
+"""White-box mode: every step of an online attacker against a plain Python loop."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import madjax
+from madjax import (
+    MAD,
+    MLP,
+    Classifier,
+    InputError,
+    Knockoff,
+    LeNet,
+    Online,
+    Recipe,
+    ReverseSigmoid,
+    Sweep,
+    argmax_preserving,
+    report,
+    sweep,
+    top_label,
+)
+from madjax.attacks import keys
+from madjax.attacks.online import begin, lap
+from madjax.cli import main
+from madjax.datasets import MNIST_FAMILY
+from madjax.defenses import answers
+from madjax.mad import angle_between
+from madjax.train import adam, cross_entropy
+
+# --- the angle ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degrees", [0, 1e-3, 30, 90, 150, 179.999, 180])
+def test_the_angle_between_two_pytrees_is_that_of_plane_geometry(degrees):
+    turn = np.radians(degrees)
+    a = {"w": jnp.array([[3.0, 0.0]]), "b": jnp.zeros(2)}
+    u = {"w": jnp.array([[0.5 * np.cos(turn), 0.0]]), "b": jnp.array([0, 0.5 * np.sin(turn)])}
+    u = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), u)
+    np.testing.assert_allclose(angle_between(a, u), degrees, atol=2e-5)
+
+
+@pytest.mark.parametrize(("a", "u"), [(0, 1), (1, 0), (0, 0)])
+def test_the_angle_to_a_vanishing_gradient_is_zero(a, u):
+    assert angle_between(a * jnp.ones(3), u * jnp.ones(3)) == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e6))
+def test_the_angle_does_not_change_with_the_lengths(seed, scale):
+    a, u = jax.random.normal(jax.random.key(seed), (2, 50))
+    np.testing.assert_allclose(angle_between(a, u), angle_between(scale * a, u), atol=1e-3)
+
+
+def test_the_angle_of_the_gram_matrix_is_that_of_explicit_gradients():
+    """To 1e-3 degrees, away from 0 and 180; LeNet, answers of every kind."""
+    classifier = Classifier(LeNet(10), MNIST_FAMILY.preprocess, (28, 28, 1))
+    key = jax.random.split(jax.random.key(3), 4)
+    params = classifier.init(key[0])
+    x = jax.random.randint(key[1], (12, 28, 28, 1), 0, 256).astype(jnp.uint8)
+    y, y_tilde = jax.nn.softmax(4 * jax.random.normal(key[2], (2, 12, 10)))
+    gram = madjax.gram(classifier.apply, params, x)
+    by_gram = jax.vmap(madjax.angle)(y_tilde, y, gram)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x, target):
+        return cross_entropy(classifier.apply(params, x[None]), target[None]).sum()
+
+    explicit = [
+        angle_between(gradient(params, *query[:2]), gradient(params, query[0], query[2]))
+        for query in zip(x, y_tilde, y, strict=True)
+    ]
+    away = (by_gram > 5) & (by_gram < 175)
+    assert away.sum() > 10
+    np.testing.assert_allclose(by_gram[away], jnp.stack(explicit)[away], atol=1e-3)
+
+
+# --- the attacker ---------------------------------------------------------------------------------
+
+
+class World:
+    """A victim, images, and an online attacker by a plain Python loop."""
+
+    def __init__(self, attack, defense, epsilon):
+        self.attack, self.defense, self.epsilon = attack, defense, epsilon
+        self.classifier = Classifier(MLP(4, (7,)), MNIST_FAMILY.preprocess, (3, 3, 1))
+        self.key = keys(5)
+        drawn = jax.random.split(jax.random.key(0), 3)
+        self.victim, self.surrogate = (self.classifier.init(k) for k in drawn[:2])
+        self.images = jax.random.randint(drawn[2], (40, 3, 3, 1), 0, 256).astype(jnp.uint8)
+
+    def posterior(self, x):
+        return jax.nn.softmax(3 * self.classifier.apply(self.victim, x))
+
+    def respond(self, attacker, numbers, x, y):
+        known = attacker if self.attack.refresh else self.surrogate
+        evidence = self.defense.evidence(self.classifier.apply, known, x)
+        return answers(self.defense, self.key["defense"], y, evidence, self.epsilon, numbers)
+
+    def scanned(self):
+        """The state after all laps, and the number of laps."""
+        state = begin(self.attack, self.classifier, self.key, self.images, self.posterior)
+        distance = getattr(self.defense, "distance", madjax.l1)
+
+        @jax.jit
+        def one(state):
+            return lap(self.attack, self.classifier, state, self.images, self.respond, distance)
+
+        for _ in range(self.attack.laps):
+            state = one(state)
+        return state
+
+    def looped(self):
+        """Parameters and trace: jax.grad of the loss, optax by hand, madjax.perturb's answers."""
+        attack, apply = self.attack, self.classifier.apply
+        init_key, order_key = jax.random.split(self.key["train"])
+        params = self.classifier.init(init_key)
+        own = self.images[jax.random.permutation(self.key["draw"], 40)[: attack.images]]
+        rate, batch = attack.recipe.learning_rate, attack.recipe.batch_size
+        optimizer = optax.adam(rate) if attack.recipe.optimizer is adam else optax.sgd(rate)
+        opt_state = optimizer.init(params)
+
+        @jax.jit
+        def gradient(params, x, targets):
+            return jax.value_and_grad(
+                lambda params: cross_entropy(apply(params, x), targets).mean()
+            )(params)
+
+        @jax.jit
+        def perturbed(known, x, y):
+            return madjax.perturb(
+                apply,
+                known,
+                x,
+                y,
+                epsilon=self.epsilon,
+                layers=self.defense.layers,
+                oracle=self.defense.oracle,
+            )
+
+        trace, handed = [], params
+        for t in range(attack.steps):
+            at = jax.random.randint(jax.random.fold_in(order_key, t), (batch,), 0, attack.images)
+            x, y = own[at], self.posterior(own[at])
+            if attack.refresh and t % attack.refresh == 0:
+                handed = params
+            y_tilde = perturbed(handed if attack.refresh else self.surrogate, x, y)
+            loss, poisoned = gradient(params, x, attack.targets(y_tilde))
+            _, true = gradient(params, x, y)
+            a, u = (
+                np.concatenate([g.ravel() for g in jax.tree.leaves(g)]) for g in (poisoned, true)
+            )
+            a, u = a.astype(np.float64), u.astype(np.float64)
+            cosine = a @ u / np.linalg.norm(a) / np.linalg.norm(u)
+            far = np.abs(np.asarray(y_tilde - y)).sum(-1).mean()
+            trace.append((np.degrees(np.arccos(np.clip(cosine, -1, 1))), far, loss))
+            updates, opt_state = optimizer.update(poisoned, opt_state)
+            params = optax.apply_updates(params, updates)
+        return params, np.array(trace, np.float32)
+
+
+ONLINE = Online(
+    budget=24,
+    images=15,
+    every=10,
+    recipe=Recipe(epochs=1, batch_size=1, learning_rate=0.3, momentum=0.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("attack", "defense", "epsilon"),
+    [
+        (ONLINE, MAD(layers="all"), 0.0),
+        (ONLINE, MAD(layers="all"), 0.7),
+        (ONLINE, MAD(layers="all"), 2.0),
+        (ONLINE, MAD(layers="last"), 0.7),
+        (ONLINE, MAD(layers="all", oracle=argmax_preserving), 0.7),
+        (replace(ONLINE, recipe=replace(ONLINE.recipe, batch_size=4)), MAD(layers="all"), 0.7),
+        (
+            replace(ONLINE, recipe=replace(ONLINE.recipe, optimizer=adam, learning_rate=0.05)),
+            MAD(layers="all"),
+            0.7,
+        ),
+        (replace(ONLINE, refresh=5), MAD(layers="all"), 0.7),
+        (replace(ONLINE, refresh=0), MAD(layers="all"), 0.7),
+        (replace(ONLINE, targets=top_label), MAD(layers="all"), 0.7),
+    ],
+    ids=["clean", "all", "2", "last", "argmax", "batch", "adam", "stale", "black-box", "label"],
+)
+def test_the_scan_is_a_plain_loop(attack, defense, epsilon):
+    world = World(attack, defense, epsilon)
+    state, (params, trace) = world.scanned(), world.looped()
+    assert state.step == attack.steps
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, params)
+    np.testing.assert_allclose(state.trace.distance_used, trace[:, 1], atol=1e-5)
+    np.testing.assert_allclose(state.trace.loss, trace[:, 2], atol=1e-4)
+    # arccos has no digits at the ends, where the atan2 of the trace has.
+    np.testing.assert_allclose(state.trace.angle, trace[:, 0], atol=0.05)
+    if epsilon == 0 and attack.targets is not top_label:
+        assert state.trace.angle.max() < 1e-4
+    else:
+        assert state.trace.angle.max() > 20
+
+
+@pytest.mark.parametrize("every", [1, 7, 24, 100])
+def test_the_length_of_a_lap_changes_nothing(every):
+    whole, cut = (
+        World(replace(ONLINE, every=n), MAD(layers="all"), 0.7).scanned() for n in (12, every)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, cut)
+
+
+def test_a_defence_without_a_surrogate_is_traced_too():
+    state = World(ONLINE, ReverseSigmoid(gamma=0.5), 1.0).scanned()
+    assert np.isfinite(state.trace.angle).all()
+    assert state.trace.angle.max() > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"images": 0}, "images of Online is 0"),
+        ({"every": 0}, "every of Online is 0"),
+        ({"judged": 0}, "judged of Online is 0"),
+        ({"refresh": -1}, "refresh of Online is -1"),
+        ({"budget": 0}, "budget is 0"),
+        ({"recipe": Recipe(batch_size=7)}, "batches of 7"),
+    ],
+)
+def test_bad_settings_are_named(settings, wrong):
+    with pytest.raises(InputError, match=wrong):
+        Online(**settings)
+
+
+def test_it_has_one_budget_and_no_transfer_set():
+    assert ONLINE.examples(24) == 15
+    with pytest.raises(InputError, match="leave budgets empty"):
+        ONLINE.examples(10)
+    with pytest.raises(InputError, match="no transfer set"):
+        ONLINE.begin(None)
+    with pytest.raises(InputError, match="the query set holds 14"):
+        ONLINE.check(14, 4, (3, 3, 1))
+
+
+# --- in a sweep -----------------------------------------------------------------------------------
+
+
+def small(num_classes):
+    return MLP(num_classes, (6,))
+
+
+STUDY = Sweep(
+    name="study",
+    dataset="mnist",
+    queryset="letters",
+    architecture=small,
+    victim=Recipe(epochs=2, batch_size=16, learning_rate=0.1),
+    defense=MAD(layers="all"),
+    epsilons=(0.0, 0.7, 2.0),
+    seeds=(0, 1),
+    attack=replace(ONLINE, architecture=small, judged=20),
+)
+NOT_MEASURED = ("seconds", "device", "git_commit")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, n in (("mnist", 60), ("letters", 30)):
+        x = rng.integers(0, 256, (n + 30, 6, 6), dtype=np.uint8)
+        y = np.arange(n + 30) % 4
+        arrays = {"x_train": x[:n], "y_train": y[:n], "x_test": x[n:], "y_test": y[n:]}
+        np.savez(folder / f"{name}.npz", **arrays)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "study"
+    return out, sweep.run(STUDY, out, data_dir=data, log=lambda _: None)
+
+
+def results(rows):
+    return [{k: v for k, v in row.items() if k not in NOT_MEASURED} for row in rows]
+
+
+def test_rows_say_what_the_traces_say(finished):
+    out, rows = finished
+    trace = report.read_trace(out)
+    assert [(r["seed"], r["epsilon"]) for r in rows] == [
+        (s, e) for s in (0, 1) for e in (0.0, 0.7, 2.0)
+    ]
+    for row in rows:
+        mine = (trace["seed"] == row["seed"]) & (trace["epsilon"] == row["epsilon"])
+        angle = trace["angle"][mine]
+        assert trace["step"][mine].tolist() == list(range(24))
+        np.testing.assert_allclose(row["angle_mean"], angle.mean(), rtol=1e-5)
+        np.testing.assert_allclose(row["angle_std"], angle.std(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(row["angle_p95"], np.percentile(angle, 95), rtol=1e-5)
+        assert row["angle_max"] == pytest.approx(angle.max())
+        assert sum(row["angle_histogram"]) == 24
+        degrees = [np.floor(angle) == d for d in (0, 45)]
+        assert [row["angle_histogram"][d] for d in (0, 45)] == [d.sum() for d in degrees]
+        assert row["steps_at"] == [10, 20, 24]
+        np.testing.assert_allclose(
+            row["angle_means"],
+            [angle[:10].mean(), angle[10:20].mean(), angle[20:].mean()],
+            rtol=1e-5,
+        )
+        used = trace["distance_used"][mine]
+        np.testing.assert_allclose(row["distance_used_mean"], used.mean(), rtol=1e-5)
+        assert 0.3 * row["epsilon"] <= used.max() <= row["epsilon"] + 1e-6
+        assert row["test_loss"] == row["test_losses"][-1]
+        assert row["attacker_accuracy"] == row["attacker_accuracies"][-1]
+        assert row["defender_accuracy"] == row["defender_accuracies"][-1]
+        assert (row["attack"], row["variant"], row["budget"]) == ("online", "", 24)
+        assert (row["layers"], row["oracle"], row["distance"]) == ("all", "extreme", "l1")
+        assert row["unchanged"] == (100 if row["epsilon"] == 0 else 0)
+
+
+def test_the_clean_path_is_kept_and_a_poisoned_one_is_not(finished):
+    _, rows = finished
+    for row in rows:
+        if row["epsilon"] == 0:
+            assert row["angle_max"] < 1e-4
+            np.testing.assert_allclose(row["directions_kept"], 1, atol=1e-5)
+        else:
+            assert row["angle_mean"] > 5
+            assert max(row["directions_kept"]) < 0.99
+
+
+def test_the_direction_kept_is_the_cosine_between_the_ways():
+    cells = sweep.Cell(np.float32([0.5, 0, 0.5, 0]), np.uint32([1, 1, 2, 1]), np.zeros(4, int))
+    ways = np.array([[1.0, 1, 0], [2, 0, 0], [1, 2, 3], [0, 0, 0]])
+    kept = sweep.direction_kept(cells, ways @ ways.T)
+    np.testing.assert_allclose(kept, [np.sqrt(0.5), 1, np.nan, np.nan], atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_grid_is_its_single_cells_on_any_devices(
+    finished, data, tmp_path, monkeypatch, devices
+):
+    """Seed 1 at epsilon 2 alone, on one device, and the whole grid again on four."""
+    _, rows = finished
+    monkeypatch.setattr(
+        sweep.pipeline, "make_mesh", lambda: sweep.make_mesh(jax.devices()[:devices])
+    )
+    few = STUDY if devices == 4 else replace(STUDY, epsilons=(0.0, 2.0), seeds=(1,))
+    again = sweep.run(few, tmp_path / "run", data_dir=data, log=lambda _: None)
+    for row in again:
+        (old,) = [r for r in rows if (r["seed"], r["epsilon"]) == (row["seed"], row["epsilon"])]
+        np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)
+        np.testing.assert_allclose(row["test_losses"], old["test_losses"], rtol=1e-4)
+        np.testing.assert_allclose(row["directions_kept"], old["directions_kept"], atol=1e-4)
+
+
+def test_all_cells_of_an_accelerator_at_once_are_the_same(finished, data, tmp_path, monkeypatch):
+    _, rows = finished
+    monkeypatch.setattr(sweep.campaign, "default_mapping", lambda: sweep.together)
+    again = sweep.run(STUDY, tmp_path / "run", data_dir=data, log=lambda _: None)
+    for row, old in zip(again, rows, strict=True):
+        np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)
+        np.testing.assert_allclose(row["test_losses"], old["test_losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_stopped_run_goes_on_to_the_same_rows(finished, data, tmp_path, monkeypatch, stop):
+    out, rows = finished
+    save, calls = madjax.sweep.online.store.save, []
+
+    def interrupted(directory, name, *rest):
+        save(directory, name, *rest)
+        calls.extend([name] if name.startswith("attack") else [])
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(madjax.sweep.online.store, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(STUDY, tmp_path / "run", data_dir=data, log=lambda _: None)
+    monkeypatch.undo()
+    again = sweep.run(STUDY, tmp_path / "run", data_dir=data, resume=True, log=lambda _: None)
+    assert results(again) == results(rows)
+    new, old = report.read_trace(tmp_path / "run"), report.read_trace(out)
+    assert all((new[name] == old[name]).all() for name in old)
+    assert not list((tmp_path / "run" / "checkpoints").glob("attack-*"))
+
+
+def test_white_box_and_knockoff_share_a_sweep(data, tmp_path):
+    attacks = (
+        Knockoff(budget=20, architecture=small, recipe=Recipe(epochs=1, batch_size=10)),
+        STUDY.attack,
+        replace(STUDY.attack, refresh=6),
+    )
+    defenses = (MAD(layers="last"), ReverseSigmoid(strengths=(0.0, 1.0)))
+    config = replace(STUDY, defense=defenses, attack=attacks, seeds=(0,))
+    rows = sweep.run(config, tmp_path / "run", data_dir=data, log=lambda _: None)
+    said = [(r["defense"], r["attack"], r["variant"], r["epsilon"]) for r in rows]
+    assert len(set(said)) == len(said) == 3 * 3 + 3 * 2
+    assert {v for _, _, v, _ in said} == {"", "surrogate every 6 steps"}
+    report.write_report(tmp_path / "run")
+    assert (tmp_path / "run" / "angles.png").is_file()
+    # Online beside another defence without a clean twin of its own strength has none to be held to.
+    lone = replace(STUDY, epsilons=(0.7,), seeds=(0,))
+    (row,) = sweep.run(lone, tmp_path / "lone", data_dir=data, log=lambda _: None)
+    assert row["direction_kept"] is None
+    report.write_report(tmp_path / "lone")
+
+
+def test_what_cannot_work_is_refused_before_any_work(data, tmp_path):
+    few = replace(STUDY, attack=replace(STUDY.attack, images=31))
+    with pytest.raises(InputError, match="images of Online is 31"):
+        sweep.run(few, tmp_path / "run", data_dir=data)
+    with pytest.raises(InputError, match="one budget"):
+        replace(STUDY, budgets=(10,))
+    assert not (tmp_path / "run").exists()
+
+
+# --- files and the command line -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_the_trace_is_written_as_one_table(finished, tmp_path, suffix):
+    out, _ = finished
+    path = tmp_path / f"trace{suffix}"
+    report.write_trace(out, path)
+    trace = report.read_trace(out)
+    if suffix == ".npz":
+        held = dict(np.load(path))
+    else:
+        from pyarrow import parquet
+
+        held = parquet.read_table(path).to_pydict()
+    assert set(held) == set(trace)
+    assert {"step", "angle", "distance_used", "loss", "epsilon", "seed"} < set(held)
+    for name, values in trace.items():
+        assert len(values) == 24 * 6
+        assert (np.asarray(held[name]) == values).all()
+
+
+def test_a_trace_that_cannot_be_written_says_why(finished, tmp_path):
+    out, _ = finished
+    with pytest.raises(InputError, match=r"neither of \.npz, \.parquet"):
+        report.write_trace(out, tmp_path / "trace.csv")
+    with pytest.raises(InputError, match="holds no traces"):
+        report.write_trace(tmp_path, tmp_path / "trace.npz")
+
+
+def test_the_table_and_the_figures_of_a_study(finished):
+    out, rows = finished
+    text = report.table(rows)
+    assert "angle, degrees" in text
+    assert report.files(out)[2:] == ["tradeoff.png", "angles.png", "course.png"]
+    for make in (report.angles_figure, report.course_figure):
+        _, bottom = make(rows).get_axes()
+        lines = [line for line in bottom.get_lines() if line.get_gid() == "curve"]
+        assert len(lines) == 3
+        assert all(line.get_xdata().tolist() == [10, 20, 24] for line in lines)
+    course, _ = report.course_figure(rows).get_axes()
+    curve = [line for line in course.get_lines() if line.get_gid() == "curve"][-1]
+    wanted = np.mean([r["angle_means"] for r in rows if r["epsilon"] == 2.0], axis=0)
+    np.testing.assert_allclose(curve.get_ydata(), wanted)
+
+
+def test_the_command_runs_the_study_and_refuses_what_is_none(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = ("dataset=embedded:mnist[:200,:60]", "queryset=embedded:fashion_mnist[:50]")
+    changes += ("victim.epochs=1", "epsilons=0,0.99", "attack.images=40", "attack.budget=6")
+    changes += ("attack.every=4", "attack.judged=10", "seeds=0")
+    changes += ("architecture=madjax.MLP", "attack.architecture=madjax.MLP")
+    words = [word for each in changes for word in ("--set", each)]
+    assert main(["angle", *words]) == 0
+    said = capsys.readouterr().out
+    assert "angle, degrees" in said
+    assert "runs/angle/rows.jsonl, report.md, tradeoff.png, angles.png, course.png" in said
+    rows = report.read_rows("runs/angle")
+    assert [row["steps_at"] for row in rows] == [[4, 6]] * 2
+    assert main(["report", "runs/angle", "--trace", "steps.parquet"]) == 0
+    assert (tmp_path / "steps.parquet").stat().st_size > 0
+    assert main(["angle", "quickstart"]) == 2
+    assert "not white-box" in capsys.readouterr().err

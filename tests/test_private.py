@@ -1,0 +1,374 @@
+"""DP-SGD against a plain Python loop over the drawn examples; its accounting against dp_accounting.
+
+jax-privacy is imported inside the tests, as the package imports it: it takes seconds.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madjax import Classifier, InputError, Recipe, private, train
+from madjax.datasets import MNIST_FAMILY
+from madjax.private import accounted_epsilon, fit
+
+SHAPE = (8, 8, 1)
+
+
+class Small(nn.Module):
+    """A convolution and a dense layer; the convolution by patches, as LeNet has it."""
+
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+        return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x.reshape(x.shape[0], -1))
+
+
+class Bias(nn.Module):
+    """Logits that no image moves: three parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.zeros((len(x), 3)) + self.param("bias", nn.initializers.zeros, (1, 3))
+
+
+class Flat(nn.Module):
+    """Many parameters, none of which has a gradient."""
+
+    @nn.compact
+    def __call__(self, x):
+        weights = self.param("weights", nn.initializers.zeros, (200, 100))
+        return jnp.zeros((len(x), 3)) + 0 * weights.sum()
+
+
+class Dropped(nn.Module):
+    """A bias that dropout scales by 0 or 2 when training."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        kept = nn.Dropout(0.5, deterministic=not train)(jnp.ones((len(x), 1)))
+        return kept * self.param("bias", nn.initializers.zeros, (1, 3))
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+def classifier(module):
+    return Classifier(module, MNIST_FAMILY.preprocess, SHAPE)
+
+
+SMALL = classifier(Small())
+RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.05, momentum=0.5, decay_epochs=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def examples(n):
+    keys = jax.random.split(jax.random.key(7), 2)
+    x = jax.random.randint(keys[0], (n, *SHAPE), 0, 256).astype(jnp.uint8)
+    return x, jax.random.randint(keys[1], (n,), 0, 3)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """61 images: eight steps an epoch, the expected batch is eight."""
+    return examples(61)
+
+
+def drawn(state, epoch, n, batch_size):
+    """The indices of every step of an epoch, as the library draws them."""
+    from jax_privacy import batch_selection
+
+    rng = np.random.default_rng([*np.asarray(state.key).tolist(), epoch])
+    sampling = batch_selection.CyclicPoissonSampling(
+        sampling_prob=batch_size / n, iterations=-(-n // batch_size)
+    )
+    return list(sampling.batch_iterator(n, rng=rng))
+
+
+def plain_loop(recipe, key, data, clip):
+    """DP-SGD without noise, one example at a time: the parameters and the loss of each epoch."""
+    x, labels = data
+    state = jax.jit(train.start, static_argnums=(0, 1, 2))(SMALL, recipe, len(x), key)
+    params, losses = state.params, []
+    velocity = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def add_one(total, params, x, label):
+        def loss(params):
+            return -jax.nn.log_softmax(SMALL.apply(params, x[None]))[0, label]
+
+        value, g = jax.value_and_grad(loss)(params)
+        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(g)))
+        scale = jnp.minimum(1, clip / norm)
+        return jax.tree.map(lambda t, g: t + scale * g, total, g), value, norm
+
+    @jax.jit
+    def sgd(params, velocity, total):
+        mean = jax.tree.map(lambda t: t / recipe.batch_size, total)
+        velocity = jax.tree.map(lambda v, g: recipe.momentum * v + g, velocity, mean)
+        return jax.tree.map(lambda w, v: w - recipe.learning_rate * v, params, velocity), velocity
+
+    norms = []
+    for e in range(recipe.epochs):
+        seen = []
+        for batch in drawn(state, e, len(x), recipe.batch_size):
+            total = jax.tree.map(jnp.zeros_like, params)
+            for i in batch:
+                total, value, norm = add_one(total, params, x[i], labels[i])
+                seen.append(value)
+                norms.append(norm)
+            params, velocity = sgd(params, velocity, total)
+        losses.append(np.mean(seen))
+    assert min(norms) < clip < max(norms), "some gradients must be clipped and some must not"
+    return params, losses
+
+
+def test_without_noise_it_is_a_plain_loop_over_the_drawn_examples(data):
+    """Whatever the microbatch, of which padding fills up the last."""
+    key, recipe, clip = jax.random.key(0), replace(RECIPE, epochs=2), 2.5
+    params, losses = plain_loop(recipe, key, data, clip)
+    hits = SMALL.apply(params, data[0]).argmax(-1) == data[1]
+    for microbatch in (None, 4):
+        state = fit(
+            SMALL, recipe, key, data, data, noise_multiplier=0.0, clip=clip, microbatch=microbatch
+        )
+        chex.assert_trees_all_close(state.params, params, atol=1e-5)
+        np.testing.assert_allclose(state.loss, losses, rtol=1e-5)
+        np.testing.assert_allclose(state.accuracy[-1], 100 * hits.mean(), rtol=1e-6)
+
+
+def test_draws_are_poisson_at_the_rate_of_the_batch(monkeypatch):
+    """600 draws of 2000 examples: counts of a binomial, examples drawn equally often."""
+    from jax_privacy import batch_selection
+
+    batches = []
+    pad = batch_selection.split_and_pad_global_batch
+
+    def spy(indices, size, microbatch):
+        batches.append((indices, size))
+        return pad(indices, size, microbatch)
+
+    monkeypatch.setattr(batch_selection, "split_and_pad_global_batch", spy)
+    n, recipe = 2000, Recipe(epochs=3, batch_size=10, decay_epochs=0)
+    fit(classifier(Bias()), recipe, jax.random.key(2), examples(n), examples(5), noise_multiplier=1)
+    counts = np.array([len(indices) for indices, _ in batches])
+    variance = 10 * (1 - 10 / n)
+    assert len(counts) == 600
+    np.testing.assert_allclose(counts.mean(), 10, atol=4 * np.sqrt(variance / 600))
+    np.testing.assert_allclose(counts.var(), variance, atol=4 * variance * np.sqrt(2.1 / 600))
+    assert {size for _, size in batches} == {36}  # 10 + 8 sqrt(variance), upwards
+    assert all(len(set(indices.tolist())) == len(indices) for indices, _ in batches)
+    often = np.bincount(np.concatenate([indices for indices, _ in batches]), minlength=n)
+    np.testing.assert_allclose(often.var(), 3, atol=0.5)  # of a binomial with mean 3
+
+
+def test_a_batch_beyond_the_capacity_is_taken_whole(monkeypatch):
+    """A draw of all 40 examples, where the capacity is 10: the step sees every one."""
+    from jax_privacy import batch_selection
+
+    def everyone(self, num_examples, rng):
+        yield np.arange(num_examples, dtype=np.int8)
+
+    module, recipe = classifier(Bias()), Recipe(epochs=1, batch_size=1, learning_rate=1.0)
+    x, labels = examples(40)
+    monkeypatch.setattr(batch_selection.CyclicPoissonSampling, "batch_iterator", everyone)
+    state = fit(module, recipe, jax.random.key(0), (x, labels), (x, labels), noise_multiplier=0)
+    want = (jax.nn.one_hot(labels, 3) - 1 / 3).sum(0)  # minus the gradient, whose norm is below 1
+    np.testing.assert_allclose(state.params["params"]["bias"][0], want, rtol=1e-5)
+    np.testing.assert_allclose(state.loss[0], np.log(3), rtol=1e-6)
+
+
+def test_noise_has_the_stated_deviation_and_is_new_in_every_step():
+    """No gradients: after s plain steps, N(0, s (rate C sigma / B)^2) in every parameter."""
+    module, data = classifier(Flat()), examples(12)
+    recipe = Recipe(epochs=2, batch_size=4, learning_rate=0.5, momentum=0.0, decay_epochs=0)
+
+    def change(noise, key=3, clip=0.25):
+        states = []
+        fit(
+            module,
+            recipe,
+            jax.random.key(key),
+            data,
+            data,
+            noise_multiplier=noise,
+            clip=clip,
+            after_epoch=states.append,
+        )
+        first, second = (np.asarray(s.params["params"]["weights"]).ravel() for s in states)
+        return first, second - first
+
+    first, second = change(2.0)
+    want = 0.5 * 0.25 * 2.0 / 4 * np.sqrt(3)
+    for noise in (first, second):
+        np.testing.assert_allclose(noise.std(), want, rtol=0.02)  # 4 standard errors of 20,000
+        np.testing.assert_allclose(noise.mean(), 0, atol=4 * want / np.sqrt(noise.size))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(first.size)
+    compiled = private._step._cache_size()
+    np.testing.assert_allclose(change(4.0)[0], 2 * first, rtol=1e-5)
+    assert private._step._cache_size() == compiled, "one compilation serves every noise"
+    np.testing.assert_allclose(change(2.0, clip=1.0)[0], 4 * first, rtol=1e-5)
+    assert abs(np.corrcoef(first, change(2.0, key=4)[0])[0, 1]) < 4 / np.sqrt(first.size)
+    np.testing.assert_array_equal(change(0.0)[0], 0)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(data):
+    states = []
+    run = (SMALL, RECIPE, jax.random.key(1), data, data)
+    whole = fit(*run, noise_multiplier=1.0, after_epoch=states.append)
+    again = fit(*run, noise_multiplier=1.0, state=states[0])
+    chex.assert_trees_all_equal(whole, again)
+    assert [int(s.epoch) for s in states] == [1, 2, 3]
+    assert np.isnan(states[0].accuracy).tolist() == [False, True, True]
+    fresh = jax.eval_shape(lambda key: train.start(SMALL, RECIPE, 61, key), jax.random.key(1))
+    chex.assert_trees_all_equal_shapes_and_dtypes(whole, fresh)
+
+
+def test_it_learns_what_can_be_learnt():
+    """Images bright on the left or on the right; the noise is small beside 64 gradients."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    labels = jax.random.randint(keys[0], (256,), 0, 2)
+    right = jnp.arange(8)[None, None, :, None] >= 4
+    bright = right == labels[:, None, None, None]
+    x = (jax.random.randint(keys[1], (256, *SHAPE), 0, 136) + 120 * bright).astype(jnp.uint8)
+    recipe, data = Recipe(epochs=2, batch_size=64, decay_epochs=0), (x, labels)
+    state = fit(classifier(Linear()), recipe, jax.random.key(0), data, data, noise_multiplier=1.0)
+    assert state.accuracy[-1] > 95
+    assert state.loss[-1] < 0.5 * state.loss[0]
+
+
+def test_dropout_falls_on_every_example_by_itself():
+    """Label 0 alone: a dropped example has no gradient, another that of logits doubled."""
+    recipe = Recipe(epochs=1, batch_size=400, learning_rate=1.0, decay_epochs=0)
+    x, labels = examples(400)[0], jnp.zeros(400, int)
+    data = x, labels
+    state = fit(
+        classifier(Dropped()), recipe, jax.random.key(0), data, data, noise_multiplier=0, clip=10
+    )
+    share = state.params["params"]["bias"][0, 0] / (2 * 2 / 3)  # of the examples that were kept
+    np.testing.assert_allclose(share, 0.5, atol=0.1)
+    assert share != 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classifier": classifier(Normed())}, "DP-SGD cannot train Normed: BatchNorm"),
+        ({"recipe": Recipe(batch_size=62)}, "batch_size is 62: DP-SGD draws that many of 61"),
+        ({"labels": jnp.zeros(60, int)}, r"61 images have labels of shape \(60,\)"),
+        ({"labels": jnp.zeros((61, 3))}, r"61 images have labels of shape \(61, 3\)"),
+        ({"labels": jnp.full(61, 3)}, "labels run from 3 to 3: the network has 3 classes"),
+        ({"labels": jnp.full(61, -1)}, "labels run from -1"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier is -1.0: give a number >= 0"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier is nan"),
+        ({"clip": 0.0}, "clip is 0.0: give a number above 0"),
+        ({"clip": float("inf")}, "clip is inf"),
+        ({"microbatch": 0}, "microbatch is 0: give a whole number >= 1"),
+    ],
+)
+def test_what_cannot_be_trained_privately_is_named(data, change, words):
+    x, labels = data
+    settings = {"noise_multiplier": 1.0, "classifier": SMALL, "recipe": RECIPE, "labels": labels}
+    settings |= change
+    with pytest.raises(InputError, match=words):
+        fit(
+            settings.pop("classifier"),
+            settings.pop("recipe"),
+            jax.random.key(0),
+            (x, settings.pop("labels")),
+            data,
+            **settings,
+        )
+
+
+def test_importing_the_package_does_not_import_jax_privacy():
+    program = "import madjax, madjax.private, sys; sys.exit('jax_privacy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+MNIST = {"num_examples": 60_000, "batch_size": 600, "epochs": 10, "delta": 1 / 60_000}
+
+
+@pytest.mark.parametrize(
+    ("noise", "settings"),
+    [
+        (0.7, MNIST),
+        (1.0, MNIST),
+        (2.0, MNIST),
+        (8.0, MNIST),
+        (1.5, {"num_examples": 61, "batch_size": 8, "epochs": 3, "delta": 1 / 61}),
+        (1.0, {"num_examples": 50, "batch_size": 50, "epochs": 4, "delta": 0.01}),
+    ],
+)
+def test_epsilon_is_that_of_poisson_sampled_gaussians(noise, settings):
+    """Against dp_accounting itself: PLD on its own grid, and the bound by Renyi divergences."""
+    import dp_accounting
+    from dp_accounting import pld, rdp
+
+    rate = settings["batch_size"] / settings["num_examples"]
+    steps = settings["epochs"] * -(-settings["num_examples"] // settings["batch_size"])
+    event = dp_accounting.SelfComposedDpEvent(
+        dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), steps
+    )
+    delta, found = settings["delta"], accounted_epsilon(noise, **settings)
+    want = pld.PLDAccountant().compose(event).get_epsilon(delta)
+    np.testing.assert_allclose(found, want, rtol=1e-3)
+    assert found <= rdp.RdpAccountant().compose(event).get_epsilon(delta)
+
+
+def test_epsilon_of_one_step_on_all_examples_is_that_of_a_gaussian():
+    """delta = Phi(1/2s - e s) - exp(e) Phi(-1/2s - e s): Balle and Wang 2018, theorem 8."""
+    from scipy.stats import norm
+
+    for noise in (0.05, 0.5, 1.0, 5.0):
+        e = accounted_epsilon(noise, num_examples=9, batch_size=9, epochs=1, delta=1e-3)
+        far, near = 0.5 / noise - e * noise, -0.5 / noise - e * noise
+        delta = norm.cdf(far) - np.exp(e + norm.logcdf(near))
+        np.testing.assert_allclose(delta, 1e-3, rtol=5e-3)
+
+
+def test_epsilon_falls_with_the_noise_and_grows_with_the_epochs():
+    found = [accounted_epsilon(s, **MNIST) for s in (0, 1e-9, 0.001, 0.1, 0.7, 2, 8, 1e6)]
+    assert found[:2] == [np.inf, np.inf]
+    assert np.isfinite(found[2:]).all()
+    assert (np.diff(found[1:]) < 0).all()
+    assert found[-1] == 0  # delta covers it
+    longer = accounted_epsilon(1.0, **{**MNIST, "epochs": 20})
+    assert longer > accounted_epsilon(1.0, **MNIST)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"noise_multiplier": -0.1}, "noise_multiplier is -0.1"),
+        ({"noise_multiplier": float("inf")}, "noise_multiplier is inf"),
+        ({"delta": 0.0}, "delta is 0.0"),
+        ({"delta": 1.0}, "delta is 1.0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 60_001}, "batch_size is 60001"),
+        ({"epochs": 0}, "epochs is 0"),
+    ],
+)
+def test_an_epsilon_of_nothing_is_refused(change, words):
+    settings = {"noise_multiplier": 1.0, **MNIST, **change}
+    with pytest.raises(InputError, match=words):
+        accounted_epsilon(settings.pop("noise_multiplier"), **settings)

@@ -3,7 +3,7 @@
 Claim: all of them run, over a grid of epsilons, each in under 3 minutes on 2 CPU cores. At this
 scale (one seed, 2,000 queries) their accuracies say little; configs/mnist_attacks.py is for those.
 Command: madjax sweep all_attacks
-One alone: madjax sweep all_attacks --set attack=madjax.jbda
+One alone: madjax sweep all_attacks --set attacks=madjax.jbda
 Cost: about 15 minutes on 2 CPU cores.
 
 The paper's Fig. 9: argmax (train on the top label), arch-* (another network), nquery (each image
@@ -26,12 +26,13 @@ from madjax import (
     jbtop,
     top_label,
 )
-from madjax.attacks import certainty, crop_and_flip, diversity, loss
+from madjax.attacks import certainty, crop_and_flip, disagreement, diversity
 from madjax.models import LeNetDouble, LeNetHalf
 from madjax.train import adagrad, adam
 
 RECIPE = Recipe(epochs=8)
 COMMON = {"budget": 2_000, "recipe": RECIPE}
+REWARDS = {"certainty": certainty, "diversity": diversity, "loss": disagreement}
 
 
 def opt(name, **changes):
@@ -57,8 +58,8 @@ def config() -> Sweep:
     adaptive = (
         AdaptiveKnockoff(variant="all", **COMMON),
         *(
-            AdaptiveKnockoff(variant=reward.__name__, rewards=(reward,), **COMMON)
-            for reward in (certainty, diversity, loss)
+            AdaptiveKnockoff(variant=variant, rewards=(reward,), **COMMON)
+            for variant, reward in REWARDS.items()
         ),
     )
     jacobian = (
@@ -72,5 +73,5 @@ def config() -> Sweep:
         victim=Recipe(epochs=8, weight_decay=5e-4),
         defense=MAD(layers="last"),
         epsilons=(0.0, 0.99),
-        attack=(*knockoffs, *adaptive, *jacobian),
+        attacks=(*knockoffs, *adaptive, *jacobian),
     )

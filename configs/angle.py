@@ -21,5 +21,5 @@ def config() -> Sweep:
         victim=Recipe(epochs=8, weight_decay=5e-4),
         defense=MAD(layers="all"),
         epsilons=(0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0),
-        attack=Online(budget=5_000, images=5_000, every=500, judged=500),
+        attacks=(Online(budget=5_000, images=5_000, every=500, judged=500),),
     )

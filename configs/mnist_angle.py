@@ -26,5 +26,5 @@ def config() -> Sweep:
         defense=MAD(layers="all"),
         epsilons=(0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0),
         seeds=(0, 1, 2),
-        attack=Online(budget=10_000, images=5_000, every=500, judged=1_000),
+        attacks=(Online(budget=10_000, images=5_000, every=500, judged=1_000),),
     )

@@ -33,7 +33,7 @@ def config() -> Sweep:
             MAD(layers="all", oracle=argmax_preserving),
         ),
         epsilons=(0.0, 0.99, 2.0),
-        attack=(
+        attacks=(
             online,
             replace(online, refresh=100),
             replace(online, refresh=1_000),

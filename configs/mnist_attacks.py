@@ -34,7 +34,7 @@ def config() -> Sweep:
         defense=MAD(layers="last"),
         epsilons=(0.0, 0.99),
         seeds=(0, 1),
-        attack=(
+        attacks=(
             Knockoff(**PAPER),
             *(make(**PAPER) for make in (jbda, jbself, jbtop)),
             *(make(**CODE) for make in (jbda, jbself, jbtop)),

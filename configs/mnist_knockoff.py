@@ -27,5 +27,5 @@ def config() -> Sweep:
         defense=MAD(layers="last"),
         epsilons=(0.0, 0.1, 0.3, 0.5, 0.8, 0.99, 1.1, 1.5),
         seeds=(0, 1),
-        attack=Knockoff(budget=50_000, recipe=Recipe(epochs=10)),
+        attacks=(Knockoff(budget=50_000, recipe=Recipe(epochs=10)),),
     )

@@ -33,5 +33,5 @@ def config() -> Sweep:
         ),
         epsilons=(0.5, 0.99),
         seeds=(0, 1, 2),
-        attack=Knockoff(budget=10_000, recipe=Recipe(epochs=10)),
+        attacks=(Knockoff(budget=10_000, recipe=Recipe(epochs=10)),),
     )

@@ -32,11 +32,13 @@ def config() -> Sweep:
         defense=(
             Undefended(),
             MAD(layers="last", strengths=(0.99,)),
-            MAD(oracle=argmax_preserving, strengths=(1.0, 1.5)),
+            MAD(layers="last", oracle=argmax_preserving, strengths=(1.0, 1.5)),
             ReverseSigmoid(gamma=0.2, strengths=(0.25, 1.0)),
         ),
         seeds=(0, 1, 2),
-        attack=Knockoff(
-            budget=10_000, recipe=Recipe(epochs=10), targets=top_label, variant="top label"
+        attacks=(
+            Knockoff(
+                budget=10_000, recipe=Recipe(epochs=10), targets=top_label, variant="top label"
+            ),
         ),
     )

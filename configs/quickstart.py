@@ -21,5 +21,5 @@ def config() -> Sweep:
         defense=MAD(layers="last"),
         epsilons=(0.0, 0.5, 0.8, 0.99, 1.1, 1.5),
         seeds=(0, 1),
-        attack=Knockoff(budget=10_000, recipe=Recipe(epochs=6)),
+        attacks=(Knockoff(budget=10_000, recipe=Recipe(epochs=6)),),
     )

@@ -147,8 +147,8 @@ def main():
     variants = {
         plain: pytorch(False, options.torch_steps, options.threads),
         lean: pytorch(True, options.torch_steps, options.threads),
-        "madjax, lax.map": grid(sweep.serially, options.steps),
-        "madjax, vmap": grid(sweep.together, options.steps),
+        "madjax, lax.map": grid(sweep.map_cells, options.steps),
+        "madjax, vmap": grid(sweep.vmap_cells, options.steps),
     }
     first, rates = measure(variants, options.rounds)
     results = []

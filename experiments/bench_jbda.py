@@ -252,7 +252,7 @@ def compiled(budget, final_epochs, shape, layers):
     program = sweep.Program(network, network, MNIST_FAMILY, defense, attack, 10, 10)
     training = sweep.Training(network, final, budget)
     mesh = sweep.make_mesh(jax.devices()[:1])
-    functions = (program.begin, program.round, training.start, training.advance)
+    functions = (program.begin, program.proceed, training.start, training.advance)
     return (*(sweep.over_cells(f, mesh, sweep.default_mapping()) for f in functions), attack)
 
 

@@ -138,8 +138,8 @@ def main():
     variants = {
         "PyTorch, one attacker": pytorch(x, y, options.threads),
         "one attacker": attacker(LeNet(10), x, y),
-        f"grid of {CELLS}, lax.map": grid(sweep.serially, x, y),
-        f"grid of {CELLS}, vmap": grid(sweep.together, x, y),
+        f"grid of {CELLS}, lax.map": grid(sweep.map_cells, x, y),
+        f"grid of {CELLS}, vmap": grid(sweep.vmap_cells, x, y),
         "one attacker, XLA convolution": attacker(LeNet(10, convolution=lax_conv), x, y),
         "one attacker, window pooling": attacker(LeNet(10, pool=window_pool), x, y),
     }

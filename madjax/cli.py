@@ -1,6 +1,7 @@
 """The command line: `madjax sweep`, `madjax angle`, `madjax report` and `madjax export`."""
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from functools import reduce
@@ -42,7 +43,7 @@ def _angle(options: argparse.Namespace) -> None:
     if not all(isinstance(attack, Online) for attack in chosen.attacks):
         raise InputError(
             f"config {options.config!r} has attacks that are not white-box: give "
-            "--set attack=madjax.Online with a recipe of its own, or run madjax sweep"
+            "--set attacks=madjax.Online with a recipe of its own, or run madjax sweep"
         )
     _run(options, chosen, out)
 
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="madjax",
         description="Prediction poisoning (MAD): defend prediction APIs against model stealing.",
     )
+    version = f"madjax {importlib.metadata.version('madjax')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -162,7 +165,7 @@ def _name_a_run(command: argparse.ArgumentParser, default: str = "quickstart") -
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="replace one field of the config, e.g. epsilons=0,0.5 or attack.recipe.epochs=5; "
+        help="replace one field of the config, e.g. epsilons=0,0.5 or attacks.recipe.epochs=5; "
         "several go in order, and each must leave a config that can be followed",
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/CONFIG")

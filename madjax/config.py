@@ -35,9 +35,9 @@ class Sweep:
     """One grid of cells, defence x attack x strength x seed, against one victim.
 
     dataset and queryset are names for `open_dataset`; query_splits are the parts of the query set
-    that attackers may draw from. attack is one attack or several, told apart by name and variant;
-    budgets are query budgets besides each attack's own: the stolen model is trained anew on as
-    many examples as each would have bought, the first of the one transfer set. defense is one
+    that attackers may draw from. attacks are told apart by name and variant; budgets are query
+    budgets besides each attack's own: the stolen model is trained anew on as many examples as each
+    would have bought, the first of the one transfer set. defense is one
     defence or several, told apart by what they say of themselves in rows; epsilons are the
     strengths of every defence that has none of its own (for MAD, the budget). A surrogate has the
     victim's architecture and is drawn anew for every seed; a seed also fixes the drawn images, the
@@ -54,7 +54,7 @@ class Sweep:
     defense: Defense | tuple[Defense, ...] = MAD()
     epsilons: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.8, 0.99, 1.1, 1.5)
     seeds: tuple[int, ...] = (0,)
-    attack: Attack | tuple[Attack, ...] = Knockoff()
+    attacks: tuple[Attack, ...] = (Knockoff(),)
     budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class Sweep:
         for defense in self.defenses:
             if not isinstance(defense, Defense):
                 raise InputError(
-                    f"defense holds {defense!r}, which is no madjax.Defense: give one such as "
+                    f"defense holds {defense!r}, which is not a madjax.Defense: give one such as "
                     "madjax.MAD(), or madjax.defenses.Custom(function=...)"
                 )
         said = [tuple(defense.describe().values()) for defense in self.defenses]
@@ -87,10 +87,18 @@ class Sweep:
         for split in self.query_splits:
             if split not in ("train", "test"):
                 raise InputError(f"query_splits holds {split!r}: use 'train' and 'test'")
+        if not isinstance(self.attacks, tuple):
+            raise InputError(f"attacks is {self.attacks!r}: give a tuple, such as (Knockoff(),)")
+        for attack in self.attacks:
+            if not isinstance(attack, Attack):
+                raise InputError(
+                    f"attacks holds {attack!r}, which is not a madjax.Attack: give one such as "
+                    "madjax.Knockoff(), or madjax.attacks.Custom(collect=...)"
+                )
         labels = [attack.label for attack in self.attacks]
         if not labels or len(set(labels)) != len(labels):
             raise InputError(
-                f"attack holds {', '.join(labels) or 'nothing'}: give at least one, each with a "
+                f"attacks holds {', '.join(labels) or 'nothing'}: give at least one, each with a "
                 "name and variant of its own"
             )
         for attack in self.attacks:
@@ -105,11 +113,6 @@ class Sweep:
     def strengths_of(self, defense: Defense) -> tuple[float, ...]:
         """The strengths at which a defence is tried."""
         return defense.strengths or self.epsilons
-
-    @property
-    def attacks(self) -> tuple[Attack, ...]:
-        """The attacks, one or several."""
-        return self.attack if isinstance(self.attack, tuple) else (self.attack,)
 
 
 def describe(value: Any) -> Any:
@@ -158,13 +161,14 @@ def digest(description: Any) -> str:
 
 
 def override(config: Any, assignment: str) -> Any:
-    """A copy of a config with one field replaced: "attack.recipe.epochs=5".
+    """A copy of a config with one field replaced: "attacks.recipe.epochs=5".
 
-    The value is a Python literal, or plain text where the field holds text; a field that holds a
-    function takes its import path. A section takes the import path of what makes one without
-    arguments ("attack=madjax.attacks.jbda"); an attack keeps the budget, network, recipe and
-    targets of the one it replaces. Several values of a tuple are separated by commas, and a field
-    of a tuple of sections is replaced in each. The kind of value must be that of what it replaces.
+    The value is a Python literal, or plain text where the field holds text. A field that holds a
+    function takes the import path of another function. A section takes the import path of a class
+    or function that makes one without arguments ("attacks=madjax.attacks.jbda"); a new attack keeps
+    the budget, network, recipe and targets of the first of those that it replaces. Commas separate
+    the values of a tuple. A field of a tuple of sections is replaced in each of them. The new value
+    must be of the same kind as the old one.
 
     Raises:
         InputError: no such field, a value of another kind, or one the config refuses.
@@ -249,8 +253,8 @@ def _section(path: str, old: Any, assignment: str) -> Any:
     """What the function or class of this import path makes, in place of the section `old`."""
     if "." not in path:
         raise InputError(
-            f"--set {assignment}: the field takes a section: set one of its fields, or give the "
-            "import path of what makes one, such as madjax.attacks.jbda"
+            f"--set {assignment}: the field holds a section: set one of its fields, or give the "
+            "import path of a class that makes one, such as madjax.attacks.jbda"
         )
     make = _import(path, old, assignment)
     try:
@@ -262,8 +266,8 @@ def _section(path: str, old: Any, assignment: str) -> Any:
     if isinstance(old, Attack):
         if not isinstance(new, Attack):
             raise InputError(
-                f"--set {assignment}: {path} makes {type(new).__name__}, which is no attack: give "
-                "one such as madjax.attacks.jbda"
+                f"--set {assignment}: {path} makes {type(new).__name__}, which is not an attack: "
+                "give one such as madjax.attacks.jbda"
             )
         kept = ("budget", "architecture", "recipe", "targets")
         new = dataclasses.replace(new, **{name: getattr(old, name) for name in kept})
@@ -323,7 +327,7 @@ def load(name: str) -> Sweep:
         path = shipped[stem]
     spec = importlib.util.spec_from_file_location(f"madjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise InputError(f"config {name!r} is no Python file: give a file that ends in .py")
+        raise InputError(f"config {name!r} is not a Python file: give a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses of the file look for their annotations
     try:

@@ -75,7 +75,7 @@ def _cut_rows(x: Array, h: int, rows: int, stride: int, dilation: int) -> list[A
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-class _How(NamedTuple):
+class _ConvOptions(NamedTuple):
     """The options of a convolution."""
 
     strides: tuple[int, int]
@@ -88,7 +88,7 @@ _MANY = 32
 """From so many channels on XLA's own convolution beats patches on a CPU (3 x 3 windows, 2026)."""
 
 
-def _evaluate(x: Array, kernel: Array, how: _How) -> Array:
+def _evaluate(x: Array, kernel: Array, options: _ConvOptions) -> Array:
     """The convolution by whichever way is faster on a CPU, which goes by the shapes.
 
     XLA's own takes a slow road for images smaller than the window and for few channels.
@@ -98,16 +98,18 @@ def _evaluate(x: Array, kernel: Array, how: _How) -> Array:
         return lax.conv_general_dilated(
             x,
             kernel,
-            how.strides,
-            how.padding,
-            rhs_dilation=how.dilation,
+            options.strides,
+            options.padding,
+            rhs_dilation=options.dilation,
             dimension_numbers=_NHWC,
-            precision=how.precision,
+            precision=options.precision,
         )
-    patches = unfold(x, (h, w), strides=how.strides, padding=how.padding, dilation=how.dilation)
+    patches = unfold(
+        x, (h, w), strides=options.strides, padding=options.padding, dilation=options.dilation
+    )
     # Two-dimensional, so that its transpose is a product without a transposed copy.
     flat = patches.reshape(-1, patches.shape[-1])
-    out = jnp.matmul(flat, kernel.reshape(-1, features), precision=how.precision)
+    out = jnp.matmul(flat, kernel.reshape(-1, features), precision=options.precision)
     return out.reshape(*patches.shape[:-1], features)
 
 
@@ -115,69 +117,73 @@ _convolve = jax.custom_jvp(_evaluate, nondiff_argnums=(2,))
 
 
 def _convolve_jvp(
-    how: _How, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+    options: _ConvOptions, primals: tuple[Array, Array], tangents: tuple[Any, Any]
 ) -> tuple[Array, Array]:
     """Linear in each argument; both tangents are written for what their transposes cost."""
     (x, kernel), (dx, dkernel) = primals, tangents
-    out = _convolve(x, kernel, how)
+    out = _convolve(x, kernel, options)
     tangent = jnp.zeros_like(out)
     if not isinstance(dkernel, SymbolicZero):
         # The barrier keeps the kernel's gradient as [features, h*w*C] until it is summed: XLA would
         # fold the transpose into a product that runs at half the speed.
         flat = lax.optimization_barrier(dkernel.reshape(-1, dkernel.shape[-1]).T)
         patches = unfold(
-            x, kernel.shape[:2], strides=how.strides, padding=how.padding, dilation=how.dilation
+            x,
+            kernel.shape[:2],
+            strides=options.strides,
+            padding=options.padding,
+            dilation=options.dilation,
         )
         product = jnp.einsum(
-            "np,op->no", patches.reshape(-1, patches.shape[-1]), flat, precision=how.precision
+            "np,op->no", patches.reshape(-1, patches.shape[-1]), flat, precision=options.precision
         )
         tangent += product.reshape(out.shape)
     if not isinstance(dx, SymbolicZero):
-        many = kernel.shape[2] >= _MANY and how.strides == (1, 1)
+        many = kernel.shape[2] >= _MANY and options.strides == (1, 1)
         push = _by_the_flipped_kernel if many else _by_rows
-        tangent += push(dx, kernel, out, how)
+        tangent += push(dx, kernel, out, options)
     return out, tangent
 
 
 _convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
-def _by_the_flipped_kernel(dx: Array, kernel: Array, out: Array, how: _How) -> Array:
+def _by_the_flipped_kernel(dx: Array, kernel: Array, out: Array, options: _ConvOptions) -> Array:
     """The convolution of dx, as the transpose of the convolution that its own transpose is.
 
     That one takes cotangents to the image with the flipped kernel. JAX's rule would leave the
     exchange of the kernel's channels to the convolution, which XLA runs at a sixth of the speed
     inside a loop; here the kernel is flipped and exchanged first.
     """
-    reach = [(n - 1) * d + 1 for n, d in zip(kernel.shape[:2], how.dilation, strict=True)]
-    padding = how.padding
+    reach = [(n - 1) * d + 1 for n, d in zip(kernel.shape[:2], options.dilation, strict=True)]
+    padding = options.padding
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(dx.shape[1:3], reach, how.strides, padding)
+        padding = lax.padtype_to_pads(dx.shape[1:3], reach, options.strides, padding)
     margins = [(r - 1 - low, r - 1 - high) for r, (low, high) in zip(reach, padding, strict=True)]
     if any(m < 0 for pair in margins for m in pair):
-        return _by_rows(dx, kernel, out, how)
+        return _by_rows(dx, kernel, out, options)
     flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
 
     def pull(cotangent: Array) -> Array:
-        return _evaluate(cotangent, flipped, how._replace(padding=margins))
+        return _evaluate(cotangent, flipped, options._replace(padding=margins))
 
     (pushed,) = jax.linear_transpose(pull, out)(dx)
     return pushed
 
 
-def _by_rows(dx: Array, kernel: Array, out: Array, how: _How) -> Array:
+def _by_rows(dx: Array, kernel: Array, out: Array, options: _ConvOptions) -> Array:
     """The convolution of dx, cut so that its transpose adds few arrays.
 
     The transpose of `unfold` would scatter h * w overlapping pieces. One product for each row of
     the kernel has h products of the same total size, whose transposes are added row by row.
     """
     h, w, _, features = kernel.shape
-    dx, (rows, columns) = _pad(dx, (h, w), how.strides, how.padding, how.dilation)
-    dx = _cut_columns(dx, w, columns, how.strides[1], how.dilation[1])
+    dx, (rows, columns) = _pad(dx, (h, w), options.strides, options.padding, options.dilation)
+    dx = _cut_columns(dx, w, columns, options.strides[1], options.dilation[1])
     total = jnp.zeros_like(out)
-    for i, part in enumerate(_cut_rows(dx, h, rows, how.strides[0], how.dilation[0])):
+    for i, part in enumerate(_cut_rows(dx, h, rows, options.strides[0], options.dilation[0])):
         flat = part.reshape(-1, part.shape[-1])
-        product = jnp.matmul(flat, kernel[i].reshape(-1, features), precision=how.precision)
+        product = jnp.matmul(flat, kernel[i].reshape(-1, features), precision=options.precision)
         total += product.reshape(out.shape)
     return total
 
@@ -216,8 +222,8 @@ def cpu_convolution(
             **kwargs,
         )
     padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
-    how = _How(tuple(window_strides), padding, tuple(rhs_dilation or (1, 1)), precision)
-    return _convolve(x, kernel, how)
+    options = _ConvOptions(tuple(window_strides), padding, tuple(rhs_dilation or (1, 1)), precision)
+    return _convolve(x, kernel, options)
 
 
 def convolution(x: Array, kernel: Array, *args, **kwargs) -> Array:

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from madjax.batching import map_chunks
 from madjax.errors import InputError
-from madjax.layers import Call, Term, terms
-from madjax.taps import Apply, Params, Place, Survey, record, survey, weights
+from madjax.layers import Call, GramTerm, terms
+from madjax.taps import Apply, LayerId, Params, Survey, record, survey, weights
 
 Array = jax.Array
 
@@ -111,8 +111,8 @@ def _check_known(name: str, value: str, known: Collection[str]) -> None:
         raise InputError(f"{name} is {value!r}: choose one of {names}")
 
 
-class _Way(NamedTuple):
-    """A way to M for some queries, and the numbers that it holds at once."""
+class _GramShare(NamedTuple):
+    """The share of M that some parameters have: how it is computed, and what that holds at once."""
 
     run: Callable[[Array, int], Array]
     """(queries [n, ...], classes at a time) -> [n, K, K]."""
@@ -164,16 +164,16 @@ def _gram(
         if not x.shape[0] or k < 2:  # the likelihood of one class is always 1
             return jnp.zeros((x.shape[0], k, k))
         m = jnp.zeros(())
-        for way in _METHODS[method](apply, _LAYERS[layers], params, x):
-            queries, classes = way.plan(chunk, memory)
-            m += map_chunks(partial(way.run, classes=classes), x, queries)
+        for share in _METHODS[method](apply, _LAYERS[layers], params, x):
+            queries, classes = share.plan(chunk, memory)
+            m += map_chunks(partial(share.run, classes=classes), x, queries)
     return (m + m.mT) / 2
 
 
 # --- structured -----------------------------------------------------------------------------------
 
 
-def _structured_all(apply: Apply, found: Survey, params: Params, x: Array) -> _Way:
+def _structured_all(apply: Apply, found: Survey, params: Params, x: Array) -> _GramShare:
     k = found.num_classes
 
     def one_class(x: Array) -> list[Array]:
@@ -186,7 +186,7 @@ def _structured_all(apply: Apply, found: Survey, params: Params, x: Array) -> _W
     run = partial(_all_layers, apply, found, params)
     per_query = found.query_numbers + one.size
     once = sum(leaf.size for leaf in weights(params).leaves)
-    return _Way(run, k, per_query, 2 * outputs, kept + 6 * k, once)
+    return _GramShare(run, k, per_query, 2 * outputs, kept + 6 * k, once)
 
 
 def _all_layers(apply: Apply, found: Survey, params: Params, x: Array, classes: int) -> Array:
@@ -217,24 +217,24 @@ def _all_layers(apply: Apply, found: Survey, params: Params, x: Array, classes: 
 
 def _forward(
     apply: Apply, found: Survey, params: Params, x: Array
-) -> tuple[Array, Callable[[Array], Any], list[tuple[Place, Term]]]:
+) -> tuple[Array, Callable[[Array], Any], list[tuple[LayerId, GramTerm]]]:
     """Log-likelihoods [B, K], their pull-back to the tapped outputs, and the layers' terms."""
-    calls: list[tuple[Place, Call]] = []
+    calls: list[tuple[LayerId, Call]] = []
 
-    def log_likelihoods(offsets: dict[Place, Array]) -> tuple[Array, list[Any]]:
-        logits, seen, places = record(apply, weights(params), x, offsets)
-        calls.extend(each for each in zip(places, seen, strict=True) if each[0] in offsets)
+    def log_likelihoods(offsets: dict[LayerId, Array]) -> tuple[Array, list[Any]]:
+        logits, seen, layer_ids = record(apply, weights(params), x, offsets)
+        calls.extend(each for each in zip(layer_ids, seen, strict=True) if each[0] in offsets)
         state = [(call.inputs, call.variables) for _, call in calls]
         return jax.nn.log_softmax(logits.astype(jnp.float32)), state
 
     offsets = {
-        place: jnp.zeros((x.shape[0], *output.shape[1:]), output.dtype)
-        for place, output in found.taps.items()
+        layer_id: jnp.zeros((x.shape[0], *output.shape[1:]), output.dtype)
+        for layer_id, output in found.taps.items()
     }
     log_p, pull_back, state = jax.vjp(log_likelihoods, offsets, has_aux=True)
     layer_terms = [
-        (place, term)
-        for (place, call), (inputs, variables) in zip(calls, state, strict=True)
+        (layer_id, term)
+        for (layer_id, call), (inputs, variables) in zip(calls, state, strict=True)
         for term in terms(call._replace(inputs=inputs, variables=variables))
     ]
     return log_p, pull_back, layer_terms
@@ -242,16 +242,16 @@ def _forward(
 
 def _pull(
     pull_back: Callable[[Array], Any],
-    layer_terms: Sequence[tuple[Place, Term]],
+    layer_terms: Sequence[tuple[LayerId, GramTerm]],
     seeds: Array,
     num_classes: int,
 ) -> list[Array]:
     """What the terms keep of the cotangents of some classes: seeds [k, B, K]."""
     (cotangents,) = jax.tree.map(lambda d: d.astype(jnp.float32), jax.vmap(pull_back)(seeds))
-    return [term.reduce(cotangents[place], num_classes) for place, term in layer_terms]
+    return [term.reduce(cotangents[layer_id], num_classes) for layer_id, term in layer_terms]
 
 
-def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> _Way:
+def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> _GramShare:
     """M = |h|^2 (I - 1 p')(I - 1 p')' from the input h of the last dense layer."""
     k = found.num_classes
 
@@ -263,7 +263,7 @@ def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> _
         m = jnp.einsum("bik,bjk->bij", centred, centred)
         return jnp.square(h.astype(jnp.float32)).sum(axis=-1)[:, None, None] * m
 
-    return _Way(run, k, 3 * found.largest + x[:1].size, 0, 3 * k, 0)
+    return _GramShare(run, k, 3 * found.largest + x[:1].size, 0, 3 * k, 0)
 
 
 def _head(logits: Array, calls: list[Call]) -> Call:
@@ -285,7 +285,7 @@ def _head(logits: Array, calls: list[Call]) -> Call:
 # --- the reference --------------------------------------------------------------------------------
 
 
-def _by_jacrev(apply: Apply, chosen: Sequence[int], params: Params, x: Array) -> _Way:
+def _by_jacrev(apply: Apply, chosen: Sequence[int], params: Params, x: Array) -> _GramShare:
     """Per-example Jacobians with respect to the chosen leaves of the weights, then G G'."""
     everything = weights(params)
 
@@ -306,7 +306,7 @@ def _by_jacrev(apply: Apply, chosen: Sequence[int], params: Params, x: Array) ->
 
     k = jax.eval_shape(apply, params, x).shape[-1]
     size = sum(everything.leaves[at].size for at in chosen)
-    return _Way(run, k, 0, 0, 2 * size, 0)
+    return _GramShare(run, k, 0, 0, 2 * size, 0)
 
 
 def _every_leaf(apply: Apply, params: Params, x: Array) -> Sequence[int]:
@@ -339,23 +339,23 @@ def _last_kernel(apply: Apply, params: Params, x: Array) -> Sequence[int]:
 class _Layers(NamedTuple):
     """A choice of parameters: how each method serves it."""
 
-    structured: Callable[[Apply, Survey, Params, Array], _Way]
+    structured: Callable[[Apply, Survey, Params, Array], _GramShare]
     leaves: Callable[[Apply, Params, Array], Sequence[int]]
     needs_all: bool = False
 
 
-def _structured(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_Way]:
+def _structured(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_GramShare]:
     found = survey(apply, params, x)
     if layers.needs_all and found.unexplained:
         raise InputError(f"{_first(found, params)}; use method='auto' or 'jacrev'")
     return [layers.structured(apply, found, params, x)]
 
 
-def _jacrev(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_Way]:
+def _jacrev(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_GramShare]:
     return [_by_jacrev(apply, layers.leaves(apply, params, x), params, x)]
 
 
-def _auto(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_Way]:
+def _auto(apply: Apply, layers: _Layers, params: Params, x: Array) -> list[_GramShare]:
     found = survey(apply, params, x)
     if not (layers.needs_all and found.unexplained):
         return [layers.structured(apply, found, params, x)]

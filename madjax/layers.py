@@ -1,10 +1,11 @@
 """What the parameters of one layer add to the Gram matrix, from its input and output cotangents.
 
 A layer with input a and output cotangents d_k, k = 1..K, gives each of its parameters a gradient
-g_k that is a short formula in a and d_k. `Term` is that formula for one parameter: `reduce` turns
-the cotangents of some classes into the numbers that are needed later, `product` turns those of all
-classes into g_k . g_l. In between nothing of the network is needed, so classes can be pulled back a
-few at a time. Positions p are all axes of a layer's output between the batch and the features.
+g_k that is a short formula in a and d_k. `GramTerm` is that formula for one parameter: `reduce`
+turns the cotangents of some classes into the numbers that are needed later, `product` turns those
+of all classes into g_k . g_l. In between nothing of the network is needed, so classes can be pulled
+back a few at a time. Positions p are all axes of a layer's output between the batch and the
+features.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from madjax.errors import InputError
 Array = jax.Array
 
 
-class Term(Protocol):
+class GramTerm(Protocol):
     """The gradient of one parameter as a function of the layer's output cotangents."""
 
     def reduce(self, d: Array, num_classes: int) -> Array:
@@ -161,7 +162,7 @@ def known(module: nn.Module) -> bool:
     return type(module) in _TERMS
 
 
-def terms(call: Call) -> list[Term] | None:
+def terms(call: Call) -> list[GramTerm] | None:
     """Terms for all the parameters of a layer, or None where this call is not the plain layer.
 
     Raises:
@@ -173,7 +174,7 @@ def terms(call: Call) -> list[Term] | None:
     return list(found.values())
 
 
-Explained = dict[tuple[str, ...], Term]
+Explained = dict[tuple[str, ...], GramTerm]
 """A term, by the names of the parameters whose gradient it is."""
 
 

@@ -147,7 +147,7 @@ def argmax_preserving(y: Array, gram: Array) -> Array:
 
 
 def argmax_bound(y: Array, gram: Array) -> Array:
-    """An H that no answer with y's top label reaches beyond, whatever its budget: in [2, 4].
+    """An upper bound of H, in [2, 4], for answers of any budget that keep the top label of y.
 
     y [K], gram [K, K] -> scalar, max(2, max H(v) over {v on the simplex: v_k >= v_j}), k =
     argmax y: a convex problem where that is above 2, solved to about 1e-3. What `argmax_preserving`

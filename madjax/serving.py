@@ -116,7 +116,9 @@ def load(path: str | Path) -> Predict:
             f"{path} cannot be read ({error.strerror}): give an exported file"
         ) from error
     except Exception as error:
-        raise InputError(f"{path} is no exported function: make it with madjax export") from error
+        raise InputError(
+            f"{path} is not an exported function: make it with madjax export"
+        ) from error
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if here not in exported.platforms:
         raise InputError(

@@ -49,7 +49,7 @@ def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l
         a = jnp.where(a > 1 - 3 * jnp.finfo(y.dtype).eps, 1, a)
     else:
         a = _bisect(lambda a: distance((1 - a) * y + a * y_star, y) <= epsilon, y.dtype)
-        # Rounding may hide a small distance, but no budget is no change.
+        # Rounding may hide a small distance, yet a budget of 0 must change nothing.
         a = jnp.where(epsilon > 0, a, 0)
     return (1 - a) * y + a * y_star
 

@@ -74,6 +74,9 @@ def _check_same(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> No
 
 
 def _flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """The leaves of a description by their path; a list of plain values is a leaf."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         return [(name, value)]
     return [pair for k, v in value.items() for pair in _flatten(v, f"{name}.{k}" if name else k)]

@@ -19,7 +19,7 @@ from madjax.layers import Call, known, terms
 Array = jax.Array
 Params = Any
 Apply = Callable[[Params, Array], Array]
-Place = tuple[int, ...]
+LayerId = tuple[int, ...]
 """A tapped layer: which of the weights' leaves are its parameters."""
 
 
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     leaves: list[Array]
     names: list[str]
     rebuild: Callable[[Sequence[Array]], Params]
-    """Puts other leaves in their place, beside whatever else params held."""
+    """Puts other leaves in the place of these, beside whatever else params held."""
 
 
 def weights(params: Params) -> Weights:
@@ -49,16 +49,16 @@ def record(
     apply: Apply,
     found: Weights,
     x: Array,
-    offsets: Mapping[Place, Array] | None = None,
-) -> tuple[Array, list[Call], list[Place]]:
+    offsets: Mapping[LayerId, Array] | None = None,
+) -> tuple[Array, list[Call], list[LayerId]]:
     """Run the model: its logits, the calls of known layers in their order, and whose they are.
 
-    The place of a call has None for a parameter that is not among the weights as it is. Where
-    offsets has a call's place, its value is added to the output: the derivative with respect to the
-    offset is the layer's output cotangent.
+    The id of a call has None for a parameter that is not among the weights as it is. Where offsets
+    has the id of a call, its value is added to the output: the derivative with respect to the
+    offset is the output cotangent of the layer.
     """
     calls: list[Call] = []
-    places: list[Place] = []
+    layer_ids: list[LayerId] = []
     at = {id(leaf): i for i, leaf in enumerate(found.leaves)}
 
     def tap(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
@@ -68,19 +68,19 @@ def record(
             return output
         # Copies of the module's state: it is unbound after the call.
         variables = {name: dict(group) for name, group in module.variables.items()}
-        place = tuple(at.get(id(leaf)) for leaf in variables.get("params", {}).values())
-        if offsets is not None and place in offsets:
-            output = output + offsets[place]
+        layer_id = tuple(at.get(id(leaf)) for leaf in variables.get("params", {}).values())
+        if offsets is not None and layer_id in offsets:
+            output = output + offsets[layer_id]
         inputs, options = _inputs_and_options(module, args, kwargs)
         calls.append(Call(module, variables, inputs, options, output))
-        places.append(place)
+        layer_ids.append(layer_id)
         return output
 
     # Inside jit a call of the same shapes may be taken from a cache, where no tap hears of it.
     if isinstance(apply, jax.stages.Wrapped):
         apply = apply.__wrapped__
     with nn.intercept_methods(tap):
-        return apply(found.rebuild(found.leaves), x), calls, places
+        return apply(found.rebuild(found.leaves), x), calls, layer_ids
 
 
 def _inputs_and_options(
@@ -95,7 +95,7 @@ def _inputs_and_options(
 class Survey(NamedTuple):
     """What tracing a model says about it."""
 
-    taps: dict[Place, jax.ShapeDtypeStruct]
+    taps: dict[LayerId, jax.ShapeDtypeStruct]
     """The layers that explain all of their parameters, with their output for one query."""
     unexplained: dict[int, str]
     """Why a leaf of the weights is not explained, by its position."""
@@ -117,11 +117,11 @@ def survey(apply: Apply, params: Params, x: Array) -> Survey:
     """
     two, three = (_trace(apply, params, x, batch) for batch in (2, 3))
     shared = {
-        place: jax.ShapeDtypeStruct((1, *output.shape[1:]), output.dtype)
-        for place, output in two.taps.items()
-        if place in three.taps and three.taps[place].shape[1:] == output.shape[1:]
+        layer_id: jax.ShapeDtypeStruct((1, *output.shape[1:]), output.dtype)
+        for layer_id, output in two.taps.items()
+        if layer_id in three.taps and three.taps[layer_id].shape[1:] == output.shape[1:]
     }
-    explained = {at for place in shared for at in place}
+    explained = {at for layer_id in shared for at in layer_id}
     unexplained = {
         at: two.reasons.get(at) or three.reasons.get(at, "a layer's first axis is not the batch")
         for at in range(len(weights(params).leaves))
@@ -131,7 +131,7 @@ def survey(apply: Apply, params: Params, x: Array) -> Survey:
 
 
 class _Traced(NamedTuple):
-    taps: dict[Place, jax.ShapeDtypeStruct]
+    taps: dict[LayerId, jax.ShapeDtypeStruct]
     reasons: dict[int, str]
     num_classes: int
     numbers: int
@@ -140,7 +140,7 @@ class _Traced(NamedTuple):
 
 def _trace(apply: Apply, params: Params, x: Array, batch: int) -> _Traced:
     found = weights(params)
-    places: list[Place] = []
+    layer_ids: list[LayerId] = []
     numbers = 0
     largest = 16 * batch * int(np.prod(x.shape[1:]))
 
@@ -148,11 +148,11 @@ def _trace(apply: Apply, params: Params, x: Array, batch: int) -> _Traced:
         nonlocal numbers, largest
         logits, calls, seen = record(apply, found._replace(leaves=leaves), x)
         ends = []
-        for call, place in zip(calls, seen, strict=True):
+        for call, layer_id in zip(calls, seen, strict=True):
             largest = max(largest, call.inputs.size + call.output.size)
-            explained = None if None in place else terms(call)
+            explained = None if None in layer_id else terms(call)
             if explained and call.inputs.shape[:1] == call.output.shape[:1] == x.shape[:1]:
-                places.append(place)
+                layer_ids.append(layer_id)
                 ends.append((call.inputs, call.output))
                 numbers += call.inputs.size + call.output.size
                 numbers += sum(np.size(a) for term in explained for a in vars(term).values())
@@ -164,19 +164,19 @@ def _trace(apply: Apply, params: Params, x: Array, batch: int) -> _Traced:
     reasons = {at: "it is used more than once" for at, count in enumerate(uses) if count > 1}
     # What a loop or another transformation computes inside is unknown to the program outside.
     outputs = program.jaxpr.outvars[2::2]
-    for place, output in zip(places, outputs, strict=True):
+    for layer_id, output in zip(layer_ids, outputs, strict=True):
         if output in program.jaxpr.constvars:
-            reasons |= dict.fromkeys(place, "its layer runs inside another transformation")
+            reasons |= dict.fromkeys(layer_id, "its layer runs inside another transformation")
     taps = {
-        place: output
-        for place, (_, output) in zip(places, ends, strict=True)
-        if not any(at in reasons for at in place)
+        layer_id: output
+        for layer_id, (_, output) in zip(layer_ids, ends, strict=True)
+        if not any(at in reasons for at in layer_id)
     }
-    owned = {at for place in places for at in place}
+    owned = {at for layer_id in layer_ids for at in layer_id}
     for at in set(range(len(uses))) - reasons.keys():
         if at not in owned:
             reasons[at] = "it belongs to no layer of a known kind in plain use"
-        elif not any(at in place for place in taps):
+        elif not any(at in layer_id for layer_id in taps):
             reasons[at] = "another parameter of its layer is used more than once"
     return _Traced(taps, reasons, logits.shape[-1], numbers, largest)
 

@@ -1,13 +1,31 @@
 """Strict settings for every test: rank promotion raises, four fake devices."""
 
-import tempfile
+import gc
+import os
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Several tests run the same sweep, as separate programs would: none compiles it twice.
-_compiled = tempfile.TemporaryDirectory(prefix="madjax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# Much of the tests' time is XLA's, and it is spent on code that runs once.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
+# Python's collector would walk millions of objects of traced programs, again and again.
+gc.disable()
+
+
+def pytest_configure(config):
+    """Compiled programs are kept from run to run, and none is compiled twice in one."""
+    if hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """Traced programs of one file are of no use to the next."""
+    yield
+    jax.clear_caches()
+    gc.collect()

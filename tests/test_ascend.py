@@ -450,13 +450,13 @@ def test_an_unknown_method_is_named(method):
 
 def test_cells_that_ascend_run_on_several_devices():
     """LAPACK calls, as in `jnp.linalg.solve`, may never return there: nothing may need one."""
-    y, gram = problems(2000, 10)
+    y, gram = problems(100, 10)
 
     def cell(epsilon, shared):
         solver = jax.vmap(partial(solve, epsilon=epsilon, method="ascend"))
-        return map_chunks(lambda query: solver(*query), shared, 1000)
+        return map_chunks(lambda query: solver(*query), shared, 50)
 
-    run = sweep.over_cells(cell, sweep.make_mesh(), sweep.serially)
+    run = sweep.over_cells(cell, sweep.make_mesh(), sweep.map_cells)
     answers = run(jnp.array([0.1, 0.5, 0.9, 1.5]), (y, gram))
     alone = answered(y[:50], gram[:50], epsilon=0.5, method="ascend")
     values = jax.vmap(deviation)(answers[1, :50], y[:50], gram[:50])

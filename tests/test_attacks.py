@@ -33,11 +33,11 @@ from madjax.attacks import (
     certainty,
     check_transfer,
     crop_and_flip,
+    disagreement,
     diversity,
     draw,
     jacobian,
     keys,
-    loss,
     posteriors,
     towards_next,
     towards_top,
@@ -85,7 +85,7 @@ def collect(attack, respond=respond, seed=0, world=None):
     """The transfer set of an attack."""
     world = world or make_world(attack, respond, seed)
     transfer = jax.jit(lambda: attack.begin(world))()
-    advance = jax.jit(lambda r, transfer: attack.round(r, transfer, world))
+    advance = jax.jit(lambda r, transfer: attack.proceed(r, transfer, world))
     for r in range(attack.rounds):
         transfer = advance(r, transfer)
     return transfer
@@ -438,7 +438,7 @@ def test_rewards_by_hand():
     np.testing.assert_allclose(diversity(y, y, mean), [0.3, 1.0], atol=1e-6)
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]))
     want = [0.7 * np.log(2) + 0.3 * np.log(4), np.log(2)]
-    np.testing.assert_allclose(loss(y, logits, mean), want, rtol=1e-6)
+    np.testing.assert_allclose(disagreement(y, logits, mean), want, rtol=1e-6)
 
 
 def bandit(preference, rewards=(1.0,), steps=0):

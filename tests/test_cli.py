@@ -1,9 +1,11 @@
 """The command line as a user meets it: the main job, and one clear line for every mistake."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from functools import reduce
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,8 +20,8 @@ QUICK = (
     "dataset=embedded:mnist[:200,:100]",
     "queryset=embedded:fashion_mnist[:200]",
     "victim.epochs=1",
-    "attack.recipe.epochs=1",
-    "attack.budget=150",
+    "attacks.recipe.epochs=1",
+    "attacks.budget=150",
     "epsilons=0,0.99",
     "seeds=0",
 )
@@ -29,19 +31,21 @@ def sets(*assignments):
     return [word for each in assignments for word in ("--set", each)]
 
 
-def test_the_main_job_and_its_report_from_any_directory(tmp_path, monkeypatch):
+def test_the_main_job_and_its_report_from_any_directory(tmp_path, monkeypatch, capsys):
     """`madjax sweep` in a fresh process and a strange directory, cut to seconds by --set."""
-    command = [sys.executable, "-m", "madjax.cli"]
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    for name in ("jax_compilation_cache_dir", "jax_disable_most_optimizations"):
+        if jax.config.values[name] is not None:
+            monkeypatch.setenv(name.upper(), str(jax.config.values[name]))
     done = subprocess.run(
-        [*command, "sweep", *sets(*QUICK)],
+        [sys.executable, "-m", "madjax", "sweep", *sets(*QUICK)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "runs" / "quickstart"
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/quickstart")
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert [(row["epsilon"], row["seed"]) for row in rows] == [(0.0, 0), (0.99, 0)]
     assert rows[0]["victim"] == "lenet"
@@ -50,32 +54,29 @@ def test_the_main_job_and_its_report_from_any_directory(tmp_path, monkeypatch):
     assert (out / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     table = (out / "report.md").read_text()
     assert table.strip() in done.stdout
-    report = subprocess.run(
-        [*command, "report", out], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert table.strip() in report.stdout
-    exported = subprocess.run(
-        [*command, "export", *sets(*QUICK), "--epsilon", "0.5"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "runs/quickstart/predict.jaxexport: uint8 images [B, 28, 28, 1]" in exported.stdout
+    assert main(["report", str(out)]) == 0
+    assert table.strip() in capsys.readouterr().out
+    assert main(["export", *sets(*QUICK), "--epsilon", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "runs/quickstart/predict.jaxexport: uint8 images [B, 28, 28, 1]" in said
     images = madjax.open_dataset("embedded:mnist").x_test[:20]
     y_tilde = madjax.load(out / "predict.jaxexport")(images)
     chosen = reduce(config.override, QUICK, config.load("quickstart"))
     _, predict = sweep.defended(chosen, out, strength=0.0)  # exported was epsilon 0.5
     np.testing.assert_allclose(abs(predict(images) - y_tilde).sum(axis=1), 0.5, atol=1e-5)
-    again = subprocess.run(
-        [*command, "sweep", *sets(*QUICK)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert again.returncode == 2
-    assert "already holds a run: add --resume" in again.stderr
+    assert main(["sweep", *sets(*QUICK)]) == 2
+    assert "already holds a run: add --resume" in capsys.readouterr().err
+
+
+@pytest.mark.smoke
+def test_version_and_help(capsys):
+    for word in ("--version", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            main([word])
+        assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"madjax {importlib.metadata.version('madjax')}\n")
+    assert "sweep" in said
 
 
 @pytest.fixture
@@ -103,6 +104,7 @@ def data(tmp_path):
     return folder
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -113,17 +115,17 @@ def data(tmp_path):
         (sets("dataset=broken"), "broken.npz"),
         (sets("queryset=colour", "dataset=grey"), "colour"),
         (sets("queryset=tiny", "dataset=grey"), "tiny"),
-        (sets("queryset=tiny", "dataset=tiny", "attack.budget=2"), "cannot take images"),
-        (sets("dataset=untested", "queryset=grey", "attack.budget=2"), "no test images"),
-        (sets("dataset=grey", "queryset=grey", "attack.budget=9"), "budget is 9"),
-        (sets("dataset=grey", "queryset=grey", "attack.budget=0"), "budget is 0"),
+        (sets("queryset=tiny", "dataset=tiny", "attacks.budget=2"), "cannot take images"),
+        (sets("dataset=untested", "queryset=grey", "attacks.budget=2"), "no test images"),
+        (sets("dataset=grey", "queryset=grey", "attacks.budget=9"), "budget is 9"),
+        (sets("dataset=grey", "queryset=grey", "attacks.budget=0"), "budget is 0"),
         (sets("epsilons=-0.5"), "epsilon is -0.5"),
         (sets("epsilons"), "write it as field=value"),
         (sets("nonsense=1"), "no field 'nonsense'"),
         (sets("defense.layers=middle"), "layers is 'middle'"),
-        (sets("attack=madjax.jbda", "attack.budget=99"), "jbda needs at least its 100 seeds"),
+        (sets("attacks=madjax.jbda", "attacks.budget=99"), "jbda needs at least its 100 seeds"),
         (
-            sets("dataset=grey", "queryset=grey", "attack=madjax.jbtop", "attack.seeds=4"),
+            sets("dataset=grey", "queryset=grey", "attacks=madjax.jbtop", "attacks.seeds=4"),
             "aims at 3 classes besides the top one of 2",
         ),
         (
@@ -131,17 +133,20 @@ def data(tmp_path):
                 "dataset=tiny",
                 "queryset=tiny",
                 "architecture=madjax.MLP",
-                "attack.architecture=madjax.MLP",
-                "attack.budget=2",
-                "attack.augment=madjax.attacks.crop_and_flip",
+                "attacks.architecture=madjax.MLP",
+                "attacks.budget=2",
+                "attacks.augment=madjax.attacks.crop_and_flip",
             ),
             "images of 4x4 pixels cannot be cropped",
         ),
         (
-            sets("attack.recipe.optimizer=madjax.train.rmsprop"),
+            sets("attacks.recipe.optimizer=madjax.train.rmsprop"),
             "give an import path such as madjax.train.sgd",
         ),
-        (sets("attack=jbda"), "import path of what makes one, such as madjax.attacks.jbda"),
+        (
+            sets("attacks=jbda"),
+            "import path of a class that makes one, such as madjax.attacks.jbda",
+        ),
         (sets("budgets=20000"), "budgets holds 20000: knockoff spends 10000"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -9,6 +9,8 @@ import pytest
 import madjax
 from madjax import InputError, Sweep, config, store
 
+pytestmark = pytest.mark.smoke
+
 BASE = Sweep(name="base", dataset="embedded:mnist", queryset="embedded:fashion_mnist")
 
 
@@ -19,14 +21,14 @@ BASE = Sweep(name="base", dataset="embedded:mnist", queryset="embedded:fashion_m
         ("epsilons=0,0.5", lambda c: c.epsilons, (0.0, 0.5)),
         ("epsilons=(1,)", lambda c: c.epsilons, (1.0,)),
         ("seeds=3", lambda c: c.seeds, (3,)),
-        ("attack.recipe.epochs=5", lambda c: c.attack.recipe.epochs, 5),
-        ("attack.recipe.learning_rate=1", lambda c: c.attack.recipe.learning_rate, 1.0),
-        ("defense.layers=all", lambda c: c.defense.layers, "all"),
+        ("attacks.recipe.epochs=5", lambda c: c.attacks[0].recipe.epochs, 5),
+        ("attacks.recipe.learning_rate=1", lambda c: c.attacks[0].recipe.learning_rate, 1.0),
+        ("defense.layers=last", lambda c: c.defense.layers, "last"),
         ("defense.distance=madjax.constraints.l2", lambda c: c.defense.distance, madjax.l2),
         ("query_splits=train, test", lambda c: c.query_splits, ("train", "test")),
         ("name = spaced ", lambda c: c.name, "spaced"),
         ("budgets=10,100", lambda c: c.budgets, (10, 100)),
-        ("attack.targets=madjax.top_label", lambda c: c.attack.targets, madjax.top_label),
+        ("attacks.targets=madjax.top_label", lambda c: c.attacks[0].targets, madjax.top_label),
         ("defense.strengths=0.3,1", lambda c: c.defense.strengths, (0.3, 1.0)),
     ],
 )
@@ -34,9 +36,9 @@ def test_override_replaces_one_field(assignment, get, want):
     changed = config.override(BASE, assignment)
     assert get(changed) == want
     assert type(get(changed)) is type(want)
-    before, after = config.describe(BASE), config.describe(changed)
-    differing = [k for k, v in store._flatten(before) if dict(store._flatten(after))[k] != v]
-    assert differing == [assignment.split("=")[0].strip()]
+    before, after = (dict(store._flatten(config.describe(c))) for c in (BASE, changed))
+    differing = [k for k, v in before.items() if after[k] != v]
+    assert differing == [assignment.split("=")[0].strip().replace("attacks.", "attacks.0.")]
 
 
 @pytest.mark.parametrize(
@@ -45,35 +47,36 @@ def test_override_replaces_one_field(assignment, get, want):
         ("epsilons", "write it as field=value"),
         ("=3", "write it as field=value"),
         ("epsilon=0.5", "no field 'epsilon'; choose one of name, dataset"),
-        ("attack.recipe.speed=1", "no field 'speed'; choose one of epochs"),
+        ("attacks.recipe.speed=1", "no field 'speed'; choose one of epochs"),
         ("seeds.first=1", "the field before it has no parts"),
         ("seeds=0.5", "the field takes int"),
-        ("victim=5", "takes a section"),
-        ("attack=madjax.MAD", "makes MAD, which is no attack"),
-        ("attack=madjax.attacks.draw", "cannot be called without arguments"),
-        ("attack=madjax.Knockoff,madjax.Knockoff", "a name and variant of its own"),
-        ("attack=madjax.jbda,madjax.jbxx", "'madjax.jbxx' cannot be imported"),
+        ("victim=5", "holds a section"),
+        ("attacks=madjax.MAD", "makes MAD, which is not an attack"),
+        ("attacks=madjax.attacks.draw", "cannot be called without arguments"),
+        ("attacks=madjax.Knockoff,madjax.Knockoff", "a name and variant of its own"),
+        ("attacks=madjax.jbda,madjax.jbxx", "'madjax.jbxx' cannot be imported"),
         ("budgets=0.5", "the field takes int"),
         ("budgets=0", "budget is 0"),
-        ("attack.recipe.epochs=many", "the field takes int"),
-        ("attack.recipe.epochs=True", "the field takes int"),
-        ("attack.recipe.epochs=0", "epochs is 0"),
+        ("attacks.recipe.epochs=many", "the field takes int"),
+        ("attacks.recipe.epochs=True", "the field takes int"),
+        ("attacks.recipe.epochs=0", "epochs is 0"),
         ("epsilons=0,-0.5", r"epsilon is -0\.5"),
         ("epsilons=", "the field takes float"),
         ("epsilons=0.5,0.5", "each once"),
         ("epsilons=0.99,0.99000000001", "each once"),
         ("epsilons=1e39", r"epsilon is 1e\+39"),
         ("seeds=4294967296", "seed is 4294967296"),
-        ("attack.recipe.optimizer=optax.adam", "does not take learning_rate"),
+        ("attacks.recipe.optimizer=optax.adam", "does not take learning_rate"),
         ("seeds=-1", "seed is -1"),
         ("query_splits=valid", "holds 'valid'"),
         ("defense.distance=l7", "cannot be imported"),
         ("defense=madjax.MAD,madjax.MAD", "each with settings or a variant of its own"),
-        ("defense=madjax.jbda", "holds JacobianAugmentation.* which is no madjax.Defense"),
+        ("defense=madjax.jbda", "holds JacobianAugmentation.* which is not a madjax.Defense"),
         ("defense=madjax.ReverseSigmoid", r"epsilon is 1\.1: the strength of reverse_sigmoid"),
-        ("defense.strengths=0.5,0.5", "strengths of mad, last, extreme, l1 is .* each once"),
+        ("defense.strengths=0.5,0.5", "strengths of mad, all, extreme, l1 is .* each once"),
         ("defense.gamma=0.5", "no field 'gamma'; choose one of strengths"),
         ("defense.distance=madjax.constraints.l7", "cannot be imported"),
+        ("attacks=madjax.Recipe", "makes Recipe, which is not an attack"),
     ],
 )
 def test_a_bad_override_is_one_clear_line(assignment, words):
@@ -89,12 +92,12 @@ def test_several_defences_from_the_command_line():
             "epsilons=0,0.5",
             "defense=madjax.Undefended,madjax.MAD,madjax.ReverseSigmoid",
             "defense.gamma=0.4",  # of those that have it
-            "defense.layers=all",
+            "defense.layers=last",
         ),
         BASE,
     )
     none, mad, reverse = chosen.defenses
-    assert (mad.layers, reverse.gamma) == ("all", 0.4)
+    assert (mad.layers, reverse.gamma) == ("last", 0.4)
     assert [chosen.strengths_of(d) for d in (none, mad, reverse)] == [(0.0,), (0, 0.5), (0, 0.5)]
     with pytest.raises(InputError, match="no field 'speed'"):
         config.override(chosen, "defense.speed=1")
@@ -104,11 +107,11 @@ def test_an_attack_by_its_import_path_keeps_the_budget_and_the_training():
     config_ = reduce(
         config.override,
         (
-            "attack.budget=700",
-            "attack.recipe.epochs=3",
-            "attack=madjax.jbda, madjax.attacks.jbtop",
-            "attack.seeds=50",
-            "attack.as_published_code=True",
+            "attacks.budget=700",
+            "attacks.recipe.epochs=3",
+            "attacks=madjax.jbda, madjax.attacks.jbtop",
+            "attacks.seeds=50",
+            "attacks.as_published_code=True",
         ),
         BASE,
     )
@@ -116,13 +119,27 @@ def test_an_attack_by_its_import_path_keeps_the_budget_and_the_training():
     for attack in config_.attacks:
         assert (attack.budget, attack.recipe.epochs, attack.seeds) == (700, 3, 50)
         assert attack.label.endswith("(as published code)")
-    custom = config.override(BASE, "attack=madjax.attacks.Custom")
+    custom = config.override(BASE, "attacks=madjax.attacks.Custom")
     with pytest.raises(InputError, match=r"such as my_module\.my_function"):
-        config.override(custom, "attack.collect=no.such_function")
-    assert config.override(custom, "attack.collect=madjax.fit").attack.collect is madjax.fit
-    adaptive = config.override(BASE, "attack=madjax.AdaptiveKnockoff")
-    loss = config.override(adaptive, "attack.rewards=madjax.attacks.loss,madjax.attacks.certainty")
-    assert [r.__name__ for r in loss.attack.rewards] == ["loss", "certainty"]
+        config.override(custom, "attacks.collect=no.such_function")
+    assert config.override(custom, "attacks.collect=madjax.fit").attacks[0].collect is madjax.fit
+    adaptive = config.override(BASE, "attacks=madjax.AdaptiveKnockoff")
+    rewards = "attacks.rewards=madjax.attacks.disagreement,madjax.attacks.certainty"
+    chosen = config.override(adaptive, rewards)
+    assert [r.__name__ for r in chosen.attacks[0].rewards] == ["disagreement", "certainty"]
+
+
+@pytest.mark.parametrize(
+    ("attacks", "words"),
+    [
+        (madjax.Knockoff(), r"attacks is Knockoff.*give a tuple, such as \(Knockoff\(\),\)"),
+        ((madjax.MAD(),), r"attacks holds MAD.*not a madjax\.Attack"),
+        ((), "attacks holds nothing"),
+    ],
+)
+def test_attacks_are_a_tuple_of_attacks(attacks, words):
+    with pytest.raises(InputError, match=words):
+        replace(BASE, attacks=attacks)
 
 
 def test_shipped_configs_load_and_say_their_claim_command_and_cost():
@@ -191,7 +208,7 @@ def test_partial_functions_are_described_whole():
 def test_hash_sees_every_value_and_survives_json():
     description = config.describe(BASE)
     assert config.digest(json.loads(json.dumps(description))) == config.digest(description)
-    for change in ({"seeds": (1,)}, {"name": "other"}, {"defense": madjax.MAD(layers="all")}):
+    for change in ({"seeds": (1,)}, {"name": "other"}, {"defense": madjax.MAD(layers="last")}):
         assert config.digest(config.describe(replace(BASE, **change))) != config.digest(description)
 
 

@@ -478,7 +478,7 @@ def test_folder_mistakes(tmp_path):
     assert "no folder or .zip" in message(f"folder:{tmp_path / 'none'}")
     assert "no train images" in message(f"folder:{tmp_path}")
     (tmp_path / "bad.zip").write_text("text")
-    assert "no readable .zip" in message(f"folder:{tmp_path / 'bad.zip'}")
+    assert "not a readable .zip" in message(f"folder:{tmp_path / 'bad.zip'}")
     one = png(pixels(0, 4, 4))
     root = write_tree(tmp_path / "x", {"test/a/0.png": one})
     assert "no train images" in message(f"folder:{root}")
@@ -767,4 +767,4 @@ def test_tfds_with_mock_data(name, shape, tmp_path):
 
 def test_tfds_set_without_images(tmp_path):
     with tfds.testing.mock_data(num_examples=2):
-        assert "is no image classification set" in message("tfds:anli", tmp_path)
+        assert "is not an image classification set" in message("tfds:anli", tmp_path)

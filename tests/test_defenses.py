@@ -351,7 +351,7 @@ def test_rows_tell_settings_apart():
     ]
     labels = [defense.label for defense in said]
     assert len(set(labels)) == len(labels)
-    assert labels[1] == "mad, last, extreme, l1, surrogate of 1 epoch"
+    assert labels[1] == "mad, all, extreme, l1, surrogate of 1 epoch"
     assert labels[5] == "top1, not normalised"
     names = [defense.describe()["defense"] for defense in said]
     assert set(names) == {

@@ -70,6 +70,7 @@ def test_structured_jacrev_and_explicit_gradients_agree(mixed):
     assert set(coverage(model.apply, params, x).values()) == {"structured"}
 
 
+@pytest.mark.smoke
 def test_lenet_structured_is_jacrev(lenet):
     classifier, params, x = lenet
     reference = gram(classifier.apply, params, x, method="jacrev")

@@ -49,6 +49,7 @@ def explicit_angle(y_tilde, y, g):
     return np.degrees(np.arccos(a @ u / np.linalg.norm(a) / np.linalg.norm(u)))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("seed", range(5))
 def test_deviation_and_angle_are_those_of_the_gradients(seed):
     y, g = problem(seed)
@@ -65,6 +66,7 @@ def test_small_angles_keep_their_digits():
     np.testing.assert_allclose(angle(near, y, g @ g.T), want, rtol=1e-2)
 
 
+@pytest.mark.smoke
 def test_right_and_opposite_angles():
     # With G = [u; -u; v], u orthogonal to v, the angles between vertices are known.
     m = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 4.0]])
@@ -75,6 +77,7 @@ def test_right_and_opposite_angles():
     assert deviation(one, one, m) == 0
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("k", [2, 3, 7])
 @pytest.mark.parametrize("seed", range(4))
 def test_extreme_is_the_best_vertex(seed, k):

@@ -266,7 +266,7 @@ STUDY = Sweep(
     defense=MAD(layers="all"),
     epsilons=(0.0, 0.7, 2.0),
     seeds=(0, 1),
-    attack=replace(ONLINE, architecture=small, judged=20),
+    attacks=(replace(ONLINE, architecture=small, judged=20),),
 )
 NOT_MEASURED = ("seconds", "device", "git_commit")
 
@@ -365,7 +365,7 @@ def test_the_grid_is_its_single_cells_on_any_devices(
 
 def test_all_cells_of_an_accelerator_at_once_are_the_same(finished, data, tmp_path, monkeypatch):
     _, rows = finished
-    monkeypatch.setattr(sweep.campaign, "default_mapping", lambda: sweep.together)
+    monkeypatch.setattr(sweep.campaign, "default_mapping", lambda: sweep.vmap_cells)
     again = sweep.run(STUDY, tmp_path / "run", data_dir=data, log=lambda _: None)
     for row, old in zip(again, rows, strict=True):
         np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)
@@ -397,14 +397,14 @@ def test_a_stopped_run_goes_on_to_the_same_rows(finished, data, tmp_path, monkey
 def test_white_box_and_knockoff_share_a_sweep(data, tmp_path):
     attacks = (
         Knockoff(budget=20, architecture=small, recipe=Recipe(epochs=1, batch_size=10)),
-        STUDY.attack,
-        replace(STUDY.attack, refresh=6),
+        *STUDY.attacks,
+        replace(STUDY.attacks[0], refresh=6),
     )
-    defenses = (MAD(layers="last"), ReverseSigmoid(strengths=(0.0, 1.0)))
-    config = replace(STUDY, defense=defenses, attack=attacks, seeds=(0,))
+    defenses = (MAD(layers="last", strengths=(0.7,)), ReverseSigmoid(strengths=(0.0, 1.0)))
+    config = replace(STUDY, defense=defenses, attacks=attacks, seeds=(0,))
     rows = sweep.run(config, tmp_path / "run", data_dir=data, log=lambda _: None)
     said = [(r["defense"], r["attack"], r["variant"], r["epsilon"]) for r in rows]
-    assert len(set(said)) == len(said) == 3 * 3 + 3 * 2
+    assert len(set(said)) == len(said) == 3 * 1 + 3 * 2
     assert {v for _, _, v, _ in said} == {"", "surrogate every 6 steps"}
     report.write_report(tmp_path / "run")
     assert (tmp_path / "run" / "angles.png").is_file()
@@ -416,7 +416,7 @@ def test_white_box_and_knockoff_share_a_sweep(data, tmp_path):
 
 
 def test_what_cannot_work_is_refused_before_any_work(data, tmp_path):
-    few = replace(STUDY, attack=replace(STUDY.attack, images=31))
+    few = replace(STUDY, attacks=(replace(STUDY.attacks[0], images=31),))
     with pytest.raises(InputError, match="images of Online is 31"):
         sweep.run(few, tmp_path / "run", data_dir=data)
     with pytest.raises(InputError, match="one budget"):
@@ -473,9 +473,9 @@ def test_the_table_and_the_figures_of_a_study(finished):
 def test_the_command_runs_the_study_and_refuses_what_is_none(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = ("dataset=embedded:mnist[:200,:60]", "queryset=embedded:fashion_mnist[:50]")
-    changes += ("victim.epochs=1", "epsilons=0,0.99", "attack.images=40", "attack.budget=6")
-    changes += ("attack.every=4", "attack.judged=10", "seeds=0")
-    changes += ("architecture=madjax.MLP", "attack.architecture=madjax.MLP")
+    changes += ("victim.epochs=1", "epsilons=0,0.99", "attacks.images=40", "attacks.budget=6")
+    changes += ("attacks.every=4", "attacks.judged=10", "seeds=0")
+    changes += ("architecture=madjax.MLP", "attacks.architecture=madjax.MLP")
     words = [word for each in changes for word in ("--set", each)]
     assert main(["angle", *words]) == 0
     said = capsys.readouterr().out

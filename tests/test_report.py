@@ -354,7 +354,7 @@ def test_error_bars_are_the_std_both_ways():
 def test_no_ideal_without_the_number_of_classes_and_none_without_an_undefended_run():
     for rows in ([row(), row(epsilon=1.0)], [row(epsilon=1.0, num_classes=10)]):
         (ax,) = report.figure(rows).get_axes()
-        assert marked(ax, "ideal defence").get_xydata().shape == (0, 2)
+        assert "ideal defence" not in {line.get_label() for line in ax.get_lines()}
 
 
 def test_epsilon_labels_do_not_crowd():
@@ -522,6 +522,25 @@ def test_curves_of_one_panel_look_different_and_mad_alone_is_solid():
         assert solid == {"MAD, last layer", "MAD-argmax, all parameters"}
         # What is dashed lies above it.
         assert {line.get_label() for line in lines[:2]} == solid
+
+
+def test_no_two_curves_of_a_figure_have_one_colour():
+    rows = [{**r, "attack": f"attack {i}"} for i in range(21) for r in grid()[:8]]
+    legend = report.figure(rows).legends[0]
+    curves = legend.get_lines()[:-3]  # the last are marks and the diagonal
+    assert len(curves) >= 21
+    assert len({line.get_color() for line in curves}) == len(curves)
+    assert len({text.get_text() for text in legend.get_texts()}) == len(legend.get_texts())
+
+
+def test_no_axis_shows_more_than_100_percent():
+    best = {"defender_accuracy": 99.9, "attacker_accuracy": 99.8}
+    rows = [row(epsilon=0.0, **best), row(epsilon=0.5, **best | {"attacker_accuracy": 20.0})]
+    rows += [other("rounding", 0.1, **best)]
+    for make in (report.figure, report.defenses_figure):
+        for ax in make(rows).get_axes():
+            assert ax.get_xlim()[1] == 100
+            assert ax.get_ylim()[1] == 100 or "L1" in ax.get_ylabel()
 
 
 @pytest.mark.parametrize("attacks", ["a", "abc"])

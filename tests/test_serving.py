@@ -75,7 +75,7 @@ def test_bad_files_and_queries_are_named(networks, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         madjax.load(tmp_path / "a")
     (tmp_path / "a").write_text("no export")
-    with pytest.raises(InputError, match="is no exported function"):
+    with pytest.raises(InputError, match="is not an exported function"):
         madjax.load(tmp_path / "a")
     madjax.export(predict, tmp_path / "a", shape=(8, 8, 1), platforms=("cuda",))
     with pytest.raises(InputError, match="runs on cuda, not on cpu: export it again"):

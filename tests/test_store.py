@@ -9,6 +9,8 @@ import pytest
 from madjax import InputError, store
 from madjax.report import read_rows
 
+pytestmark = pytest.mark.smoke
+
 CONFIG = {"name": "a", "attack": {"budget": 10}, "seeds": [0]}
 
 

@@ -134,7 +134,7 @@ class Setting:
             )
             transfer = attack.begin(world)
             for r in range(attack.rounds):
-                transfer = attack.round(jnp.int32(r), transfer, world)
+                transfer = attack.proceed(jnp.int32(r), transfer, world)
             return transfer
 
         results = {}
@@ -184,7 +184,7 @@ def run_grid(setting, attack, identities, devices, mapping):
 
     training, lesson = setting.training(attack), setting.lesson()
     transfer = over(program.begin)(stacked, shared)
-    advance = over(program.round)
+    advance = over(program.proceed)
     for r in range(attack.rounds):
         transfer = advance((stacked, transfer), (shared, np.int32(r)))
     state = over(training.start)(stacked, lesson)
@@ -205,10 +205,10 @@ GRIDS = {
 @pytest.mark.parametrize(
     ("count", "devices", "mapping"),
     [
-        (1, 4, sweep.serially),
-        (6, 4, sweep.serially),
-        (6, 4, sweep.together),
-        (8, 4, sweep.serially),
+        (1, 4, sweep.map_cells),
+        (6, 4, sweep.map_cells),
+        (6, 4, sweep.vmap_cells),
+        (8, 4, sweep.map_cells),
     ],
 )
 def test_grid_is_a_loop_over_cells(setting, singly, count, devices, mapping):
@@ -226,7 +226,7 @@ def test_the_utility_of_the_grid_is_that_of_its_answers(setting):
     program, shared = setting.program(KNOCKOFF), setting.shared(KNOCKOFF)
     _, stacked = stack(GRIDS[6], 1)
     mesh = sweep.make_mesh(jax.devices()[:1])
-    utility = sweep.over_cells(program.usefulness, mesh, sweep.together)(stacked, shared)
+    utility = sweep.over_cells(program.utility, mesh, sweep.vmap_cells)(stacked, shared)
     y = setting.posterior(setting.x_test)
     for i, (epsilon, seed) in enumerate(GRIDS[6]):
         respond = as_function(
@@ -257,12 +257,12 @@ ATTACKS = {
 @pytest.mark.parametrize(
     ("name", "mapping"),
     [
-        ("jbda", sweep.serially),
-        ("knockoff, repeated and augmented", sweep.serially),
-        ("adaptive", sweep.serially),
-        pytest.param("jbda", sweep.together, marks=pytest.mark.slow),
-        pytest.param("jbself as published code", sweep.together, marks=pytest.mark.slow),
-        pytest.param("jbtop2 with a reservoir", sweep.together, marks=pytest.mark.slow),
+        ("jbda", sweep.map_cells),
+        pytest.param("knockoff, repeated and augmented", sweep.map_cells, marks=pytest.mark.slow),
+        pytest.param("adaptive", sweep.map_cells, marks=pytest.mark.slow),
+        pytest.param("jbda", sweep.vmap_cells, marks=pytest.mark.slow),
+        pytest.param("jbself as published code", sweep.vmap_cells, marks=pytest.mark.slow),
+        pytest.param("jbtop2 with a reservoir", sweep.vmap_cells, marks=pytest.mark.slow),
     ],
 )
 def test_the_grid_of_every_attack_is_a_loop_over_cells(asked, name, mapping):
@@ -278,30 +278,35 @@ def test_the_grid_of_every_attack_is_a_loop_over_cells(asked, name, mapping):
         np.testing.assert_allclose(state.accuracy, trained.accuracy, atol=0.34)
 
 
-def test_no_device_talks_to_another(asked):
+@pytest.mark.parametrize(
+    ("attack", "mapping"),
+    [(ATTACKS["jbda"], sweep.vmap_cells), (KNOCKOFF, sweep.map_cells)],
+    ids=["asking, vmap", "prepared, map"],
+)
+def test_no_device_talks_to_another(asked, attack, mapping):
     mesh = sweep.make_mesh()
     assert mesh.size == 4
-    attack = ATTACKS["jbda"]
     program, shared = asked.program(attack), asked.shared(attack)
+    assert (shared.posteriors is None) == (attack is not KNOCKOFF)
     _, stacked = stack([(0.4, seed) for seed in (0, 1, 2)], 4)
     training, lesson = asked.training(attack), asked.lesson()
     like, learner = (
-        jax.eval_shape(sweep.over_cells(f, mesh, sweep.together), stacked, common)
+        jax.eval_shape(sweep.over_cells(f, mesh, mapping), stacked, common)
         for f, common in ((program.begin, shared), (training.start, lesson))
     )
     for function, mine, common in (
         (program.begin, stacked, shared),
-        (program.round, (stacked, like), (shared, np.int32(0))),
+        (program.proceed, (stacked, like), (shared, np.int32(0))),
+        (program.utility, stacked, shared),
         (training.advance, (like, learner), lesson),
     ):
-        text = (
-            sweep.over_cells(function, mesh, sweep.together).lower(mine, common).compile().as_text()
-        )
-        assert "fusion" in text
+        text = sweep.over_cells(function, mesh, mapping).lower(mine, common).compile().as_text()
+        assert "HloModule" in text
         for word in ("all-reduce", "all-gather", "all-to-all", "collective", "reduce-scatter"):
             assert word not in text
 
 
+@pytest.mark.smoke
 def test_waves_cover_the_grid_once_and_have_one_size():
     cells = [sweep.Cell(np.float32(i), np.uint32(0), np.int32(0)) for i in range(7)]
     cut = list(sweep.waves(cells, 3))
@@ -330,7 +335,7 @@ CONFIG = Sweep(
     victim=Recipe(epochs=2, batch_size=16),
     epsilons=(0.0, 0.99),
     seeds=(0, 1, 2),
-    attack=Knockoff(budget=BUDGET, architecture=Small, recipe=Recipe(epochs=3, batch_size=16)),
+    attacks=(Knockoff(budget=BUDGET, architecture=Small, recipe=Recipe(epochs=3, batch_size=16)),),
 )
 
 
@@ -349,6 +354,7 @@ def finished(tmp_path_factory):
     return data, out, sweep.run(CONFIG, out, data_dir=data, log=lambda line: None)
 
 
+@pytest.mark.smoke
 def test_rows_are_written_as_returned(finished):
     _, out, rows = finished
     assert read_rows(out) == rows
@@ -426,7 +432,7 @@ def test_attacks_and_budgets_share_a_run_and_resume_in_the_middle(tmp_path, monk
         jbda(seeds=10, substitute=replace(SUBSTITUTE, batch_size=8), **small),
         Knockoff(variant="argmax", targets=top_label, repeats=2, **small),
     )
-    chosen = replace(CONFIG, epsilons=(0.5,), seeds=(0,), attack=attacks, budgets=(20,))
+    chosen = replace(CONFIG, epsilons=(0.5,), seeds=(0,), attacks=attacks, budgets=(20,))
     for resume, saves in ((False, 1), (True, 3), (True, 4)):
         with monkeypatch.context() as patch:
             interrupt_after(patch, "save", saves)
@@ -553,7 +559,7 @@ def test_a_smaller_budget_trains_anew_on_the_first_examples(asked):
     mesh, (_, stacked) = sweep.make_mesh(jax.devices()[:1]), stack([cell], 1)
     training, lesson = sweep.Training(asked.classifier, RECIPE, 20), asked.lesson()
     start, advance = (
-        sweep.over_cells(f, mesh, sweep.serially) for f in (training.start, training.advance)
+        sweep.over_cells(f, mesh, sweep.map_cells) for f in (training.start, training.advance)
     )
     state, transfers = start(stacked, lesson), jax.tree.map(lambda a: a[None], transfer)
     for _ in range(RECIPE.epochs):
@@ -602,9 +608,9 @@ def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
 
     for change, words in (
         ({"defense": MAD(oracle=broken_oracle)}, "the defence MAD.*fails on these data"),
-        ({"architecture": Headless}, "layers='last' needs"),
-        ({"attack": Custom(collect=too_few, architecture=Small)}, "makes targets of shape"),
-        ({"attack": Custom(architecture=Small)}, "the attack custom fails on these data"),
+        ({"architecture": Headless, "defense": MAD(layers="last")}, "layers='last' needs"),
+        ({"attacks": (Custom(collect=too_few, architecture=Small),)}, "makes targets of shape"),
+        ({"attacks": (Custom(architecture=Small),)}, "the attack custom fails on these data"),
     ):
         with pytest.raises(InputError, match=words):
             sweep.run(replace(CONFIG, **change), tmp_path / "out", data_dir=data)
@@ -619,7 +625,7 @@ def test_an_architecture_that_does_not_fit_is_named(tmp_path):
     def wrong(classes):
         return Small(classes + 1)
 
-    attack = replace(CONFIG.attack, architecture=wrong)
+    attack = replace(CONFIG.attacks[0], architecture=wrong)
     with pytest.raises(InputError, match="attacker's wrong gives outputs"):
-        sweep.run(replace(CONFIG, attack=attack), tmp_path / "out", data_dir=data)
+        sweep.run(replace(CONFIG, attacks=(attack,)), tmp_path / "out", data_dir=data)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 """Model-stealing attacks as pure functions with fixed shapes."""
 
-from madjax.attacks.adaptive import AdaptiveKnockoff, certainty, diversity, loss
+from madjax.attacks.adaptive import AdaptiveKnockoff, certainty, disagreement, diversity
 from madjax.attacks.attack import (
     Attack,
     Custom,
@@ -38,13 +38,13 @@ __all__ = [
     "certainty",
     "check_transfer",
     "crop_and_flip",
+    "disagreement",
     "diversity",
     "draw",
     "jbda",
     "jbself",
     "jbtop",
     "keys",
-    "loss",
     "posteriors",
     "steal",
     "top_label",

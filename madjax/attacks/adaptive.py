@@ -46,8 +46,11 @@ def diversity(targets: Array, logits: Array, mean: Array) -> Array:
     return jnp.maximum(targets - mean[None], 0).sum(-1)
 
 
-def loss(targets: Array, logits: Array, mean: Array) -> Array:
-    """The cross-entropy of the scratch network on the answer, before it has trained on it."""
+def disagreement(targets: Array, logits: Array, mean: Array) -> Array:
+    """The cross-entropy of the scratch network on the answer, before it trains on it.
+
+    The paper's loss reward.
+    """
     del mean
     return cross_entropy(logits, targets)
 
@@ -63,15 +66,16 @@ class _Bandit(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptiveKnockoff(Attack):
-    """The adaptive strategy, with any rewards; the paper's are certainty, diversity and loss.
+    """The adaptive strategy, with any rewards.
 
-    rewards: each is rescaled to [0, 1] by its least and greatest value so far, and they are
+    rewards: those of the paper are certainty, diversity and its loss (`disagreement`). Each is
+    rescaled to [0, 1] by its least and greatest value so far, and they are
     averaged; all three together are the paper's "all". online: how the scratch network trains; a
     step is one batch of it, and counts as an epoch for its `decay_epochs`; `epochs` says nothing.
     """
 
     name: str = "knockoff_adaptive"
-    rewards: tuple[Reward, ...] = (certainty, diversity, loss)
+    rewards: tuple[Reward, ...] = (certainty, diversity, disagreement)
     online: Recipe = Recipe(epochs=1, learning_rate=0.01, decay_epochs=0)
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """What every attack is: a way to spend a query budget, and the training of a stolen model.
 
-An attack asks the defended victim in `begin` and in a fixed number of `round`s, each a pure
-function with fixed shapes, and leaves a transfer set; `steal` then trains the stolen model on it.
-The sweep compiles the same functions for a whole grid.
+An attack asks the defended victim in `begin` and then in a fixed number of rounds, `proceed`. Each
+is a pure function with fixed shapes. They leave a transfer set, on which `steal` then
+trains the stolen model. The sweep compiles the same functions for a whole grid.
 """
 
 from collections.abc import Callable
@@ -94,8 +94,9 @@ def top_label(answers: Array) -> Array:
 
 @dataclass(frozen=True)
 class Attack:
-    """The settings that all attacks share; a new attack overrides `begin`, and `round` if need be.
+    """The settings that all attacks share.
 
+    A new attack overrides `begin`, and `proceed` if it asks in rounds.
     budget: queries, all of which are spent. targets: what is learnt of an answer. source: where
     the attacker's own images come from, the sweep's "queryset" or the victim's "dataset". variant
     names the settings in rows and figures where one sweep holds several of an attack.
@@ -138,13 +139,13 @@ class Attack:
         if budget > self.budget:
             raise InputError(
                 f"budgets holds {budget}: {self.title} spends {self.budget}, give a number from 1 "
-                "to that, or raise attack.budget"
+                "to that, or raise its budget"
             )
         return budget
 
     @property
     def rounds(self) -> int:
-        """How often `round` is called after `begin`."""
+        """How often `proceed` is called after `begin`."""
         return 0
 
     def check(self, num_images: int, num_classes: int, image_shape: tuple[int, ...]) -> None:
@@ -167,7 +168,7 @@ class Attack:
         """The first queries: a transfer set of full length, answered as far as they go."""
         raise NotImplementedError
 
-    def round(self, r: Array, transfer: Transfer, world: World) -> Transfer:
+    def proceed(self, r: Array, transfer: Transfer, world: World) -> Transfer:
         """Round r of `rounds`, int32 from 0: more queries; r may be traced."""
         del r, world
         return transfer
@@ -283,7 +284,7 @@ def steal(
 
     @jax.jit
     def advance(r: Array, transfer: Transfer, images: Array, labels: Array) -> Transfer:
-        return attack.round(r, transfer, world(images=images, labels=labels, key=key["draw"]))
+        return attack.proceed(r, transfer, world(images=images, labels=labels, key=key["draw"]))
 
     transfer = begin(images, labels)
     for r in range(attack.rounds):

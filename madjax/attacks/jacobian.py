@@ -215,7 +215,7 @@ class JacobianAugmentation(Attack):
             asked,
         )
 
-    def round(self, r: Array, transfer: Transfer, world: World) -> Transfer:
+    def proceed(self, r: Array, transfer: Transfer, world: World) -> Transfer:
         """Train a substitute on all that was answered, and ask for new images around it."""
         plan = self._plan()
         now = _Round(*(jnp.asarray(np.array(column))[r] for column in zip(*plan, strict=True)))

@@ -147,7 +147,7 @@ def _roots(data_dir: str | Path | None) -> list[Path]:
 def _open_bare(name: str, data_dir: str | Path | None) -> Dataset:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(
-            f"data set name {name!r} is no plain name: for a path write npz:PATH or folder:PATH"
+            f"data set name {name!r} is not a plain name: for a path write npz:PATH or folder:PATH"
         )
     for root in _roots(data_dir):
         if (root / f"{name}.npz").is_file():

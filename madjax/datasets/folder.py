@@ -29,7 +29,7 @@ def _members(path: Path) -> Iterator[dict[str, Callable[[], bytes]]]:
             archive = zipfile.ZipFile(path)
         except DAMAGED as error:
             raise InputError(
-                f"{str(path)!r} is no readable .zip ({first_line(error)}): give a folder or .zip"
+                f"{str(path)!r} is not a readable .zip ({first_line(error)}): give a folder or .zip"
             ) from error
         with archive:
             names = [i.filename for i in archive.infolist() if not i.is_dir()]

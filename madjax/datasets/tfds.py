@@ -93,7 +93,7 @@ def _tfds_keys(source: Any, name: str) -> tuple[str, str]:
     keys = info.supervised_keys or ("image", "label")
     if len(keys) != 2 or not all(isinstance(k, str) and k in info.features for k in keys):
         raise InputError(
-            f"TFDS data set {name!r} is no image classification set (features "
+            f"TFDS data set {name!r} is not an image classification set (features "
             f"{', '.join(info.features)}): choose one with an image and a label"
         )
     return tuple(keys)

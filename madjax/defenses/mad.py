@@ -28,15 +28,15 @@ Array = jax.Array
 class MAD(Defense):
     """Maximising angular deviation (Algorithm 1); the strength is the budget epsilon.
 
-    layers: the surrogate's parameters that G is taken over, "all" (Eq. 5), "last" (the authors'
-    code), or "identity" (the ablation G = I, which has no surrogate). oracle, distance,
+    layers: the surrogate's parameters that G is taken over, "all" (Eq. 5, the default), "last" (the
+    authors' code), or "identity" (the ablation G = I, which has no surrogate). oracle, distance,
     constraints, objective and method are those of `madjax.solve`; with `oracle=argmax_preserving`
     rows call it MAD-argmax. surrogate_epochs: how long the surrogate, which has the victim's
     architecture, is trained, by the victim's recipe on the victim's data; 0, random parameters, is
     the paper's best choice (section 4).
     """
 
-    layers: str = "last"
+    layers: str = "all"
     oracle: Oracle = extreme
     distance: Distance = l1
     surrogate_epochs: int = 0

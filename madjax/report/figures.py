@@ -146,21 +146,40 @@ def _canvas(lines: int, columns: int, looks: dict[str, dict]):
 def _looks(said: dict[Curve, str]) -> dict[str, dict]:
     """Options of matplotlib for each label: solid lines for MAD, others dashed where beside it.
 
-    Curves that keep the defender's accuracy cover one another, and dashes let both be seen.
+    Curves that keep the defender's accuracy cover one another, and dashes let both be seen. No two
+    labels share a colour. Of many, neighbours have similar colours and different dashes.
     """
-    beside = any(map(_is_plain_mad, said))
+    mad, others = STYLES[:1], STYLES[1:]
+    if not 0 < sum(map(_is_plain_mad, said)) < len(said):
+        mad = others = STYLES
+    colours = _colours(len(set(said.values())))
     looks = {}
     for curve, label in said.items():
-        i = len(looks)
-        style = i // len(COLOURS) + int(beside and not _is_plain_mad(curve))
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[style % len(STYLES)]}
-        looks.setdefault(label, look)
+        styles = mad if _is_plain_mad(curve) else others
+        at = len(looks) if len(colours) > len(COLOURS) else 0
+        if label not in looks:
+            looks[label] = {"color": colours[len(looks)], "ls": styles[at % len(styles)]}
     return looks
+
+
+def _colours(count: int) -> list[str]:
+    """So many different colours: those of `COLOURS`, or of a rainbow where they are too few."""
+    from matplotlib import colormaps  # lazy: a second that tables do not need
+    from matplotlib.colors import to_hex
+
+    if count <= len(COLOURS):
+        return list(COLOURS)
+    return [to_hex(each) for each in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
+
+
+def _seeds(rows: list[dict]) -> str:
+    count = len({row["seed"] for row in rows})
+    return f"{count} seed" + "s" * (count > 1)
 
 
 def _title(ax, dataset: str, attack: str, rows: list[dict]) -> None:
     runs = [", ".join(sorted({name(row[f]) for row in rows})) for f in ("victim", "queryset")]
-    small = f"victim {runs[0]} · queries {runs[1]} · {len({row['seed'] for row in rows})} seed(s)"
+    small = f"victim {runs[0]} · queries {runs[1]} · {_seeds(rows)}"
     # A longer title stands on a line of its own.
     large = f"{dataset}, {attack}\n" if attack else dataset
     ax.set_title(large, loc="left", fontweight="bold", color=INK)

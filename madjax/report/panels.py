@@ -59,12 +59,15 @@ def draw(
         x, dx, y, dy = _xy(line.points, utility).T
         dx, dy = np.nan_to_num([dx, dy])
         crosses = [i for i, p in enumerate(line.points) if p.epsilon]
-        ax.plot(x, y, **line.look, **CROSS, markevery=crosses, label=line.label, gid="curve")
+        # A mark on the edge of the panel, at 100 %, is drawn whole.
+        whole = {"clip_on": False, "gid": "curve", "markevery": crosses}
+        ax.plot(x, y, **line.look, **CROSS, **whole, label=line.label)
         ax.errorbar(x, y, dy, dx, fmt="none", ecolor=line.look["color"], elinewidth=1, alpha=0.35)
-    for mark, (x, y) in ((CIRCLE, start[:, [0, 2]].T), (IDEAL, ideal.T)):
-        ax.plot(x, y, **mark)
-    left, right = _limits(seen[:, 0], PERCENT)
-    bottom, top = _limits(seen[:, 1], utility.span)
+    for mark, points in ((CIRCLE, start[:, [0, 2]]), (IDEAL, ideal)):
+        if len(points):  # an empty line that is not clipped has no extent to lay out
+            ax.plot(*points.T, **mark, clip_on=False)
+    left, right = _limits(seen[:, 0], PERCENT, most=100)
+    bottom, top = _limits(seen[:, 1], utility.span, most=100 if utility.accuracy else np.inf)
     if utility.accuracy:
         ax.axline((0, 0), slope=1, **DIAGONAL, zorder=1)
         ax.fill_between([left, right], [left, right], bottom - 100, color=GREY, alpha=0.10, lw=0)
@@ -88,11 +91,12 @@ def _xy(points: list[Summary], utility: Utility) -> np.ndarray:
     return np.array(both, dtype=float).reshape(-1, 4)
 
 
-def _limits(values: np.ndarray, least: float) -> tuple[float, float]:
+def _limits(values: np.ndarray, least: float, most: float) -> tuple[float, float]:
+    """The ends of an axis: room around the values, `least` long at least, never beyond `most`."""
     known = values[np.isfinite(values)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
     pad = max(0.08 * (high - low), (least - high + low) / 2)
-    return low - pad, high + pad
+    return low - pad, min(high + pad, most)
 
 
 def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:

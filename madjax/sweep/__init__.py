@@ -9,10 +9,10 @@ from madjax.sweep.cells import (
     default_mapping,
     device_name,
     make_mesh,
+    map_cells,
     over_cells,
-    serially,
     split_cpu,
-    together,
+    vmap_cells,
     waves,
 )
 from madjax.sweep.defended import defended
@@ -32,10 +32,10 @@ __all__ = [
     "direction_kept",
     "grid",
     "make_mesh",
+    "map_cells",
     "over_cells",
     "run",
-    "serially",
     "split_cpu",
-    "together",
+    "vmap_cells",
     "waves",
 ]

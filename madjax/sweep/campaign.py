@@ -26,8 +26,7 @@ from madjax.sweep.cells import (
 )
 from madjax.sweep.rows import identity, identity_of_row, measured
 from madjax.sweep.victim import Log
-
-Array = jax.Array
+from madjax.train import State
 
 
 def budgets_of(config: Sweep, attack: Attack) -> list[int]:
@@ -93,8 +92,8 @@ class TransferCampaign(Campaign):
 
     def __init__(self, config: Sweep, program: Program, shared: Shared, mesh: Mesh, *rest: Any):
         super().__init__(config, program, shared, mesh, *rest)
-        self.usefulness, self.begin, self.round = (
-            self.over(f) for f in (program.usefulness, program.begin, program.round)
+        self.utility, self.begin, self.proceed = (
+            self.over(f) for f in (program.utility, program.begin, program.proceed)
         )
         self.lesson = Lesson(shared.images, shared.test_images, shared.test_labels)
         trainings = {
@@ -111,11 +110,11 @@ class TransferCampaign(Campaign):
         # On another count of devices a wave holds other cells, and begins anew.
         name = f"{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
         transfer, spent = self._collect(f"{name}-transfer", stacked)
-        useful = self.usefulness(stacked, self.shared)
+        useful = self.utility(stacked, self.shared)
         for budget in filter(missing.get, self.budgets):
             at = f"{name}-budget-{budget}"
-            accuracy, seconds = self._train(at, budget, transfer, stacked, len(missing[budget]))
-            results = jax.device_get((useful, transfer.asked, accuracy))
+            state, seconds = self._train(at, budget, transfer, stacked, len(missing[budget]))
+            results = jax.device_get((useful, transfer.asked, state.accuracy, state.loss))
             for i in missing[budget]:
                 mine = jax.tree.map(lambda a, i=i: a[i], results)
                 row = measured(self.program, budget, wave[i], *mine)
@@ -130,7 +129,7 @@ class TransferCampaign(Campaign):
         store.discard(self.directory, f"{name}-transfer")
 
     def _collect(self, name: str, stacked: Cell) -> tuple[Transfer, float]:
-        """The wave's transfer sets, from their checkpoint as far as that goes, and the seconds."""
+        """The wave's transfer sets and the seconds; a checkpoint spares the rounds it holds."""
         rounds = self.attack.rounds
         like = jax.eval_shape(self.begin, stacked, self.shared), np.zeros(()), np.zeros((), int)
         saved = store.restore(self.directory, name, like)
@@ -145,7 +144,7 @@ class TransferCampaign(Campaign):
             seconds, first = float(saved[1]), int(saved[2])
         for r in range(first, rounds):
             began = time.perf_counter()
-            transfer = self.round((stacked, transfer), (self.shared, np.int32(r)))
+            transfer = self.proceed((stacked, transfer), (self.shared, np.int32(r)))
             jax.block_until_ready(transfer)
             seconds += time.perf_counter() - began
             self._keep(name, transfer, seconds, r + 1)
@@ -162,8 +161,8 @@ class TransferCampaign(Campaign):
 
     def _train(
         self, name: str, budget: int, transfer: Transfer, stacked: Cell, cells: int
-    ) -> tuple[Array, float]:
-        """The accuracies of the wave's stolen models after each epoch, and the seconds."""
+    ) -> tuple[State, float]:
+        """The wave's stolen models after their last epoch, and the seconds."""
         start, advance = self.trainings[budget]
         state = start(stacked, self.lesson)
         seconds = 0.0
@@ -178,4 +177,4 @@ class TransferCampaign(Campaign):
             seconds += time.perf_counter() - began
             store.save(self.directory, name, e + 1, (state, np.asarray(seconds)))
             self.bar.update(cells)
-        return state.accuracy, seconds
+        return state, seconds

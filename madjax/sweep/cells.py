@@ -97,8 +97,8 @@ class Program:
         """
         transfer = self.begin(cell, shared)
         if self.attack.rounds:
-            transfer = self.round((cell, transfer), (shared, jnp.int32(0)))
-        self.usefulness(cell, shared)
+            transfer = self.proceed((cell, transfer), (shared, jnp.int32(0)))
+        self.utility(cell, shared)
         wanted = (self.attack.examples(self.attack.budget), self.num_classes)
         if transfer.targets.shape != wanted:
             raise InputError(
@@ -106,7 +106,7 @@ class Program:
                 f"{transfer.targets.shape}: return {wanted}, one row for each example"
             )
 
-    def usefulness(self, cell: Cell, shared: Shared) -> dict[str, Array]:
+    def utility(self, cell: Cell, shared: Shared) -> dict[str, Array]:
         """The defence's utility on the test set."""
         told = answers(
             self.defense,
@@ -121,9 +121,9 @@ class Program:
         """The attack's first queries."""
         return self.attack.begin(self._world(cell, shared))
 
-    def round(self, cell: tuple[Cell, Transfer], shared: tuple[Shared, Array]) -> Transfer:
+    def proceed(self, cell: tuple[Cell, Transfer], shared: tuple[Shared, Array]) -> Transfer:
         """Round r of the attack's queries; shared = (what cells share, r)."""
-        return self.attack.round(shared[1], cell[1], self._world(cell[0], shared[0]))
+        return self.attack.proceed(shared[1], cell[1], self._world(cell[0], shared[0]))
 
     def _world(self, cell: Cell, shared: Shared) -> World:
         key = keys(cell.seed)
@@ -189,12 +189,12 @@ class Training:
         )
 
 
-def serially(function: Callable[[Any], Any], cells: Any) -> Any:
+def map_cells(function: Callable[[Any], Any], cells: Any) -> Any:
     """One cell after another on a device: the faster on a CPU, whose cores one cell can fill."""
     return jax.lax.map(function, cells)
 
 
-def together(function: Callable[[Any], Any], cells: Any) -> Any:
+def vmap_cells(function: Callable[[Any], Any], cells: Any) -> Any:
     """All cells of a device at once, as batched products: what an accelerator needs to be full."""
     return jax.vmap(function)(cells)
 
@@ -203,8 +203,8 @@ Mapping = Callable[[Callable[[Any], Any], Any], Any]
 
 
 def default_mapping() -> Mapping:
-    """`serially` on a CPU, as measured by experiments/bench_training.py; `together` elsewhere."""
-    return serially if jax.default_backend() == "cpu" else together
+    """`map_cells` on a CPU (measured by experiments/bench_training.py), `vmap_cells` elsewhere."""
+    return map_cells if jax.default_backend() == "cpu" else vmap_cells
 
 
 def split_cpu(most: int) -> None:
@@ -257,7 +257,7 @@ def waves(cells: list[Cell], size: int) -> Iterator[tuple[list[Cell], Cell]]:
 
 
 def device_name(mesh: Mesh) -> str:
-    """The devices in words: how many and what; for a CPU its model and cores."""
+    """How many devices the mesh has and of what kind; for a CPU its model and cores."""
     device = mesh.devices.flat[0]
     name = device.device_kind
     if device.platform == "cpu":

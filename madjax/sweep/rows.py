@@ -42,9 +42,10 @@ def measured(
     program: Program,
     budget: int,
     cell: Cell,
-    usefulness: dict[str, Array],
+    utility: dict[str, Array],
     asked: Array,
     accuracy: Array,
+    loss: Array,
 ) -> dict[str, Any]:
     """The fields of one cell: which it is, the defence's utility, the attacker after each epoch."""
     attack = program.attack
@@ -52,8 +53,9 @@ def measured(
         **which(program, budget, cell),
         "queries": int(asked) if budget == attack.budget else budget,
         "epochs": attack.recipe.epochs,
-        **{name: number(value) for name, value in usefulness.items()},
+        **{name: number(value) for name, value in utility.items()},
         **after(accuracy),
+        "attacker_losses": numbers(loss),
     }
 
 

@@ -1,0 +1,7 @@
+"""`python -m madjax`: the command line."""
+
+import sys
+
+from madjax.cli import main
+
+sys.exit(main())

@@ -1,9 +1,8 @@
 """The white-box study in short: angles by epsilon, the paper's claims beside them, and variants.
 
 Claim: see configs/mnist_angle.py and configs/mnist_angle_variants.py, whose rows this reads.
-Command: python experiments/angle_summary.py experiments/results/mnist_angle \
-    experiments/results/mnist_angle_variants
-Cost: none; writes summary.md beside the rows of each.
+Command: python experiments/angle_summary.py [DIR VARIANTS_DIR]     (the two's results)
+Cost: none; writes summary.md beside the rows of each, or nothing with --smoke.
 
 Angles in degrees over all steps of all seeds' means; ± is the sample standard deviation over seeds.
 The paper's figures are those of section 5.2.3, for a VGG16 on CIFAR10 with N steps that it does not
@@ -13,6 +12,8 @@ say; ours are LeNet on MNIST.
 import argparse
 from pathlib import Path
 from statistics import fmean
+
+from measuring import RESULTS, parse
 
 from madjax.report import read_rows, summarise
 from madjax.report.names import attack, defence
@@ -98,17 +99,20 @@ def variants(points):
 def main():
     """Write the tables beside the rows, and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path, metavar="DIR")
-    parser.add_argument("variants", type=Path, nargs="?", metavar="VARIANTS_DIR")
-    options = parser.parse_args()
-    rows = read_rows(options.study)
+    for name, folder in (("DIR", "mnist_angle"), ("VARIANTS_DIR", "mnist_angle_variants")):
+        parser.add_argument(name, type=Path, nargs="?", default=RESULTS / folder)
+    options = parse(parser)
+    first, second = vars(options)["DIR"], vars(options)["VARIANTS_DIR"]
+    rows = read_rows(first)
     points = summarise(rows)
-    tables = {options.study: f"{angles(points)}\n{claims(points, rows)}"}
-    if options.variants:
-        tables[options.variants] = variants(summarise(read_rows(options.variants)))
+    tables = {
+        first: f"{angles(points)}\n{claims(points, rows)}",
+        second: variants(summarise(read_rows(second))),
+    }
     for directory, text in tables.items():
-        (directory / "summary.md").write_text(text)
         print(text)
+        if not options.smoke:
+            (directory / "summary.md").write_text(text)
 
 
 if __name__ == "__main__":

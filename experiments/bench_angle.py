@@ -2,7 +2,7 @@
 
 Claim: the grid of 7 epsilons of configs/mnist_angle.py takes >= 20 times as many steps a second as
 a plain PyTorch loop of the same study, one backward pass a class and step.
-Command: pip install -e ".[bench]" && python experiments/bench_angle.py --devices 2
+Command: pip install -e ".[bench]" && python experiments/bench_angle.py --devices 2 --out OUT
 Cost: about 5 minutes on 2 CPU cores.
 
 All variants run in turn, `--rounds` times, so that a busy machine slows them alike; the figures are
@@ -14,15 +14,12 @@ Neither side evaluates anything here. LeNet, K = 10, random images and posterior
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import HAS_TORCH, in_turns, parse, ratios, spread, use_devices, write
 
 from madjax import MAD, Classifier, LeNet, Online, sweep
 from madjax.datasets import MNIST_FAMILY
@@ -116,19 +113,19 @@ def pytorch(lean, steps, threads):
     return run, steps
 
 
-def measure(variants, rounds):
-    """First-call seconds, and steps a second in every round, for each variant in turn."""
-    first, rates = {}, {name: [] for name in variants}
-    for name, (run, _) in variants.items():
-        began = time.perf_counter()
-        run()
-        first[name] = time.perf_counter() - began
-    for _ in range(rounds):
-        for name, (run, steps) in variants.items():
-            began = time.perf_counter()
-            run()
-            rates[name].append(steps / (time.perf_counter() - began))
-    return first, rates
+def table(results):
+    """Markdown: a line for every variant."""
+    lines = [
+        "| variant | steps/s of the grid | ratio | ratio to one product |",
+        "| --- | --: | --: | --: |",
+    ]
+    for result in results:
+        said = [
+            "{} ({} to {})".format(*result[field]) if result[field] else ""
+            for field in ("steps_per_second", "ratio", "ratio_to_lean")
+        ]
+        lines.append(f"| {result['variant']} | " + " | ".join(said) + " |")
+    return "\n".join(lines)
 
 
 def main():
@@ -137,55 +134,32 @@ def main():
     parser.add_argument("--steps", type=int, default=200, help="of madjax, a round")
     parser.add_argument("--torch-steps", type=int, default=10, help="of PyTorch, a round")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices")
+    parser.add_argument("--devices", type=int, help="CPU devices")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
     parser.add_argument("--out", type=Path, help="without suffix: OUT.json and OUT.md")
-    options = parser.parse_args()
-    if jax.config.jax_platforms in (None, "cpu"):
-        jax.config.update("jax_num_cpu_devices", options.devices)
+    options = parse(parser, steps=2, torch_steps=1, rounds=1)
+    use_devices(options.devices)
     plain, lean = "PyTorch, objective per class", "PyTorch, one product"
-    variants = {
-        plain: pytorch(False, options.torch_steps, options.threads),
-        lean: pytorch(True, options.torch_steps, options.threads),
-        "madjax, lax.map": grid(sweep.map_cells, options.steps),
-        "madjax, vmap": grid(sweep.vmap_cells, options.steps),
-    }
-    first, rates = measure(variants, options.rounds)
-    results = []
-    for name, values in rates.items():
-        result = {"variant": name, "first_call_seconds": round(first[name], 1)}
-        result["steps_per_second"] = [round(f(values), 2) for f in (statistics.median, min, max)]
-        for title, other in (("ratio", plain), ("ratio_to_lean", lean)):
-            ratios = [a / b for a, b in zip(values, rates[other], strict=True)]
-            result[title] = [round(f(ratios), 2) for f in (statistics.median, min, max)]
-        results.append(result)
-    lines = [
-        "| variant | steps/s of the grid | ratio | ratio to one product |",
-        "| --- | --: | --: | --: |",
-    ]
-    for result in results:
-        said = [
-            "{} ({} to {})".format(*result[field])
-            for field in ("steps_per_second", "ratio", "ratio_to_lean")
-        ]
-        lines.append(f"| {result['variant']} | " + " | ".join(said) + " |")
-    print("\n".join(lines))
-    if options.out:
-        import torch
-
-        facts = {
-            "device": sweep.device_name(sweep.make_mesh()),
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "torch": torch.__version__,
-            },
-            "options": {k: v for k, v in vars(options).items() if k != "out"},
-            "results": results,
+    variants = {}
+    if HAS_TORCH:
+        variants[plain] = pytorch(False, options.torch_steps, options.threads)
+        variants[lean] = pytorch(True, options.torch_steps, options.threads)
+    variants["madjax, lax.map"] = grid(sweep.map_cells, options.steps)
+    variants["madjax, vmap"] = grid(sweep.vmap_cells, options.steps)
+    first, rates = in_turns(variants, options.rounds)
+    results = [
+        {
+            "variant": name,
+            "first_call_seconds": round(first[name], 1),
+            "steps_per_second": spread(values),
+            "ratio": ratios(values, rates.get(plain)),
+            "ratio_to_lean": ratios(values, rates.get(lean)),
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        for name, values in rates.items()
+    ]
+    print(table(results))
+    if options.out:
+        write(options.out, options, {"results": results}, table(results))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Claim: madjax is the faster, and more so behind MAD (goal: 5 times; measured 1.3 undefended and 3.1
 behind MAD). Nearly all of an attack on an undefended victim is the training of LeNets, 354,000
 examples at 10,000 queries, which both sides do at about the speed of the cores.
-Command: pip install -e ".[bench]" && python experiments/bench_jbda.py --out FILE
+Command: pip install -e ".[bench]" && python experiments/bench_jbda.py --out OUT
 Cost: about 10 minutes on 2 CPU cores.
 
 The attack (Papernot et al. 2017): 100 seed images, labelled by the victim's posteriors, are D.
@@ -22,8 +22,6 @@ phase; PyTorch tests the stolen model once, madjax after every epoch, inside the
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections import defaultdict
@@ -33,12 +31,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import torch
-from torch import nn
+from measuring import HAS_TORCH, parse, ratios, spread, write
 
 import madjax
 from madjax import sweep
 from madjax.datasets import MNIST_FAMILY
+
+if HAS_TORCH:
+    import torch
+    from torch import nn
 
 SEEDS = 100
 STEP = 0.1
@@ -54,9 +55,6 @@ def normalised(images):
     """Images uint8 [N, H, W, 1], or any values in [0, 255], as PyTorch takes them."""
     x = torch.tensor(np.asarray(images), dtype=torch.float32).permute(0, 3, 1, 2)
     return ((x / 255 - MNIST_FAMILY.mean[0]) / MNIST_FAMILY.std[0]).contiguous()
-
-
-LOWEST, HIGHEST = normalised([[[[0]]], [[[255]]]]).flatten().tolist()
 
 
 def lenet(classes):
@@ -155,12 +153,13 @@ def train(x, y, epochs, learning_rate):
 
 def augment(network, x, y):
     """Every image, moved to where the network doubts the victim's top label more."""
+    lowest, highest = normalised([[[[0]]], [[[255]]]]).flatten().tolist()
     moved = []
     for images, labels in zip(x.split(BATCH), y.argmax(-1).split(BATCH), strict=True):
         images = images.clone().requires_grad_()
         loss = nn.functional.cross_entropy(network(images), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, images)
-        moved.append((images.detach() + STEP * gradient.sign()).clamp(LOWEST, HIGHEST))
+        moved.append((images.detach() + STEP * gradient.sign()).clamp(lowest, highest))
     return torch.cat(moved)
 
 
@@ -272,9 +271,9 @@ def measure(variants, rounds, *arguments):
 
 
 def summary(name, runs, baseline):
-    """One entry of the results; baseline holds the runs that its ratios are to."""
+    """One entry of the results; baseline: the runs that its ratios are to, or None."""
     totals = [run[2] for run in runs]
-    ratios = [theirs[2] / mine for theirs, mine in zip(baseline, totals, strict=True)]
+    speeds, theirs = ([1 / run[2] for run in each] for each in (runs, baseline or ()))
     phases = {
         phase: round(statistics.median(run[1][phase] for run in runs), 2)
         for phase in PHASES
@@ -282,24 +281,22 @@ def summary(name, runs, baseline):
     }
     return {
         "variant": name,
-        "seconds": round(statistics.median(totals), 2),
-        "min": round(min(totals), 2),
-        "max": round(max(totals), 2),
-        "ratio": round(statistics.median(ratios), 2),
-        "ratio_min": round(min(ratios), 2),
-        "ratio_max": round(max(ratios), 2),
+        "seconds": spread(totals),
+        "ratio": ratios(speeds, theirs or None),
         "accuracy": [round(run[0], 2) for run in runs],
         "phases": phases,
     }
 
 
-def markdown(results):
+def table(results):
     """The results as README has them."""
     lines = ["| victim | attack | seconds | ratio | where |", "| --- | --- | --: | --: | --- |"]
     for r in results:
-        spread = f" ({r['min']:.0f} to {r['max']:.0f})" if r["min"] < r["max"] else ""
+        middle, low, high = r["seconds"]
+        took = f"{middle:.0f}" + (f" ({low:.0f} to {high:.0f})" if low < high else "")
         phases = ", ".join(f"{phase} {value:.0f}" for phase, value in r["phases"].items())
-        cells = r["victim"], r["variant"], f"{r['seconds']:.0f}{spread}", str(r["ratio"]), phases
+        ratio = str(r["ratio"][0]) if r["ratio"] else ""
+        cells = r["victim"], r["variant"], took, ratio, phases
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -309,20 +306,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=int, default=10000, help=f"queries, with {SEEDS} seeds")
     parser.add_argument("--mad-budget", type=int, default=2000, help="the same, behind MAD")
+    parser.add_argument("--only-mad", action="store_true", help="no undefended victim")
     parser.add_argument("--final-epochs", type=int, default=10)
     parser.add_argument("--victim-epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="how often every variant runs")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
     parser.add_argument("--dataset", default="embedded:mnist")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="without suffix: OUT.json and OUT.md")
+    options = parse(
+        parser,
+        only_mad=True,
+        mad_budget=2 * SEEDS,
+        final_epochs=1,
+        victim_epochs=1,
+        dataset="embedded:mnist[:200,:50]",
+    )
     data = madjax.open_dataset(options.dataset)
     if data.image_shape != (28, 28, 1) or len(data.x_train) < SEEDS:
         parser.error(f"{options.dataset}: give at least {SEEDS} images of 28x28x1")
     if min(options.budget, options.mad_budget) < SEEDS:
         parser.error(f"give budgets of at least the {SEEDS} seeds")
 
-    torch.manual_seed(0)
     test = data.x_test, data.y_test
     classifier = madjax.Classifier(
         madjax.LeNet(data.num_classes), MNIST_FAMILY.preprocess, data.image_shape
@@ -330,32 +334,43 @@ def main():
     recipe = madjax.Recipe(epochs=options.victim_epochs)
     victim = madjax.fit(classifier, recipe, jax.random.key(0), (data.x_train, data.y_train), test)
     weights = jax.tree.map(np.asarray, victim.params)
-    difference = disagreement(classifier, weights, data.x_test[:100])
-    if difference > 1e-4:
-        raise RuntimeError(f"the posteriors of the two victims differ by {difference}")
-    print(f"victim: {victim.accuracy[-1]:.2f} %, posteriors within {difference:.0e} on both sides")
+    print(f"victim: {victim.accuracy[-1]:.2f} %")
+    if HAS_TORCH:
+        torch.manual_seed(0)
+        difference = disagreement(classifier, weights, data.x_test[:100])
+        if difference > 1e-4:
+            raise RuntimeError(f"the posteriors of the two victims differ by {difference}")
+        print(f"posteriors within {difference:.0e} on both sides")
 
     surrogate = jax.tree.map(np.asarray, classifier.init(jax.random.key(1)))
     seeds = data.x_train[:SEEDS]
+    baseline, batched = "PyTorch, one query at a time", "PyTorch, 64 queries at a time"
     groups = {
         f"undefended, {options.budget:,} queries": (
             options.budget,
             {
-                "PyTorch, one query at a time": partial(pytorch, weights, None),
-                "PyTorch, 64 queries at a time": partial(pytorch, weights, None, query_batch=64),
+                baseline: partial(pytorch, weights, None),
+                batched: partial(pytorch, weights, None, query_batch=64),
                 "madjax": partial(ours, weights, None),
             },
         ),
         f"MAD of all parameters, {options.mad_budget:,} queries": (
             options.mad_budget,
             {
-                "PyTorch, one query at a time": partial(pytorch, weights, surrogate),
+                baseline: partial(pytorch, weights, surrogate),
                 "madjax": partial(ours, weights, surrogate),
             },
         ),
     }
-    # PyTorch compiles nothing, but its first optimiser imports for two seconds.
-    pytorch(weights, None, seeds, test, 2 * SEEDS, 1, options.threads)
+    if options.only_mad:
+        del groups[next(iter(groups))]
+    if HAS_TORCH:
+        # PyTorch compiles nothing, but its first optimiser imports for two seconds.
+        pytorch(weights, None, seeds, test, 2 * SEEDS, 1, options.threads)
+    else:
+        for _, variants in groups.values():
+            variants.pop(baseline)
+            variants.pop(batched, None)
     results, first = [], {}
     for victim_is, (budget, variants) in groups.items():
         settings = seeds, test, budget, options.final_epochs, options.threads
@@ -364,26 +379,16 @@ def main():
         first[victim_is] = round(time.perf_counter() - began, 2)
         print(f"{victim_is}: madjax, first run {first[victim_is]} s")
         found = measure(variants, options.rounds, *settings)
-        baseline = found["PyTorch, one query at a time"]
         for name, runs in found.items():
-            results.append({"victim": victim_is} | summary(name, runs, baseline))
-    print(markdown(results))
+            results.append({"victim": victim_is} | summary(name, runs, found.get(baseline)))
+    print(table(results))
     if options.out:
         facts = {
-            "device": sweep.device_name(sweep.make_mesh()),
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "torch": torch.__version__,
-            },
-            "options": {k: v for k, v in vars(options).items() if k != "out"},
             "victim_accuracy": round(float(victim.accuracy[-1]), 2),
             "first_run_seconds": first,
             "results": results,
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(facts, indent=2) + "\n")
-        options.out.with_suffix(".md").write_text(markdown(results))
+        write(options.out, options, facts, table(results))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Claim: on the same CPU the exact defence is 25 to 900 times faster than one backward pass a class
 and a loop over candidate answers with the Jacobian in memory, and its memory does not grow with D.
-Command: pip install -e ".[bench]" && python experiments/bench_mad.py --out FILE
+Command: pip install -e ".[bench]" && python experiments/bench_mad.py --out OUT
 Cost: about 15 minutes on 2 CPU cores, most of it PyTorch's VGG16 rows (`--quick` leaves them out).
 Where PyTorch is not installed, or with `--no-torch`, only madjax is measured. JAX takes a GPU where
 there is one, PyTorch's side always the CPU: ratios are for machines without a GPU.
@@ -19,10 +19,8 @@ its libraries.
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
 import time
@@ -32,8 +30,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import HAS_TORCH, parse, seconds, write
 
-from madjax import LeNet, argmax_preserving, extreme, perturb, sweep
+from madjax import LeNet, argmax_preserving, extreme, perturb
 from madjax.models import VGG16
 
 EPSILON = 0.5
@@ -68,6 +67,7 @@ ROWS = (
     Row("VGG16", 100, "all", "extreme", 2, rounds=2, torch_queries=1),
     Row("VGG16", 100, "all", "argmax_preserving", 2, rounds=3, torch_queries=0),
 )
+SMOKE = (Row("LeNet", 2, "last", "extreme", 4, rounds=1, torch_queries=1),)
 ORACLES = {"extreme": extreme, "argmax_preserving": argmax_preserving}
 SHAPES = {"LeNet": (28, 28, 1), "VGG16": (32, 32, 3), "VGG16 at 224": (224, 224, 3)}
 
@@ -203,9 +203,9 @@ def serve(side, row, connection):
     while connection.recv():
         began = time.perf_counter()
         apart = run()
-        seconds = time.perf_counter() - began
+        took = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        connection.send((seconds / queries, {k: v / queries for k, v in apart.items()}, peak))
+        connection.send((took / queries, {k: v / queries for k, v in apart.items()}, peak))
 
 
 def measure(row, torch_too):
@@ -229,11 +229,11 @@ def measure(row, torch_too):
         process.join()
     result = asdict(row) | {"first_call_seconds": round(first["madjax"], 2)}
     for side, values in samples.items():
-        seconds = [value[0] for value in values]
+        took = [value[0] for value in values]
         result[side] = {
-            "seconds": statistics.median(seconds),
-            "min": min(seconds),
-            "max": max(seconds),
+            "seconds": statistics.median(took),
+            "min": min(took),
+            "max": max(took),
             "peak_gb": round(max(value[2] for value in values), 2),
         }
         for part in values[0][1]:
@@ -249,17 +249,15 @@ def measure(row, torch_too):
 def timed(run, rounds=5):
     """The median time of a call, after one that compiles."""
     jax.block_until_ready(run())
-    seconds = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return statistics.median(seconds(lambda: jax.block_until_ready(run())) for _ in range(rounds))
 
 
-def curves():
-    """Seconds a query against K, against D and against the number of budgets, LeNet, all layers."""
-    n, found = 128, {}
+def curves(n, classes, widths, budgets):
+    """Seconds a query against K, against D and against the number of budgets, LeNet, all layers.
+
+    n queries at a time; classes, widths, budgets: the K, multiples of LeNet's width, and counts.
+    """
+    found = {}
 
     def problem(k, width):
         module = LeNet(k, width=width)
@@ -276,23 +274,23 @@ def curves():
 
     for oracle in ORACLES:
         found[f"classes, {oracle}"] = [
-            {"x": k, "seconds": timed(once(k, 1, oracle)) / n} for k in (2, 5, 10, 16, 30, 100)
+            {"x": k, "seconds": timed(once(k, 1, oracle)) / n} for k in classes
         ]
     found["parameters"] = [
         {
             "x": sum(a.size for a in jax.tree.leaves(problem(10, width)[1])),
             "seconds": timed(once(10, width, "extreme")) / n,
         }
-        for width in (1, 2, 4)
+        for width in widths
     ]
     # In turns, for a ratio that noise does not make.
-    grids = {count: once(10, 1, "extreme", np.linspace(0, 2, count)) for count in (1, 21, 101)}
+    grids = {count: once(10, 1, "extreme", np.linspace(0, 2, count)) for count in budgets}
     rounds = [{count: timed(run, 1) for count, run in grids.items()} for _ in range(7)]
     found["epsilons"] = [
         {
             "x": count,
             "seconds": statistics.median(each[count] for each in rounds) / n,
-            "ratio_to_one": statistics.median(each[count] / each[1] for each in rounds),
+            "ratio_to_one": statistics.median(each[count] / each[budgets[0]] for each in rounds),
         }
         for count in grids
     ]
@@ -303,16 +301,9 @@ def largest():
     """One query of VGG16 at 224x224 with 256 classes and all its 135 million parameters."""
     row = Row("VGG16 at 224", 256, "all", "extreme", 1)
     run, _ = madjax_side(row, memory=12 * 10**9)
-    seconds = [timed_once(run) for _ in range(2)]
+    first, second = (seconds(run) for _ in range(2))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return {"first_call_seconds": seconds[0], "seconds": seconds[1], "peak_gb": round(peak, 2)}
-
-
-def timed_once(run):
-    """The time of one call."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+    return {"first_call_seconds": first, "seconds": second, "peak_gb": round(peak, 2)}
 
 
 def describe(result):
@@ -331,36 +322,36 @@ def describe(result):
     return line
 
 
-def seconds(value):
-    """Three digits with a unit."""
+def readable(value):
+    """Seconds in three digits with a unit."""
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.2g} µs"
 
 
-def markdown(facts):
+def table(rows):
     """The table of README."""
     lines = [
         "| network, K, gradients, oracle | madjax | peak | PyTorch, one by one | peak | ratio |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
-    for r in facts["rows"]:
+    for r in rows:
         name = f"{r['network']}, {r['num_classes']}, {r['layers']}, {r['oracle']}"
-        ours = f"{seconds(r['madjax']['seconds'])} | {r['madjax']['peak_gb']} GB"
+        ours = f"{readable(r['madjax']['seconds'])} | {r['madjax']['peak_gb']} GB"
         theirs = "not run | |"
         if "torch" in r:
             middle, low, high = (
                 f"{r[name]:.{0 if r[name] >= 100 else 1}f}"
                 for name in ("ratio", "ratio_min", "ratio_max")
             )
-            theirs = f"{seconds(r['torch']['seconds'])} | {r['torch']['peak_gb']} GB | "
+            theirs = f"{readable(r['torch']['seconds'])} | {r['torch']['peak_gb']} GB | "
             theirs += middle if r["rounds"] == 1 else f"{middle} ({low} to {high})"
         lines.append(f"| {name} | {ours} | {theirs} |")
     return "\n".join(lines)
 
 
-def figure(facts, path):
+def figure(curves, path):
     """The curves: seconds a query against K, D and the number of budgets."""
     import matplotlib
 
@@ -369,13 +360,13 @@ def figure(facts, path):
 
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
     groups = (
-        ("classes K", [n for n in facts["curves"] if n.startswith("classes")]),
+        ("classes K", [n for n in curves if n.startswith("classes")]),
         ("parameters D", ["parameters"]),
         ("budgets in one call", ["epsilons"]),
     )
     for axis, (label, names) in zip(axes, groups, strict=True):
         for name in names:
-            x, y = zip(*((p["x"], 1e3 * p["seconds"]) for p in facts["curves"][name]), strict=True)
+            x, y = zip(*((p["x"], 1e3 * p["seconds"]) for p in curves[name]), strict=True)
             axis.plot(x, y, marker="o", label=name.partition(", ")[2] or None)
             axis.set(xscale="log", xlabel=label, ylabel="ms a query", ylim=(0, 1.1 * max(y)))
             axis.set_xticks(x, [f"{v / 1e6:.1f}M" if v > 1e5 else str(v) for v in x])
@@ -386,15 +377,6 @@ def figure(facts, path):
     fig.savefig(path, dpi=150)
 
 
-def write(facts, path):
-    """The figures as JSON, and beside it their table and curves."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(facts) + "\n")
-    if "curves" in facts:
-        figure(facts, path.with_suffix(".png"))
-
-
 def main():
     """Measure, print, and write what was asked for as JSON where --out says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -402,38 +384,34 @@ def main():
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--no-curves", action="store_true")
     parser.add_argument("--largest", action="store_true", help="VGG16 at 224, K = 256: 5 minutes")
-    parser.add_argument("--out", type=Path, help="a JSON file; table and figure go beside it")
+    parser.add_argument("--out", type=Path, help="without suffix: OUT.json, OUT.md, OUT.png")
     parser.add_argument("--redraw", action="store_true", help="table and figure of --out alone")
-    options = parser.parse_args()
+    options = parse(parser)
     if options.redraw:
-        write(json.loads(options.out.read_text()), options.out)
+        facts = json.loads(options.out.with_suffix(".json").read_text())
+        options.out.with_suffix(".md").write_text(table(facts["rows"]) + "\n")
+        figure(facts["curves"], options.out.with_suffix(".png"))
         return
-    torch_too = not options.no_torch and importlib.util.find_spec("torch") is not None
-    facts = {
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "epsilon": EPSILON,
-        "rows": [],
-    }
-    if torch_too:
-        import torch
-
-        facts["versions"]["torch"] = torch.__version__
-    for row in ROWS:
+    torch_too = HAS_TORCH and not options.no_torch
+    facts = {"epsilon": EPSILON, "rows": []}
+    for row in SMOKE if options.smoke else ROWS:
         if options.quick and row.network != "LeNet":
             continue
         facts["rows"].append(measure(row, torch_too))
         print(describe(facts["rows"][-1]), flush=True)
     # From here on this process takes the device, which before its workers had.
-    facts["device"] = sweep.device_name(sweep.make_mesh())
     if not options.no_curves:
-        facts["curves"] = curves()
+        sizes = (128, (2, 5, 10, 16, 30, 100), (1, 2, 4), (1, 21, 101))
+        facts["curves"] = curves(*((2, (3,), (1,), (1, 3)) if options.smoke else sizes))
         print(json.dumps(facts["curves"], indent=1))
     if options.largest:
         facts["largest"] = largest()
         print(facts["largest"])
-    print(markdown(facts))
+    print(table(facts["rows"]))
     if options.out:
-        write(facts, options.out)
+        write(options.out, options, facts, table(facts["rows"]))
+        if "curves" in facts:
+            figure(facts["curves"], options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

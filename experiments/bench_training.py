@@ -3,7 +3,7 @@
 Claim: on a CPU the grid trains >= 1.3 times as many examples a second as PyTorch's in-memory loop
 does for the same network (LeNet, batch 64, SGD with momentum), and convolutions as patches beat
 XLA's own inside `lax.scan` several times.
-Command: pip install -e ".[bench]" && python experiments/bench_training.py --devices 2
+Command: pip install -e ".[bench]" && python experiments/bench_training.py --devices 2 --out OUT
 Cost: about 4 minutes on 2 CPU cores.
 
 All variants run in turn, `--rounds` times, so that a busy machine slows them alike; the figures are
@@ -14,10 +14,6 @@ into two devices, one for each core.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from measuring import HAS_TORCH, in_turns, parse, ratios, spread, use_devices, write
 
 from madjax import Classifier, LeNet, Recipe, sweep
 from madjax.attacks import Transfer
@@ -104,86 +101,56 @@ def pytorch(x, y, threads):
     return run, len(images)
 
 
-def measure(variants, rounds):
-    """First-call seconds, and examples a second in every round, for each variant in turn."""
-    first, rates = {}, {name: [] for name in variants}
-    for name, (run, _) in variants.items():
-        began = time.perf_counter()
-        run()
-        first[name] = time.perf_counter() - began
-    for _ in range(rounds):
-        for name, (run, examples) in variants.items():
-            began = time.perf_counter()
-            run()
-            rates[name].append(examples / (time.perf_counter() - began))
-    return first, rates
+def table(results):
+    """Markdown: a line for every variant."""
+    lines = [
+        "| variant | examples/s | ratio to PyTorch | first call |",
+        "| --- | --: | --: | --: |",
+    ]
+    for r in results:
+        rate = "{:,} ({:,} to {:,})".format(*r["examples_per_second"])
+        ratio = "{} ({} to {})".format(*r["ratio"]) if r["ratio"] else ""
+        lines.append(f"| {r['variant']} | {rate} | {ratio} | {r['first_call_seconds']} s |")
+    return "\n".join(lines)
 
 
 def main():
-    """Measure, print a table, and write it as JSON where --out says."""
+    """Measure, print a table, and write it as JSON and Markdown where --out says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=3200, help="a cell and epoch")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices")
+    parser.add_argument("--devices", type=int, help="CPU devices")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if jax.config.jax_platforms in (None, "cpu"):
-        jax.config.update("jax_num_cpu_devices", options.devices)
+    parser.add_argument("--out", type=Path, help="without suffix: OUT.json and OUT.md")
+    options = parse(parser, examples=64, rounds=1)
+    use_devices(options.devices)
 
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.randint(keys[0], (options.examples, 28, 28, 1), 0, 256).astype(jnp.uint8)
     y = jax.nn.softmax(jax.random.normal(keys[1], (options.examples, 10)))
     lax_conv = lax.conv_general_dilated
-    variants = {
-        "PyTorch, one attacker": pytorch(x, y, options.threads),
+    baseline = "PyTorch, one attacker"
+    variants = {baseline: pytorch(x, y, options.threads)} if HAS_TORCH else {}
+    variants |= {
         "one attacker": attacker(LeNet(10), x, y),
         f"grid of {CELLS}, lax.map": grid(sweep.map_cells, x, y),
         f"grid of {CELLS}, vmap": grid(sweep.vmap_cells, x, y),
         "one attacker, XLA convolution": attacker(LeNet(10, convolution=lax_conv), x, y),
         "one attacker, window pooling": attacker(LeNet(10, pool=window_pool), x, y),
     }
-    first, rates = measure(variants, options.rounds)
-    baseline = rates["PyTorch, one attacker"]
-    results = []
-    for name, values in rates.items():
-        ratios = [a / b for a, b in zip(values, baseline, strict=True)]
-        results.append(
-            {
-                "variant": name,
-                "first_call_seconds": round(first[name], 2),
-                "examples_per_second": round(statistics.median(values)),
-                "min": round(min(values)),
-                "max": round(max(values)),
-                "ratio_to_pytorch": round(statistics.median(ratios), 2),
-                "ratio_min": round(min(ratios), 2),
-                "ratio_max": round(max(ratios), 2),
-            }
-        )
-    print(
-        f"{'variant':32} {'first call':>10} {'examples/s':>10} {'(min-max)':>15}  ratio (min-max)"
-    )
-    for r in results:
-        spread = f"({r['min']}-{r['max']})"
-        print(
-            f"{r['variant']:32} {r['first_call_seconds']:8.1f} s {r['examples_per_second']:10} "
-            f"{spread:>15}  {r['ratio_to_pytorch']:.2f} ({r['ratio_min']:.2f}-{r['ratio_max']:.2f})"
-        )
-    if options.out:
-        import torch
-
-        facts = {
-            "device": sweep.device_name(sweep.make_mesh()),
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "torch": torch.__version__,
-            },
-            "options": {k: v for k, v in vars(options).items() if k != "out"},
-            "results": results,
+    first, rates = in_turns(variants, options.rounds)
+    results = [
+        {
+            "variant": name,
+            "first_call_seconds": round(first[name], 1),
+            "examples_per_second": spread(values, None),
+            "ratio": ratios(values, rates.get(baseline)),
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(facts, indent=2) + "\n")
+        for name, values in rates.items()
+    ]
+    print(table(results))
+    if options.out:
+        write(options.out, options, {"results": results}, table(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """MAD beside the paper's other defences in one table, and what its top-label attacker recovers.
 
 Claim: see configs/mnist_defenses.py and configs/mnist_top_label.py, whose rows this reads.
-Command: python experiments/defenses_summary.py experiments/results/mnist_defenses \
-    experiments/results/mnist_top_label
-Cost: none; writes summary.md beside the rows of each.
+Command: python experiments/defenses_summary.py [DIR TOP_LABEL_DIR]     (the two's results)
+Cost: none; writes summary.md beside the rows of each, or nothing with --smoke.
 
 The first table has, for each defence, the measured strength that hurts the attacker most among
 those that cost the defender at most `COST` points, or the cheapest where none does. The next has
@@ -15,6 +14,8 @@ directory, with those that learn from the top label.
 import argparse
 import math
 from pathlib import Path
+
+from measuring import RESULTS, parse
 
 from madjax.report import read_rows, summarise
 from madjax.report.names import defence, name, remarked
@@ -112,17 +113,19 @@ def top_label(points, posteriors):
 def main():
     """Write the tables beside the rows, and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("defenses", type=Path, metavar="DIR")
-    parser.add_argument("top_label", type=Path, metavar="TOP_LABEL_DIR")
-    options = parser.parse_args()
-    posteriors = summarise(read_rows(options.defenses))
+    for metavar, folder in (("DIR", "mnist_defenses"), ("TOP_LABEL_DIR", "mnist_top_label")):
+        parser.add_argument(metavar, type=Path, nargs="?", default=RESULTS / folder)
+    options = parse(parser)
+    first, second = vars(options)["DIR"], vars(options)["TOP_LABEL_DIR"]
+    posteriors = summarise(read_rows(first))
     tables = {
-        options.defenses: f"{strongest(posteriors)}\n{entropies(posteriors)}",
-        options.top_label: top_label(summarise(read_rows(options.top_label)), posteriors),
+        first: f"{strongest(posteriors)}\n{entropies(posteriors)}",
+        second: top_label(summarise(read_rows(second)), posteriors),
     }
     for directory, text in tables.items():
-        (directory / "summary.md").write_text(text)
         print(text)
+        if not options.smoke:
+            (directory / "summary.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,15 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from measuring import parse, source
 
-from madjax import Classifier, LeNet, Recipe, extreme, fit, gram, open_dataset, sweep
+from madjax import Classifier, LeNet, Recipe, extreme, fit, gram, open_dataset
 from madjax.batching import map_chunks
 
 SETS = {
     "full": ("mnist", "kassel_letters"),
     "embedded": ("embedded:mnist", "embedded:fashion_mnist"),
+    "smoke": ("embedded:mnist[:200,:50]", "embedded:fashion_mnist[:50]"),
 }
 CHOSEN = jax.jit(jax.vmap(lambda y, m: extreme(y, m).argmax()))
 
@@ -115,16 +117,17 @@ def figure(rows, path):
 def main():
     """Train the victim, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--embedded", action="store_true")
+    parser.add_argument(
+        "--embedded", dest="sets", action="store_const", const="embedded", default="full"
+    )
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epochs", type=int, default=5, help="of the victim")
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/last_vs_all"))
-    options = parser.parse_args()
-    names = SETS["embedded" if options.embedded else "full"]
-    victim_set, query_set = (open_dataset(name, options.data_dir) for name in names)
+    options = parse(parser, sets="smoke", epochs=1, queries=8, widths=[1], seeds=2)
+    victim_set, query_set = (open_dataset(name, options.data_dir) for name in SETS[options.sets])
 
     classifier = Classifier(LeNet(10), victim_set.family.preprocess, victim_set.image_shape)
     train, test = (
@@ -157,7 +160,7 @@ def main():
                     "victim_accuracy": accuracy,
                     "victim_epochs": options.epochs,
                     "n_queries": len(x),
-                    "device": sweep.device_name(sweep.make_mesh()),
+                    **source(),
                     **compare(wide, params, x, posterior(jnp.asarray(x))),
                 }
                 rows.append(row)

@@ -17,12 +17,12 @@ as `study.jsonl` and a table.
 import argparse
 import json
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from measuring import parse, seconds, source
 
 from madjax import (
     Classifier,
@@ -36,13 +36,13 @@ from madjax import (
     l1,
     open_dataset,
     solution,
-    sweep,
 )
 from madjax.batching import map_chunks
 
 SETS = {
     "full": ("mnist", "kassel_letters"),
     "embedded": ("embedded:mnist", "embedded:fashion_mnist"),
+    "smoke": ("embedded:mnist[:200,:50]", "embedded:fashion_mnist[:50]"),
 }
 EPSILONS = (0.1, 0.5, 0.99, 1.5)
 METHODS = {
@@ -52,16 +52,19 @@ METHODS = {
 }
 
 
+@partial(jax.jit, static_argnames="name")
+def answer(name, y, m, epsilon):
+    """The solutions of one method for queries y [B, K], m [B, K, K]."""
+    solver = partial(solution, epsilon=epsilon, **METHODS[name])
+    return map_chunks(jax.vmap(lambda q: solver(*q)), (y, m), 1000)
+
+
 def measure(name, y, m, epsilon, rounds):
     """The row of one method at one budget."""
-    solver = partial(solution, epsilon=epsilon, **METHODS[name])
-    answer = jax.jit(lambda y, m: map_chunks(jax.vmap(lambda q: solver(*q)), (y, m), 1000))
-    found = jax.block_until_ready(answer(y, m))
-    seconds = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        jax.block_until_ready(answer(y, m))
-        seconds.append(time.perf_counter() - began)
+    found = jax.block_until_ready(answer(name, y, m, epsilon))
+    took = [
+        seconds(lambda: jax.block_until_ready(answer(name, y, m, epsilon))) for _ in range(rounds)
+    ]
     degrees = jax.jit(jax.vmap(angle))(found.y_tilde, y, m)
     off = jnp.maximum(jnp.abs(found.y_tilde.sum(1) - 1).max(), -found.y_tilde.min())
     return {
@@ -72,8 +75,8 @@ def measure(name, y, m, epsilon, rounds):
         "past_90": 100 * float((degrees > 90).mean()),
         "excess": float((jax.vmap(l1)(found.y_tilde, y) - epsilon).max()),
         "off_simplex": float(off),
-        "queries_per_second": round(len(y) / statistics.median(seconds)),
-        "queries_per_second_range": [round(len(y) / f(seconds)) for f in (max, min)],
+        "queries_per_second": round(len(y) / statistics.median(took)),
+        "queries_per_second_range": [round(len(y) / f(took)) for f in (max, min)],
     }
 
 
@@ -99,13 +102,15 @@ def table(rows):
 def main():
     """Train the victim, take both Gram matrices, measure every method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--embedded", action="store_true")
+    parser.add_argument(
+        "--embedded", dest="sets", action="store_const", const="embedded", default="full"
+    )
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/optimum"))
-    options = parser.parse_args()
-    victim_data, query_data = map(open_dataset, SETS["embedded" if options.embedded else "full"])
+    options = parse(parser, sets="smoke", epochs=1, queries=20, rounds=1)
+    victim_data, query_data = map(open_dataset, SETS[options.sets])
     network = Classifier(LeNet(10), victim_data.family.preprocess, victim_data.image_shape)
     keys = jax.random.split(jax.random.key(0), 3)
     test = (victim_data.x_test, victim_data.y_test)
@@ -119,8 +124,7 @@ def main():
         "victim_accuracy": round(float(victim.accuracy[-1]), 2),
         "queries": query_data.name,
         "n": len(x),
-        "device": sweep.device_name(sweep.make_mesh()),
-        "jax": jax.__version__,
+        **source(),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -11,6 +11,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Much of the tests' time is XLA's, and it is spent on code that runs once.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
+    if jax.__version_info__ < (0, 11):  # XLA stops at flags that it does not know, as later ones do
+        # Its older code generators compile in half the time.
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Python's collector would walk millions of objects of traced programs, again and again.
 gc.disable()
 

@@ -1,5 +1,7 @@
 """A defence as the grid uses it and as a plain function, and what it costs honest users."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -142,9 +144,14 @@ def awkward(classes):
     return jnp.concatenate([drawn, one_hot, nearly, ties, uniform])
 
 
+@partial(jax.jit, static_argnums=0)
+def _told(defense, y, strength, numbers, key):
+    return answers(defense, jax.random.key(key), y, (), strength, numbers)
+
+
 def told(defense, y, strength, numbers=None, key=0):
     """The answers of a defence that needs no surrogate."""
-    return answers(defense, jax.random.key(key), y, (), strength, numbers)
+    return _told(defense, y, strength, numbers, key)
 
 
 DETERMINISTIC = {
@@ -162,7 +169,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("name", [*DETERMINISTIC, *RANDOM])
 def test_answers_are_distributions_and_strength_0_is_no_defence(name, classes):
     defense, strengths = (DETERMINISTIC | RANDOM)[name]

@@ -312,8 +312,6 @@ MNIST = {"num_examples": 60_000, "batch_size": 600, "epochs": 10, "delta": 1 / 6
     ("noise", "settings"),
     [
         (0.7, MNIST),
-        (1.0, MNIST),
-        (2.0, MNIST),
         (8.0, MNIST),
         (1.5, {"num_examples": 61, "batch_size": 8, "epochs": 3, "delta": 1 / 61}),
         (1.0, {"num_examples": 50, "batch_size": 50, "epochs": 4, "delta": 0.01}),
@@ -347,7 +345,7 @@ def test_epsilon_of_one_step_on_all_examples_is_that_of_a_gaussian():
 
 
 def test_epsilon_falls_with_the_noise_and_grows_with_the_epochs():
-    found = [accounted_epsilon(s, **MNIST) for s in (0, 1e-9, 0.001, 0.1, 0.7, 2, 8, 1e6)]
+    found = [accounted_epsilon(s, **MNIST) for s in (0, 1e-9, 0.1, 2, 1e6)]
     assert found[:2] == [np.inf, np.inf]
     assert np.isfinite(found[2:]).all()
     assert (np.diff(found[1:]) < 0).all()

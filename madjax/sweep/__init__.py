@@ -18,6 +18,7 @@ from madjax.sweep.cells import (
 from madjax.sweep.defended import defended
 from madjax.sweep.online import OnlineProgram, direction_kept
 from madjax.sweep.pipeline import grid, run
+from madjax.sweep.rows import git_commit
 
 __all__ = [
     "Cell",
@@ -30,6 +31,7 @@ __all__ = [
     "defended",
     "device_name",
     "direction_kept",
+    "git_commit",
     "grid",
     "make_mesh",
     "map_cells",

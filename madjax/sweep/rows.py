@@ -117,12 +117,12 @@ def shared_facts(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "config_hash": digest(description),
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the code that runs, "+" where files differ from it; None outside a checkout."""
     here = Path(__file__).parents[1]
 

@@ -1,6 +1,6 @@
 """Seconds of one JBDA attack on a LeNet: the published procedure in PyTorch, and madjax.
 
-Claim: madjax is the faster, and more so behind MAD (goal: 5 times; measured 1.3 undefended and 3.1
+Claim: madjax is the faster, and more so behind MAD (goal: 5 times; measured 1.6 undefended and 4.0
 behind MAD). Nearly all of an attack on an undefended victim is the training of LeNets, 354,000
 examples at 10,000 queries, which both sides do at about the speed of the cores.
 Command: pip install -e ".[bench]" && python experiments/bench_jbda.py --out OUT

@@ -35,12 +35,11 @@ from madjax.mad import (
     deviation,
     extreme,
     extreme_at_budget,
-    perturb,
     solution,
     solve,
 )
 from madjax.models import MLP, VGG16, Classifier, LeNet, ResNet18
-from madjax.serving import defend, export, load
+from madjax.serving import defend, export, load, perturb
 from madjax.train import Recipe, fit
 
 __all__ = [

@@ -28,3 +28,7 @@ def map_chunks(function: Callable[[Any], Any], x: Any, chunk: int) -> Any:
 
     results = jax.lax.map(function, jax.tree.map(cut, x))
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], results)
+
+
+QUERIES = 1000
+"""Solved at a time: an oracle may look at hundreds of candidates for every one."""

@@ -52,31 +52,46 @@ def gram(
     chunk: int | None = None,
     memory: int | None = None,
 ) -> Array:
-    """M = G G' with G = d log softmax(apply(params, x)) / d w (Eq. 5), for every query.
+    """The Gram matrix of the surrogate's log-likelihood gradients, for every query.
 
-    apply(params, x[B, ...]) -> logits [B, K], every row a function of its own x alone; the result
-    is float32 [B, K, K], accumulated in float32 whatever the model's dtype, symmetric and positive
-    semi-definite up to rounding, with M p = 0 at the surrogate's posterior p. `w` is
-    `params["params"]` where params is a mapping with that key (a Flax variable collection), all of
-    params otherwise.
+    M = G G' with G = d log F_sur(x; w) / d w [K, D] (Eq. 5), F_sur = softmax(apply(params, x)).
 
-    layers: "all" parameters (the paper); the kernel of the "last" dense layer (the authors' code);
-    or "identity", M = I, the paper's ablation without a Jacobian.
+    Args:
+        apply: apply(params, x [B, ...]) -> logits [B, K]; every row is a function of its own x.
+        params: the surrogate's; w is `params["params"]` where there is that key, else all of them.
+        x: the queries [B, ...], as apply takes them.
+        layers: "all" parameters (the paper); the kernel of the "last" dense layer (the authors'
+            code); or "identity", M = I, the paper's ablation without a Jacobian.
+        method: "structured", for Flax linen models of Dense, DenseGeneral (so attention), Conv,
+            Embed, BatchNorm with fixed statistics, LayerNorm, RMSNorm, GroupNorm and InstanceNorm,
+            each parameter read by one of them once; "jacrev", any model; or "auto": structured for
+            every parameter that it explains and jacrev for the others, with a warning where those
+            are more than a tenth of D. `coverage` says which are which.
+        chunk: queries at a time; by default as many as the caches or the accelerator like.
+        memory: bytes of intermediate results, `MEMORY` by default. Queries, and where one query is
+            too much classes, go in chunks that fit.
 
-    method: "structured", for Flax linen models of Dense, DenseGeneral (so attention), Conv, Embed,
-    BatchNorm with fixed statistics, LayerNorm, RMSNorm, GroupNorm and InstanceNorm, each parameter
-    read by one of them once; "jacrev", any model; or "auto": structured for every parameter that it
-    explains and jacrev for the others, with a warning where those are more than a tenth of D.
-    `coverage` says which are which.
+    Returns:
+        M, float32 [B, K, K], accumulated in float32 whatever the model's dtype. It is symmetric
+        and positive semi-definite up to rounding, and M p = 0 at the surrogate's posterior p.
 
-    chunk: queries handled at a time. memory: bytes that intermediate results may take, beside
-    params, x and the result; queries, and where one query is too much classes, are handled in
-    chunks that fit. By default as many queries as a CPU's caches or an accelerator like, within
-    `MEMORY`.
+    Edge cases:
+        no query: M is [0, K, K].
+        one class: M is 0; the likelihood is always 1.
+        a surrogate that is certain of a class: that row of M is 0, and the others are finite.
+        a parameter that no logit depends on: it adds 0.
+        a query with its neighbours exchanged: its M does not change.
 
     Raises:
         InputError: an unknown layers or method; a model that the method cannot handle; a BatchNorm
             in training mode; memory that is too small for one query.
+
+    Example:
+        >>> import jax, madjax
+        >>> x = jax.random.normal(jax.random.key(0), (2, 3))
+        >>> w = jax.random.normal(jax.random.key(1), (3, 5))
+        >>> madjax.gram(lambda w, x: x @ w, w, x, method="jacrev").shape
+        (2, 5, 5)
     """
     check_layers(layers)
     _check_known("method", method, _METHODS)

@@ -19,10 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from madjax.ascend import ascend
-from madjax.batching import map_chunks
 from madjax.constraints import l1
 from madjax.errors import InputError
-from madjax.gram import gram as compute_gram
 from madjax.steps import Constraint, Distance, holds, reach, step
 from madjax.subsets import best_subset, cone_bound
 
@@ -203,7 +201,7 @@ def solution(
             f"solve takes one query, y [K] and gram [K, K], not {y.shape} and {gram.shape}: "
             "use jax.vmap over a batch"
         )
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
     check_method(method)
 
     def value(y_tilde: Array) -> Array:
@@ -248,23 +246,47 @@ def solve(
     objective: Objective = deviation,
     method: str = "line_search",
 ) -> Array:
-    """The MAD answer to one query: y~ = max_{y~} H(y~) s.t. Eq. 6 and 7, by Algorithm 1.
+    """The MAD answer to one query: the farthest angle within the budget, by Algorithm 1.
 
-    y [K] on the simplex, gram [K, K], epsilon >= 0 (may be traced) -> y_tilde [K] on the simplex
-    with distance(y_tilde, y) <= epsilon. One example: `jax.vmap` it over queries and over epsilons.
-    oracle(y, gram) -> y* chooses the target; distance(y_tilde, y) -> scalar is the utility
-    constraint. y comes back unchanged where epsilon = 0 or the angle is undefined (`defined`).
+    y~ = argmax H(y~) (Eq. 4) over the simplex (Eq. 6) with distance(y~, y) <= epsilon (Eq. 7).
+    One query: `jax.vmap` it over queries and over epsilons.
 
-    constraints: further functions f(y_tilde, y) -> residuals, all of which are to be <= 0 (within
-    1e-6; `madjax.constraints` has examples). objective(y_tilde, y, gram) -> scalar takes the place
-    of H. method: "line_search" goes along the segment from y to y* as far as it may, so every
-    constraint must hold at y and up to a point; "ascend" maximises the objective over all answers
-    within the budget (`madjax.ascend`), takes any differentiable constraints, and is never worse
-    than the line search. Where no answer is found at which all hold, y comes back: `solution` says
-    whether that is so.
+    Args:
+        y: the victim's posterior [K], on the simplex.
+        gram: M [K, K] of the surrogate at the query, from `madjax.gram`.
+        epsilon: the budget, >= 0, in the units of distance: L1 reaches from 0 to 2. It may be
+            traced.
+        oracle: (y [K], gram [K, K]) -> the target y* of the step, [K] or several [N, K].
+        distance: (y_tilde [K], y [K]) -> scalar, the utility constraint.
+        constraints: further functions (y_tilde [K], y [K]) -> residuals, all of which are to be
+            <= 0 (within 1e-6). `madjax.constraints` has examples.
+        objective: (y_tilde [K], y [K], gram [K, K]) -> scalar, maximised in place of H.
+        method: "line_search" goes along the segment from y to y* as far as it may, so every
+            constraint must hold at y and up to a point. "ascend" maximises the objective over all
+            answers within the budget (`madjax.ascend`), takes any differentiable constraints, and
+            is never worse than the line search.
+
+    Returns:
+        y_tilde [K], on the simplex, within epsilon of y.
+
+    Edge cases:
+        epsilon = 0: y, bit for bit.
+        a budget beyond the farthest answer: y*, bit for bit.
+        y is the surrogate's own posterior: y; the true gradient vanishes (`defined`).
+        gram = 0: y; no answer moves the attacker.
+        gram times a positive number: the same answer.
+        two vertices with equal H: the first of them is y*.
+        no answer found at which all constraints hold: y; `solution` says so.
 
     Raises:
         InputError: shapes that do not fit, epsilon < 0 (where it is not traced), another method.
+
+    Example:
+        >>> import jax.numpy as jnp, madjax
+        >>> y = jnp.array([0.7, 0.2, 0.1])
+        >>> gram = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 4.0]])
+        >>> madjax.solve(y, gram, epsilon=0.5).round(2)
+        Array([0.48, 0.45, 0.07], dtype=float32)
     """
     return solution(
         y,
@@ -278,92 +300,8 @@ def solve(
     ).y_tilde
 
 
-def perturb(
-    apply: Callable[[Any, Array], Array],
-    params: Any,
-    x: Array,
-    y: Array,
-    *,
-    epsilon: Array | float,
-    oracle: Oracle = extreme,
-    distance: Distance = l1,
-    constraints: Sequence[Constraint] = (),
-    objective: Objective = deviation,
-    method: str = "line_search",
-    layers: str = "all",
-    gram_method: str = "auto",
-    chunk: int | None = None,
-    memory: int | None = None,
-) -> Array:
-    """Poison a batch of posteriors: `gram` of the surrogate at x, then `solve` for every query.
-
-    apply(params, x[B, ...]) -> logits [B, K] is the surrogate; y [B, K] are the victim's
-    posteriors; the result y_tilde is [B, K], or [E, B, K] for a grid of budgets epsilon [E], which
-    costs hardly more than one. Every row is a function of its own x and y alone. `layers`, `chunk`
-    and `memory` are those of `gram`, as is `gram_method`, its method; the rest are those of
-    `solve`.
-
-    Raises:
-        InputError: shapes that do not fit, epsilon < 0 (where it is not traced), another method.
-    """
-    _check_epsilon(epsilon)
-    check_method(method)
-    if y.ndim != 2 or y.shape[0] != x.shape[0]:
-        raise InputError(
-            f"perturb takes posteriors y [B, K] for {x.shape[0]} queries, not {y.shape}"
-        )
-    epsilon = jnp.asarray(epsilon)
-    if epsilon.ndim > 1:
-        raise InputError(f"epsilon has shape {epsilon.shape}: give one budget or a list of them")
-    m = compute_gram(
-        apply, params, x, layers=layers, method=gram_method, chunk=chunk, memory=memory
-    )
-    if m.shape[-1] != y.shape[-1]:
-        raise InputError(
-            f"the surrogate has {m.shape[-1]} classes and the posteriors {y.shape[-1]}: "
-            "give a surrogate with the victim's classes"
-        )
-
-    given = (oracle, distance, tuple(constraints), objective, method)
-    return _solve_all(*given, y, m, epsilon)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _solve_all(
-    oracle: Oracle,
-    distance: Distance,
-    constraints: tuple[Constraint, ...],
-    objective: Objective,
-    method: str,
-    y: Array,
-    gram: Array,
-    epsilon: Array,
-) -> Array:
-    """Queries [B, ...] at one budget or at E of them: [B, K] or [E, B, K]."""
-    one = partial(
-        solve,
-        oracle=oracle,
-        distance=distance,
-        constraints=constraints,
-        objective=objective,
-        method=method,
-    )
-
-    def answer(query: tuple[Array, Array]) -> Array:
-        def within(epsilon: Array) -> Array:
-            return one(*query, epsilon=epsilon)
-
-        return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
-
-    answers = map_chunks(jax.vmap(answer), (y, gram), QUERIES)
-    return answers.swapaxes(0, 1) if epsilon.ndim else answers
-
-
-QUERIES = 1000
-"""Solved at a time: an oracle may look at hundreds of candidates for every one."""
-
-
-def _check_epsilon(epsilon: Array | float) -> None:
+def check_epsilon(epsilon: Array | float) -> None:
+    """Refuse a budget below 0 or NaN, where it is not traced."""
     if isinstance(epsilon, jax.core.Tracer):
         return
     if not np.all(np.asarray(epsilon) >= 0):

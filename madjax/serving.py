@@ -1,27 +1,146 @@
-"""The defence before a real classifier: one function, and a file that holds it.
+"""The defence before a real classifier: batches, one function, and a file that holds it.
 
-`defend` joins the victim's forward pass, the Gram matrix of the surrogate and the solution into one
-jit-able function of the queries. `export` lowers it to StableHLO, parameters included, for
-platforms that need not be there; `load` runs such a file without the code of the model.
+`perturb` poisons a batch of posteriors. `defend` joins the victim's forward pass, the Gram matrix
+of the surrogate and the solution into one jit-able function of the queries. `export` lowers it to
+StableHLO, parameters included, for platforms that need not be there; `load` runs such a file
+without the code of the model.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from madjax.batching import QUERIES, map_chunks
 from madjax.constraints import l1
 from madjax.errors import InputError
 from madjax.files import write_atomically
-from madjax.mad import Objective, Oracle, deviation, extreme, perturb
+from madjax.gram import gram
+from madjax.mad import (
+    Objective,
+    Oracle,
+    check_epsilon,
+    check_method,
+    deviation,
+    extreme,
+    solve,
+)
 from madjax.steps import Constraint, Distance
 
 Array = jax.Array
 Predict = Callable[[Array], Array]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def perturb(
+    apply: Callable[[Any, Array], Array],
+    params: Any,
+    x: Array,
+    y: Array,
+    *,
+    epsilon: Array | float,
+    oracle: Oracle = extreme,
+    distance: Distance = l1,
+    constraints: Sequence[Constraint] = (),
+    objective: Objective = deviation,
+    method: str = "line_search",
+    layers: str = "all",
+    gram_method: str = "auto",
+    chunk: int | None = None,
+    memory: int | None = None,
+) -> Array:
+    """Poison a batch of posteriors: `gram` of the surrogate at x, then `solve` for every query.
+
+    y~ = argmax H(y~) s.t. distance(y~, y) <= epsilon (Eq. 4 to 7), for every row of y.
+
+    Args:
+        apply: the surrogate, apply(params, x [B, ...]) -> logits [B, K].
+        params: the surrogate's parameters.
+        x: the queries [B, ...].
+        y: the victim's posteriors [B, K].
+        epsilon: one budget, or a grid of them [E], which costs hardly more than one.
+        oracle: see `solve`.
+        distance: see `solve`.
+        constraints: see `solve`.
+        objective: see `solve`.
+        method: see `solve`.
+        layers: see `gram`.
+        gram_method: the method of `gram`.
+        chunk: see `gram`.
+        memory: see `gram`.
+
+    Returns:
+        y_tilde [B, K], or [E, B, K] for a grid. Every row is a function of its own x and y.
+
+    Edge cases:
+        epsilon = 0: y, bit for bit.
+        no query: y_tilde is [0, K].
+        a grid of no budgets: y_tilde is [0, B, K].
+        a query alone: the answer it has in any batch.
+
+    Raises:
+        InputError: shapes that do not fit, epsilon < 0 (where it is not traced), another method.
+
+    Example:
+        >>> import jax, madjax
+        >>> x, w = jax.random.normal(jax.random.key(0), (2, 4, 4))
+        >>> query = lambda w, x: x @ w, w, x, jax.nn.softmax(3 * x)
+        >>> madjax.perturb(*query, epsilon=[0.5, 1], gram_method="jacrev").shape
+        (2, 4, 4)
+    """
+    check_epsilon(epsilon)
+    check_method(method)
+    if y.ndim != 2 or y.shape[0] != x.shape[0]:
+        raise InputError(
+            f"perturb takes posteriors y [B, K] for {x.shape[0]} queries, not {y.shape}"
+        )
+    epsilon = jnp.asarray(epsilon)
+    if epsilon.ndim > 1:
+        raise InputError(f"epsilon has shape {epsilon.shape}: give one budget or a list of them")
+    m = gram(apply, params, x, layers=layers, method=gram_method, chunk=chunk, memory=memory)
+    if m.shape[-1] != y.shape[-1]:
+        raise InputError(
+            f"the surrogate has {m.shape[-1]} classes and the posteriors {y.shape[-1]}: "
+            "give a surrogate with the victim's classes"
+        )
+
+    given = (oracle, distance, tuple(constraints), objective, method)
+    return _solve_all(*given, y, m, epsilon)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _solve_all(
+    oracle: Oracle,
+    distance: Distance,
+    constraints: tuple[Constraint, ...],
+    objective: Objective,
+    method: str,
+    y: Array,
+    gram: Array,
+    epsilon: Array,
+) -> Array:
+    """Queries [B, ...] at one budget or at E of them: [B, K] or [E, B, K]."""
+    one = partial(
+        solve,
+        oracle=oracle,
+        distance=distance,
+        constraints=constraints,
+        objective=objective,
+        method=method,
+    )
+
+    def answer(query: tuple[Array, Array]) -> Array:
+        def within(epsilon: Array) -> Array:
+            return one(*query, epsilon=epsilon)
+
+        return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
+
+    answers = map_chunks(jax.vmap(answer), (y, gram), QUERIES)
+    return answers.swapaxes(0, 1) if epsilon.ndim else answers
 
 
 def defend(
@@ -39,16 +158,44 @@ def defend(
     chunk: int | None = None,
     memory: int | None = None,
 ) -> Predict:
-    """The victim's prediction API behind MAD: predict(x[B, ...]) -> y_tilde [B, K], Algorithm 1.
+    """The victim's prediction API behind MAD: one function of the queries, to be jitted.
 
-    victim_apply(x[B, ...]) -> logits [B, K], parameters bound, e.g. `partial(network.apply,
-    params)`; surrogate = (apply, params) with apply(params, x) -> logits [B, K]. The rest is as for
-    `madjax.perturb`; layers="last" costs one forward pass of the surrogate and nothing more. Rows
-    of y_tilde lie on the simplex within epsilon of the victim's posteriors and depend on their own
-    query alone. jit it.
+    y = softmax(victim_apply(x)); y~ = argmax H(y~) s.t. distance(y~, y) <= epsilon (Eq. 4 to 7).
+
+    Args:
+        victim_apply: victim_apply(x [B, ...]) -> logits [B, K], parameters bound, e.g.
+            `partial(network.apply, params)`.
+        surrogate: (apply, params) with apply(params, x [B, ...]) -> logits [B, K].
+        epsilon: see `madjax.perturb`.
+        oracle: see `madjax.solve`.
+        distance: see `madjax.solve`.
+        constraints: see `madjax.solve`.
+        objective: see `madjax.solve`.
+        method: see `madjax.solve`.
+        layers: see `madjax.gram`. "last" costs one forward pass of the surrogate and no more.
+        gram_method: the method of `madjax.gram`.
+        chunk: see `madjax.gram`.
+        memory: see `madjax.gram`.
+
+    Returns:
+        predict(x [B, ...]) -> y_tilde float32 [B, K], or [E, B, K] for budgets [E]. Rows lie on
+        the simplex within epsilon of the victim's posteriors, and depend on their own query alone.
+
+    Edge cases:
+        epsilon = 0: the victim's posteriors, bit for bit.
+        a victim in half precision: its softmax is taken in float32.
+        a grid of budgets: y_tilde is [E, B, K].
+        no query: y_tilde is [0, K].
 
     Raises:
         InputError: at the first call: see `madjax.perturb`.
+
+    Example:
+        >>> import jax, madjax
+        >>> x, w = jax.random.normal(jax.random.key(0), (2, 4, 4))
+        >>> sees = madjax.defend(lambda x: x, (lambda w, x: x @ w, w), epsilon=1, layers="identity")
+        >>> abs(sees(x) - jax.nn.softmax(x)).sum(axis=1).round(5)
+        Array([1., 1., 1., 1.], dtype=float32)
     """
     apply, params = surrogate
 

@@ -267,7 +267,7 @@ ATTACKS = {
 @pytest.mark.parametrize(
     ("name", "mapping"),
     [
-        ("jbda", sweep.map_cells),
+        pytest.param("jbda", sweep.map_cells, marks=pytest.mark.slow),  # as in test_pipeline
         pytest.param("knockoff, repeated and augmented", sweep.map_cells, marks=pytest.mark.slow),
         pytest.param("adaptive", sweep.map_cells, marks=pytest.mark.slow),
         pytest.param("jbda", sweep.vmap_cells, marks=pytest.mark.slow),

@@ -261,12 +261,42 @@ def steal(
 ) -> tuple[Transfer, State]:
     """A whole attack on one defended victim: its transfer set, and the trained stolen model.
 
-    images uint8 [N, H, W, C] and labels [N] are the attacker's own; classifier is the stolen
-    model's network; test = (images, labels) is the victim's test set, on which it is judged.
-    `madjax.defenses.prediction_api` makes a respond.
+    It asks for y~_i at images x_i and minimises - sum_i y~_i' log F(x_i; w), the L of Eq. 2.
+
+    Args:
+        attack: what is asked, and how the stolen model is trained.
+        seed: of everything the attacker draws.
+        respond: the defended victim, (numbers [B] of the queries, images [B, H, W, C]) -> y_tilde
+            [B, K]. `madjax.defenses.prediction_api` makes one.
+        images: the attacker's own images, uint8 [N, H, W, C].
+        labels: their labels [N], for attacks that choose by them.
+        classifier: the stolen model's network.
+        family: the range of pixels and their normalisation, for attacks that make images.
+        test: (images, labels), the victim's test set, on which the stolen model is judged.
+
+    Returns:
+        (transfer, state): the transfer set with y_tilde [examples, K], and what `madjax.fit`
+        returns for the stolen model.
+
+    Edge cases:
+        a budget of one: a transfer set of one example.
+        the same seed: the same stolen model, bit for bit.
+        a victim that answers NaN: refused; the error names the attack.
+        more queries than images: refused by attacks that send each image once.
 
     Raises:
         InputError: what `attack.check` and `check_transfer` refuse.
+
+    Example:
+        >>> import jax.numpy as jnp, madjax
+        >>> own = madjax.open_dataset("embedded:mnist[:9,:9]")
+        >>> to, test = own.family, (own.x_test, own.y_test)
+        >>> network = madjax.Classifier(madjax.MLP(10, (3,)), to.preprocess, own.image_shape)
+        >>> data = own.x_train, own.y_train, network, to, test
+        >>> victim = lambda numbers, x: jnp.full((len(x), 10), 0.1)
+        >>> transfer, state = madjax.steal(madjax.Knockoff(budget=3), 0, victim, *data)
+        >>> transfer.targets.shape, int(transfer.asked)
+        ((3, 10), 3)
     """
     key = keys(seed)
     images, labels = jnp.asarray(images), jnp.asarray(labels)

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from madjax.batching import map_chunks
+from madjax.batching import QUERIES, map_chunks
 from madjax.errors import InputError
-from madjax.mad import QUERIES
 from madjax.models import Classifier
 from madjax.train import Recipe, State, fit
 

@@ -1,0 +1,126 @@
+"""Every script in experiments/ runs through at its smallest size, and tables follow from rows."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from madjax.report import read_rows, table
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+RESULTS = EXPERIMENTS / "results"
+TABLES = (EXPERIMENTS / "README.md").read_text()
+SCRIPTS = sorted({path.stem for path in EXPERIMENTS.glob("*.py")} - {"measuring", "new_constraint"})
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a script as `python experiments/NAME.py WORDS` does, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def functions(monkeypatch):
+    """The functions of a script, which does not run."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    return lambda name: runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)
+
+
+BENCHMARKS = [pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS if n.startswith("bench_")]
+OTHERS = [n for n in SCRIPTS if not n.startswith("bench_")]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS + OTHERS)
+def test_it_runs_through_at_its_smallest_size(run, name, tmp_path, capsys):
+    """PyTorch is left out where it is not installed. CI runs the benchmarks too."""
+    words = ("--out", "out/it") if name.startswith("bench_") else ()
+    run(name, "--smoke", *words)
+    assert capsys.readouterr().out.strip()
+    if words:
+        facts = json.loads((tmp_path / "out" / "it.json").read_text())
+        assert facts["commit"]
+        assert "CPU" in facts["device"]
+        assert facts["options"]["smoke"]
+        assert (tmp_path / "out" / "it.md").read_text().startswith("| ")
+
+
+def test_the_extension_in_one_file_runs_and_obeys_its_constraint(run, capsys):
+    assert len((EXPERIMENTS / "new_constraint.py").read_text().splitlines()) < 40
+    run("new_constraint", "--smoke")
+    free, kept = capsys.readouterr().out.splitlines()
+    degrees, moved = zip(*(re.findall(r"([\d.]+)", line)[1:] for line in (free, kept)), strict=True)
+    assert float(degrees[0]) > float(degrees[1]) > 10
+    assert float(moved[0]) > 0.2
+    assert float(moved[1]) <= 0.1
+
+
+# --- committed tables -----------------------------------------------------------------------------
+
+
+def test_committed_reports_are_made_from_their_rows():
+    folders = [path.parent for path in RESULTS.glob("*/rows.jsonl")]
+    assert folders
+    for folder in folders:
+        assert (folder / "report.md").read_text() == table(read_rows(folder))
+        assert (folder / "tradeoff.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "folders", "file"),
+    [
+        ("table1", ["mnist_attacks"], "table1.md"),
+        ("defenses_summary", ["mnist_defenses", "mnist_top_label"], "summary.md"),
+        ("angle_summary", ["mnist_angle", "mnist_angle_variants"], "summary.md"),
+    ],
+)
+def test_a_summary_is_made_from_its_rows_and_quoted(run, tmp_path, name, folders, file):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        shutil.copy(RESULTS / folder / "rows.jsonl", tmp_path / folder)
+    run(name, *folders)
+    for folder in folders:
+        made = (tmp_path / folder / file).read_text()
+        assert made == (RESULTS / folder / file).read_text()
+        assert made.strip() in TABLES
+
+
+@pytest.mark.parametrize("name", ["bench_angle", "bench_jbda", "bench_training"])
+def test_the_table_of_a_benchmark_is_made_from_its_figures_and_quoted(functions, name):
+    facts = json.loads((RESULTS / f"{name}.json").read_text())
+    made = functions(name)["table"](facts["results"])
+    assert made.strip() == (RESULTS / f"{name}.md").read_text().strip()
+    assert made.strip() in TABLES
+    assert not facts["options"]["smoke"]
+
+
+def test_the_table_of_mad_is_made_from_its_figures_and_quoted(functions):
+    facts = json.loads((RESULTS / "bench_mad.json").read_text())
+    made = functions("bench_mad")["table"](facts["rows"])
+    assert made.strip() == (RESULTS / "bench_mad.md").read_text().strip()
+    assert made.strip() in TABLES
+
+
+@pytest.mark.parametrize("name", ["last_vs_all", "optimum"])
+def test_the_table_of_a_study_is_made_from_its_rows_and_quoted(functions, name):
+    lines = (RESULTS / name / "study.jsonl").read_text().splitlines()
+    made = functions(name)["table"]([json.loads(line) for line in lines])
+    assert made.strip() == (RESULTS / name / "report.md").read_text().strip()
+    assert made.strip() in TABLES
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("bench_*.json")), ids=lambda path: path.stem)
+def test_a_committed_benchmark_says_where_it_ran(path):
+    facts = json.loads(path.read_text())
+    assert facts["device"]
+    assert re.fullmatch(r"[0-9a-f]{7,40}", facts["commit"])

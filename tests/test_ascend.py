@@ -379,6 +379,19 @@ def test_ascend_finds_points_that_no_segment_from_y_passes_at_its_start():
     assert jax.vmap(entropy)(found.y_tilde).min() >= 0.6 - 1e-5
 
 
+def nearness(v, y, gram):
+    return -jnp.square(v - y).sum()
+
+
+def test_a_constraint_that_y_breaks_is_met_though_y_has_the_best_value():
+    y, gram = problems(50, 5, seed=9, sharp=8.0)
+    assert (y.max(axis=1) > 0.8).sum() > 25
+    options = {"objective": nearness, "constraints": (EXAMPLES["cap"],)}
+    found = answered(y, gram, epsilon=0.9, method="ascend", **options)
+    assert found.feasible.all()
+    assert found.y_tilde.max() <= 0.8 + 1e-5
+
+
 @pytest.mark.parametrize("method", ["line_search", "ascend"])
 def test_contradictory_constraints_return_y_and_say_so(method):
     y, gram = problems(50, 5)

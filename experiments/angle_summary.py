@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from measuring import RESULTS, parse
+from measuring import RESULTS, markdown, parse
 
 from madjax.report import read_rows, summarise
 from madjax.report.names import attack, defence
@@ -28,12 +28,6 @@ def said(stat, digits=1):
     """Mean ± sample standard deviation over seeds, if there are several."""
     spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
     return f"{stat.mean:.{digits}f}{spread}"
-
-
-def markdown(head, lines):
-    """A table whose first column is text."""
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
 
 
 def angles(points):

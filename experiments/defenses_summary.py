@@ -15,7 +15,7 @@ import argparse
 import math
 from pathlib import Path
 
-from measuring import RESULTS, parse
+from measuring import RESULTS, markdown, parse
 
 from madjax.report import read_rows, summarise
 from madjax.report.names import defence, name, remarked
@@ -33,12 +33,6 @@ def said(stat, digits=1):
     """Mean ± sample standard deviation over seeds; without it where it rounds to nothing."""
     spread = "" if stat.std is None or stat.std < 0.05 else f" ± {stat.std:.{digits}f}"
     return f"{stat.mean:.{digits}f}{spread}"
-
-
-def markdown(head, lines):
-    """A table whose first column is text."""
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
 
 
 def strongest(points):

@@ -25,16 +25,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from measuring import parse, source
+from measuring import SETS, parse, source
 
 from madjax import Classifier, LeNet, Recipe, extreme, fit, gram, open_dataset
 from madjax.batching import map_chunks
 
-SETS = {
-    "full": ("mnist", "kassel_letters"),
-    "embedded": ("embedded:mnist", "embedded:fashion_mnist"),
-    "smoke": ("embedded:mnist[:200,:50]", "embedded:fashion_mnist[:50]"),
-}
 CHOSEN = jax.jit(jax.vmap(lambda y, m: extreme(y, m).argmax()))
 
 

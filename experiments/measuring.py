@@ -17,6 +17,12 @@ from madjax import sweep
 
 RESULTS = Path(__file__).parent / "results"
 """The committed results."""
+SETS = {
+    "full": ("mnist", "kassel_letters"),
+    "embedded": ("embedded:mnist", "embedded:fashion_mnist"),
+    "smoke": ("embedded:mnist[:200,:50]", "embedded:fashion_mnist[:50]"),
+}
+"""Victim and query sets of the studies: with data files, without any, and for --smoke."""
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 """Whether PyTorch is installed; where it is not, only madjax is measured."""
 
@@ -84,6 +90,12 @@ def source() -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in packages},
         },
     }
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text."""
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *lines))
 
 
 def write(path: Path, options: argparse.Namespace, facts: dict[str, Any], table: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from measuring import parse, seconds, source
+from measuring import SETS, parse, seconds, source
 
 from madjax import (
     Classifier,
@@ -39,11 +39,6 @@ from madjax import (
 )
 from madjax.batching import map_chunks
 
-SETS = {
-    "full": ("mnist", "kassel_letters"),
-    "embedded": ("embedded:mnist", "embedded:fashion_mnist"),
-    "smoke": ("embedded:mnist[:200,:50]", "embedded:fashion_mnist[:50]"),
-}
 EPSILONS = (0.1, 0.5, 0.99, 1.5)
 METHODS = {
     "line_search": {"oracle": extreme},

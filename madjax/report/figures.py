@@ -163,7 +163,7 @@ def _looks(said: dict[Curve, str]) -> dict[str, dict]:
 
 
 def _colours(count: int) -> list[str]:
-    """So many different colours: those of `COLOURS`, or of a rainbow where they are too few."""
+    """`count` different colours: those of `COLOURS`, or of a rainbow where these are too few."""
     from matplotlib import colormaps  # lazy: a second that tables do not need
     from matplotlib.colors import to_hex
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from madjax.report import read_rows, table
@@ -47,7 +48,7 @@ def test_it_runs_through_at_its_smallest_size(run, name, tmp_path, capsys):
     if words:
         facts = json.loads((tmp_path / "out" / "it.json").read_text())
         assert facts["commit"]
-        assert facts["device"]
+        assert ("CPU" in facts["device"]) == (jax.default_backend() == "cpu")
         assert facts["options"]["smoke"]
         assert (tmp_path / "out" / "it.md").read_text().startswith("| ")
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from madjax.constraints import entropy, kl, l1, l2
+from madjax.train import percent
 
 Array = jax.Array
 
@@ -16,10 +17,6 @@ def utility(y: Array, y_tilde: Array, labels: Array) -> dict[str, Array]:
     distances `l1`, `l2` and `kl` (nats; infinite as soon as one answer is), the largest `l1`, and
     mean and standard deviation of the answers' `entropy` (bits, at most log2 K).
     """
-
-    def percent(hits: Array) -> Array:
-        return 100 * hits.mean(dtype=jnp.float32)
-
     top = y_tilde.argmax(-1)
     result = {
         "defender_accuracy": percent(top == labels),

@@ -92,7 +92,8 @@ def angle_between(a: Any, u: Any) -> Array:
     """The angle between two gradients, pytrees of the same shapes: degrees in [0, 180].
 
     What `angle` has from the Gram matrix of one query, for gradients that are at hand, such as
-    those of a batch. 0 where either vanishes. Accumulated in float32, by the same formula.
+    those of a batch. 0 where either vanishes, NaN where either is not finite. Accumulated in
+    float32, by the same formula.
     """
     a, u = ([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(each)] for each in (a, u))
 
@@ -100,7 +101,7 @@ def angle_between(a: Any, u: Any) -> Array:
         return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in leaves))
 
     (a_norm, u_norm) = norm(a), norm(u)
-    known = (a_norm > 0) & (u_norm > 0)
+    known = (a_norm != 0) & (u_norm != 0)  # NaN is neither known to vanish, nor known not to
     a_unit, u_unit = (
         [leaf / jnp.where(known, length, 1) for leaf in leaves]
         for leaves, length in ((a, a_norm), (u, u_norm))

@@ -20,7 +20,7 @@ import optax
 
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, State, correct, cross_entropy, start
+from madjax.train import Recipe, State, cross_entropy, judge, start
 
 Array = jax.Array
 
@@ -103,14 +103,13 @@ def fit(
                 jnp.float32(noise_multiplier),
             )
             total, count = total + loss, count + len(drawn)
-        hits = _correct(classifier, params, x_test, labels_test)
         state = state._replace(
             params=params,
             opt_state=opt_state,
             epoch=state.epoch + 1,
             loss=state.loss.at[e].set(total / max(count, 1)),
-            accuracy=state.accuracy.at[e].set(100 * hits.mean(dtype=jnp.float32)),
         )
+        state = _judge(classifier, state, x_test, labels_test)
         after_epoch(jax.block_until_ready(state))
     return state
 
@@ -141,7 +140,7 @@ def _check(
 
 
 _start = jax.jit(start, static_argnums=(0, 1, 2))
-_correct = jax.jit(correct, static_argnums=0)
+_judge = jax.jit(judge, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from madjax.batching import map_chunks
@@ -114,16 +115,17 @@ class State(NamedTuple):
     epoch: Array
     """Epochs done, int32."""
     accuracy: Array
-    """Percent on the test set after each epoch, float32 [recipe.epochs], NaN where not yet run."""
+    """Percent on the test set after each epoch, float32 [recipe.epochs]: NaN from the epoch on in
+    which training diverged, -inf where not yet run."""
     loss: Array
-    """Mean training loss of each epoch, float32 [recipe.epochs]."""
+    """Mean training loss of each epoch, float32 [recipe.epochs], -inf where not yet run."""
 
 
 def start(classifier: Classifier, recipe: Recipe, num_examples: int, key: Array) -> State:
     """A fresh network and optimiser, functions of the key alone."""
     init_key, order_key = jax.random.split(key)
     params = classifier.init(init_key)
-    unknown = jnp.full(recipe.epochs, jnp.nan, jnp.float32)
+    unknown = jnp.full(recipe.epochs, -jnp.inf, jnp.float32)
     return State(
         params,
         recipe.transformation(num_examples).init(trainable(params)),
@@ -215,11 +217,9 @@ def epoch(
     x_test: Array,
     labels_test: Array,
 ) -> State:
-    """One pass over the training set, then the accuracy on the test set."""
+    """One pass over the training set, then the accuracy on the test set (`judge`)."""
     state = one_pass(classifier, recipe, state, take, num_examples)
-    hits = correct(classifier, state.params, x_test, labels_test)
-    accuracy = 100 * hits.mean(dtype=jnp.float32)
-    return state._replace(accuracy=state.accuracy.at[state.epoch - 1].set(accuracy))
+    return judge(classifier, state, x_test, labels_test)
 
 
 def train(
@@ -242,9 +242,49 @@ def train(
     return jax.lax.fori_loop(0, recipe.epochs, one, state).params
 
 
-def correct(classifier: Classifier, params: Any, x: Array, labels: Array) -> Array:
-    """Whether the top class is the label, bool [N]; the lowest of equal classes counts as top."""
-    return map_chunks(lambda x: classifier.apply(params, x).argmax(-1), x, 250) == labels
+def judge(classifier: Classifier, state: State, x_test: Array, labels_test: Array) -> State:
+    """Write down the accuracy after the epoch that was done last, in percent.
+
+    The lowest of equal classes counts as top. The accuracy is NaN from the epoch on in which a
+    loss, a parameter or a logit is not finite: the top class of NaN would be class 0.
+    """
+    logits = map_chunks(lambda x: classifier.apply(state.params, x), x_test, 250)
+    done = jnp.arange(state.loss.size) < state.epoch
+    sound = finite((state.params, jnp.where(done, state.loss, 0))) & ~jnp.isnan(logits).any()
+    accuracy = jnp.where(sound, percent(logits.argmax(-1) == labels_test), jnp.nan)
+    return state._replace(accuracy=state.accuracy.at[state.epoch - 1].set(accuracy))
+
+
+def finite(tree: Any) -> Array:
+    """Whether every number in a pytree of arrays is finite, bool."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def percent(hits: Array) -> Array:
+    """The share of bool [N] that holds, in percent, float32 in [0, 100]."""
+    # XLA multiplies by 1 / N where it knows N, which made 100.00001 % of some N.
+    count = jax.lax.optimization_barrier(jnp.float32(hits.size))
+    return 100 * (hits.sum(dtype=jnp.int32).astype(jnp.float32) / count)
+
+
+def diverged(state: State) -> bool:
+    """Whether the training that led to this state has diverged: see `judge`."""
+    done = int(state.epoch)
+    return not np.isfinite(np.asarray([state.accuracy[:done], state.loss[:done]])).all()
+
+
+def check_converges(name: str, recipe: Recipe, state: State) -> None:
+    """Refuse what a defence cannot stand on: a network of the victim's owner that diverged.
+
+    Raises:
+        InputError: it did; the error names the learning rate.
+    """
+    if diverged(state):
+        raise InputError(
+            f"training of the {name} diverged within {int(state.epoch)} of {recipe.epochs} epochs "
+            "(a loss or a parameter is not finite): its learning_rate is "
+            f"{recipe.learning_rate:g}, give a smaller one"
+        )
 
 
 def fit(
@@ -280,6 +320,7 @@ def fit(
         fewer images than a batch: one batch of all of them a step.
         a state that has done all epochs: it comes back, and nothing is trained.
         a stop between two epochs: going on from the state ends where no stop would have.
+        a loss or a parameter that is not finite: the accuracy is NaN from that epoch on.
 
     Raises:
         InputError: targets that do not fit the images or the network.

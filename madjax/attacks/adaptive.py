@@ -133,7 +133,7 @@ class AdaptiveKnockoff(Attack):
 
         transfer = Transfer(
             jnp.zeros(self.budget, jnp.int32),
-            jnp.full((self.budget, world.num_classes), jnp.nan),
+            jnp.full((self.budget, world.num_classes), -jnp.inf),
             jnp.zeros((), jnp.int32),
         )
         scratch = start(world.classifier, self.online, batch, keys[1])

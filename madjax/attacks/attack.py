@@ -33,7 +33,7 @@ class Transfer(NamedTuple):
     x: Array
     """Indices of the attacker's own images, int32 [N], or synthetic ones, float32 [N, H, W, C]."""
     targets: Array
-    """What the attacker makes of the answers, [N, K]; NaN where it has none yet."""
+    """What the attacker makes of the answers, [N, K]; -inf where it has none yet."""
     asked: Array
     """Queries answered so far, int32."""
 
@@ -67,13 +67,13 @@ class World:
 
         asked: queries answered so far, as the last call returned it (0 at first); wanted: which of
         the images are queries, bool [B], all by default. Returns the answers [B, K] and the new
-        count. A row that is not wanted, or beyond the budget, is NaN: an attack that hands the
+        count. A row that is not wanted, or beyond the budget, is -inf: an attack that hands the
         count on cannot learn from what it has not paid for.
         """
         wanted = jnp.ones(len(images), bool) if wanted is None else wanted
         number = asked + jnp.cumsum(wanted, dtype=jnp.int32) - 1
         served = wanted & (number < self.budget)
-        answers = jnp.where(served[:, None], self.respond(number, images), jnp.nan)
+        answers = jnp.where(served[:, None], self.respond(number, images), -jnp.inf)
         return answers, asked + served.sum(dtype=jnp.int32)
 
 
@@ -89,7 +89,7 @@ def posteriors(answers: Array) -> Array:
 def top_label(answers: Array) -> Array:
     """The top label alone, one-hot (the paper's `argmax` attacker); the lowest of equal ones."""
     one_hot = jax.nn.one_hot(answers.argmax(-1), answers.shape[-1])
-    return jnp.where(jnp.isnan(answers), jnp.nan, one_hot)
+    return jnp.where(jnp.isfinite(answers), one_hot, answers)
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,12 @@ def check_budget(budget: int, num_images: int, repeats: int = 1) -> None:
 def check_transfer(attack: Attack, transfer: Transfer) -> None:
     """Refuse a finished transfer set, or several with a leading axis, that is not what it must be.
 
+    Answers that are not numbers to images that are none pass: the network that made the images
+    diverged, and so will the stolen model, whose accuracy `madjax.fit` gives as NaN.
+
     Raises:
-        InputError: a budget that is not spent exactly, or examples that are missing or unanswered.
+        InputError: a budget that is not spent exactly, examples that are missing or unanswered, or
+            a victim that answers NaN.
     """
     size = attack.examples(attack.budget)
     if transfer.targets.shape[-2] != size:
@@ -220,10 +224,17 @@ def check_transfer(attack: Attack, transfer: Transfer) -> None:
             f"the attack {attack.label} has asked {transfer.asked} times: spend its budget of "
             f"{attack.budget} exactly"
         )
-    if not jnp.all(jnp.isfinite(transfer.targets)):
+    if jnp.isinf(transfer.targets).any():
         raise InputError(
             f"the attack {attack.label} has examples without an answer: train on none that it has "
             "not asked for"
+        )
+    lead = transfer.targets.shape[:-1]
+    asked = jnp.isfinite(transfer.x).reshape(*lead, -1).all(-1)
+    if (asked & jnp.isnan(transfer.targets).any(-1)).any():
+        raise InputError(
+            f"the defended victim answers NaN to the attack {attack.label}: its network or its "
+            "defence gives numbers that are not finite for some of the images"
         )
 
 

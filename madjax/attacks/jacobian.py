@@ -208,7 +208,7 @@ class JacobianAugmentation(Attack):
         seeds = world.images[draw(world.key, len(world.images), self.seeds)].astype(jnp.float32)
         answers, asked = world.ask(jnp.zeros((), jnp.int32), seeds)
         x = jnp.zeros((self.budget, *seeds.shape[1:]))
-        targets = jnp.full((self.budget, world.num_classes), jnp.nan)
+        targets = jnp.full((self.budget, world.num_classes), -jnp.inf)
         return Transfer(
             x.at[: self.seeds].set(seeds),
             targets.at[: self.seeds].set(self.targets(answers)),

@@ -98,7 +98,7 @@ class Online(Attack):
 
 
 class Trace(NamedTuple):
-    """What is recorded of every step, float32 [steps], NaN where not yet done."""
+    """What is recorded of every step, float32 [steps], -inf where not yet done."""
 
     angle: Array
     """Degrees between the gradients of the batch's loss on the answers and on the posteriors."""
@@ -143,7 +143,7 @@ def begin(
     params = classifier.init(init_key)
     drawn = draw(key["draw"], len(images), attack.images)
     optimizer = attack.recipe.transformation(attack.images)
-    unknown = jnp.full(attack.steps, jnp.nan, jnp.float32)
+    unknown = jnp.full(attack.steps, -jnp.inf, jnp.float32)
     return Training(
         params,
         optimizer.init(trainable(params)),
@@ -205,7 +205,7 @@ def lap(
 
     def within(now: Training, t: Array) -> tuple[Training, Trace]:
         # The last lap may be shorter; the program is the same.
-        idle = Trace(*[jnp.full((), jnp.nan, jnp.float32)] * 3)
+        idle = Trace(*[jnp.full((), -jnp.inf, jnp.float32)] * 3)
         return jax.lax.cond(t < attack.steps, step, lambda now, t: (now, idle), now, t)
 
     whole = attack.steps % attack.every == 0

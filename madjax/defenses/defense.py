@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from madjax.batching import QUERIES, map_chunks
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, State, fit
+from madjax.train import Recipe, State, check_converges, fit
 
 Array = jax.Array
 Apply = Callable[[Any, Array], Array]
@@ -54,12 +54,17 @@ class Owner:
         """The parameters of the victim's network, trained by a recipe on the victim's data.
 
         name, recipe and key tell its checkpoint from those of other networks of one sweep.
+
+        Raises:
+            InputError: training that diverges.
         """
 
         def train(**options: Any) -> State:
             return fit(self.classifier, recipe, key, self.data, self.test, **options)
 
-        return self.keep(name, recipe, key, train).params
+        state = self.keep(name, recipe, key, train)
+        check_converges(name, recipe, state)
+        return state.params
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from madjax.report.names import attack, defence, name, remarked
 from madjax.report.panels import GREY, INK
-from madjax.report.points import Curve
+from madjax.report.points import Curve, is_sound
 
 ACROSS = 6
 """Curves side by side."""
@@ -44,7 +44,7 @@ def _figure(rows: list[dict], panels: tuple):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    rows = list(filter(is_traced, rows))
+    rows = [row for row in rows if is_traced(row) and is_sound(row)]
     groups: dict[Curve, dict[float, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: row["epsilon"]):
         curve = Curve(*(row.get(field, "") for field in Curve._fields))

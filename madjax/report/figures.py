@@ -21,7 +21,7 @@ from madjax.report.panels import (
     Utility,
     draw,
 )
-from madjax.report.points import Curve, curves, started
+from madjax.report.points import Curve, is_sound, sound_curves, started
 
 # Okabe and Ito's colour-blind-safe set without its sky blue, which reads as the ideal's cyan.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#444444")
@@ -35,7 +35,8 @@ def figure(rows: list[dict]):
 
     One panel a data set; curves are the lines with gid "curve", in epsilon order. Of several
     defences it shows MAD, against every attack. The ideal defence is drawn where the rows have
-    `num_classes`. Raises InputError for no rows.
+    `num_classes`. Points without a stolen model that did not diverge are left out, and the title
+    counts those that did. Raises InputError for no rows, or none to draw.
     """
     return _figure(rows, _attacked, DATASET, (ACCURACY,), UNDER, across=3)
 
@@ -99,7 +100,7 @@ def _figure(
 
     `step` leads from one panel of a group to the next, and `across` groups stand side by side.
     """
-    points = started(curves(rows))
+    points = started(sound_curves(rows))
     known = sorted(points, key=lambda curve: not _is_plain_mad(curve))  # first, below the dashed
     said = labels(choose([curve for curve in known if curve.defense != "none"]), panel)
     looks = _looks(said)
@@ -180,6 +181,8 @@ def _seeds(rows: list[dict]) -> str:
 def _title(ax, dataset: str, attack: str, rows: list[dict]) -> None:
     runs = [", ".join(sorted({name(row[f]) for row in rows})) for f in ("victim", "queryset")]
     small = f"victim {runs[0]} · queries {runs[1]} · {_seeds(rows)}"
+    if lost := len(rows) - sum(map(is_sound, rows)):
+        small += f" · {lost} diverged"
     # A longer title stands on a line of its own.
     large = f"{dataset}, {attack}\n" if attack else dataset
     ax.set_title(large, loc="left", fontweight="bold", color=INK)

@@ -19,11 +19,15 @@ Stat = namedtuple("Stat", "mean std")
 
 @dataclass(frozen=True)
 class Summary:
-    """One point of a curve over its n seeds; units as in the rows (accuracies in percent)."""
+    """One point of a curve over n seeds; units as in the rows (accuracies in percent).
+
+    Of further `diverged` seeds no stolen model came out: they are in no mean.
+    """
 
     curve: Curve
     epsilon: float
     n: int
+    diverged: int
     defender_accuracy: Stat
     attacker_accuracy: Stat
     attacker_accuracy_best: Stat
@@ -44,8 +48,9 @@ class Summary:
 def summarise(rows: list[dict]) -> list[Summary]:
     """Average rows over seeds: one Summary a curve point, sorted by curve, then by epsilon.
 
-    A metric that a seed lacks (absent, null, not finite) is None. InputError for two rows of a
-    cell and seed.
+    Rows whose stolen model diverged are counted and left out of means. A metric that another seed
+    lacks (absent, null, not finite) is None, and so is every metric where all have diverged.
+    InputError for two rows of a cell and seed.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -56,11 +61,31 @@ def summarise(rows: list[dict]) -> list[Summary]:
     return [_summary(*key, groups[key]) for key in order]
 
 
+def is_sound(row: dict) -> bool:
+    """Whether the stolen model of a row did not diverge; so in rows from before that field."""
+    return row.get("status", "ok") == "ok"
+
+
 def curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
     """The points of every curve, in epsilon order. Raises InputError for no rows."""
     if not rows:
         raise InputError("no rows to report; let the sweep finish at least one cell")
     return {curve: list(points) for curve, points in groupby(summarise(rows), lambda p: p.curve)}
+
+
+def sound_curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
+    """`curves` of what can be drawn: points at which some stolen model did not diverge.
+
+    Raises InputError where there is none.
+    """
+    found = {curve: [p for p in own if p.n] for curve, own in curves(rows).items()}
+    found = {curve: own for curve, own in found.items() if own}
+    if not found:
+        raise InputError(
+            f"all {len(rows)} stolen models diverged: there is nothing to draw; give the attack's "
+            "recipe a smaller learning_rate"
+        )
+    return found
 
 
 def started(points: dict[Curve, list[Summary]]) -> dict[Curve, list[Summary]]:
@@ -88,7 +113,7 @@ def _attacked(curve: Curve) -> tuple:
 
 
 def _stat(values: list) -> Stat:
-    if any(value is None or not math.isfinite(value) for value in values):
+    if not values or any(value is None or not math.isfinite(value) for value in values):
         return Stat(None, None)
     return Stat(fmean(values), stdev(values) if len(values) > 1 else None)
 
@@ -99,5 +124,6 @@ def _summary(curve: Curve, epsilon: float, rows: list[dict]) -> Summary:
         said = " ".join(str(name) for name in curve if name != "")
         cell = f"{said} epsilon {epsilon:g} seed {seed}"
         raise InputError(f"{times} rows for the cell {cell}; keep one of them in rows.jsonl")
-    stats = {f.name: _stat([r.get(f.name) for r in rows]) for f in fields(Summary)[3:]}
-    return Summary(curve, epsilon, len(rows), **stats)
+    sound = list(filter(is_sound, rows))
+    stats = {f.name: _stat([r.get(f.name) for r in sound]) for f in fields(Summary)[4:]}
+    return Summary(curve, epsilon, len(sound), len(rows) - len(sound), **stats)

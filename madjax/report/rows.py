@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 
 from madjax.errors import InputError
-from madjax.report.points import Curve
+from madjax.report.points import Curve, is_sound
 
-NUMBERS = ("epsilon", "budget", "seed", "defender_accuracy", "attacker_accuracy")
+NUMBERS = ("epsilon", "budget", "seed", "defender_accuracy")
+OF_THE_STOLEN = ("attacker_accuracy",)  # numbers where that model did not diverge
 LATER = ("variant", "defense_variant")  # fields that older rows of a curve lack
 
 
@@ -44,8 +45,9 @@ def read_rows(directory: str | Path) -> list[dict]:
 def _problem(row) -> str | None:
     if not isinstance(row, dict):
         return "not a JSON object"
-    needed = [name for name in (*Curve._fields, *NUMBERS) if name not in LATER]
+    numbers = NUMBERS + OF_THE_STOLEN * is_sound(row)
+    needed = [name for name in (*Curve._fields, *numbers) if name not in LATER]
     if missing := [name for name in needed if name not in row]:
         return f"no field {missing[0]!r}"
-    bad = [n for n in NUMBERS if not (isinstance(row[n], int | float) and math.isfinite(row[n]))]
+    bad = [n for n in numbers if not (isinstance(row[n], int | float) and math.isfinite(row[n]))]
     return f"{bad[0]} is {row[bad[0]]!r}, not a finite number" if bad else None

@@ -1,7 +1,7 @@
 """Rows to Markdown."""
 
 from madjax.report.names import attack, defence, remarked
-from madjax.report.points import Curve, Summary, curves
+from madjax.report.points import Curve, Summary, curves, is_sound
 
 HEAD = ("epsilon", "n", "defender acc. %", "attacker acc. %", "attacker best epoch %", "L1")
 # Columns of some curves only: (head, field, the field whose record brings it). Fidelity comes with
@@ -24,12 +24,18 @@ OPTIONAL = (
 def table(rows: list[dict]) -> str:
     """Markdown that is also aligned plain text: provenance, then a table for each curve.
 
-    Accuracies in percent, mean ± sample std over seeds; "-" is undefined. Fidelity and entropy, the
-    epsilon of differential privacy, and angles over an online attacker's steps, where the curve's
-    rows have them. InputError for no rows.
+    Accuracies in percent, mean ± sample std over seeds; "-" is undefined. Cells whose stolen model
+    diverged are counted beside n, and in a line of their own; no mean has them. Fidelity and
+    entropy, the epsilon of differential privacy, and angles over an online attacker's steps, where
+    the curve's rows have them. InputError for no rows.
     """
     by_curve = curves(rows)
     parts = [_provenance(rows)]
+    if lost := len(rows) - sum(map(is_sound, rows)):
+        parts.append(
+            f"{lost} of {len(rows)} cells diverged: a loss or a parameter of the stolen model is "
+            "not finite. They are in no mean."
+        )
     for curve, points in by_curve.items():
         shown = [
             each for each in OPTIONAL if any(getattr(p, each[2]).mean is not None for p in points)
@@ -62,7 +68,8 @@ def _cells(p: Summary, optional: list[str]) -> list[str]:
     pairs = [f"{_text(mean)} ± {_text(std)}" for mean, std in both]
     rest = [_text(p.attacker_accuracy_best.mean), _text(p.l1_mean.mean, 3)]
     rest += [_text(getattr(p, field).mean) for field in optional]
-    return [f"{p.epsilon:g}", str(p.n), *pairs, *rest]
+    count = remarked(str(p.n), f"{p.diverged} diverged" if p.diverged else "")
+    return [f"{p.epsilon:g}", count, *pairs, *rest]
 
 
 def _distinct(rows: list[dict], name: str) -> str:

@@ -7,7 +7,7 @@ from madjax.files import write_atomically
 from madjax.report.angles import angles_figure, course_figure, is_traced
 from madjax.report.figures import ablations_figure, defenses_figure, figure, save_png
 from madjax.report.names import is_ablation, place
-from madjax.report.points import curves
+from madjax.report.points import curves, is_sound
 from madjax.report.rows import read_rows
 from madjax.report.tables import table
 
@@ -15,14 +15,19 @@ DEFENCE = ("defense", "defense_variant", "layers", "oracle", "distance")
 
 
 def figures_for(rows: list[dict]) -> dict[str, Callable]:
-    """The figures that a report of these rows has: file name -> the function that draws it."""
+    """The figures that a report of these rows has: file name -> the function that draws it.
+
+    None where all stolen models have diverged.
+    """
+    if not any(map(is_sound, rows)):
+        return {}
     known = [curve for curve in curves(rows) if curve.defense != "none"]
     found = {"tradeoff.png": figure}
     if len({place(curve, DEFENCE) for curve in known if not is_ablation(curve)}) > 1:
         found["defenses.png"] = defenses_figure
     if any(map(is_ablation, known)):
         found["ablations.png"] = ablations_figure
-    if any(map(is_traced, rows)):
+    if any(is_traced(row) for row in rows if is_sound(row)):
         found |= {"angles.png": angles_figure, "course.png": course_figure}
     return found
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from madjax import store
 from madjax.attacks import Attack, Transfer, check_transfer
 from madjax.config import Sweep
+from madjax.errors import InputError
 from madjax.sweep.cells import (
     Cell,
     Lesson,
@@ -24,7 +25,7 @@ from madjax.sweep.cells import (
     default_mapping,
     over_cells,
 )
-from madjax.sweep.rows import identity, identity_of_row, measured
+from madjax.sweep.rows import DIVERGED, identity, identity_of_row, measured
 from madjax.sweep.victim import Log
 from madjax.train import State
 
@@ -75,15 +76,23 @@ class Campaign:
         identities = [identity(self.program, budget, cell) for cell in wave]
         return [i for i, each in enumerate(identities) if each not in self.done]
 
-    def finish(self, measured: dict[str, Any], said: str) -> None:
+    def finish(self, measured: dict[str, Any], *said: str) -> None:
         """Write the row of a cell, and log what it says."""
         row = self.facts | measured
         row |= self.program.defense.facts(row["epsilon"], row["n_train"])
         store.append_row(self.directory, row)
         self.rows.append(row)
+        said = (
+            *said,
+            f"defender {row['defender_accuracy']:.2f} %",
+            "attacker diverged"
+            if row["status"] == DIVERGED
+            else f"attacker {row['attacker_accuracy']:.2f} %",
+            f"{row['seconds']:.0f} s",
+        )
         self.log(
             f"{self.program.label}, budget {row['budget']:,}, epsilon {row['epsilon']:g}, seed "
-            f"{row['seed']}: {said}, {row['seconds']:.0f} s"
+            f"{row['seed']}: {', '.join(said)}"
         )
 
 
@@ -111,6 +120,7 @@ class TransferCampaign(Campaign):
         name = f"{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
         transfer, spent = self._collect(f"{name}-transfer", stacked)
         useful = self.utility(stacked, self.shared)
+        self._check_answers(wave, useful)
         for budget in filter(missing.get, self.budgets):
             at = f"{name}-budget-{budget}"
             state, seconds = self._train(at, budget, transfer, stacked, len(missing[budget]))
@@ -120,11 +130,7 @@ class TransferCampaign(Campaign):
                 row = measured(self.program, budget, wave[i], *mine)
                 row["seconds"] = round((seconds + spent) / len(wave), 3)
                 row["seconds_collecting"] = round(spent / len(wave), 3)
-                self.finish(
-                    row,
-                    f"defender {row['defender_accuracy']:.2f} %, attacker "
-                    f"{row['attacker_accuracy']:.2f} %",
-                )
+                self.finish(row)
             store.discard(self.directory, at)
         store.discard(self.directory, f"{name}-transfer")
 
@@ -154,6 +160,15 @@ class TransferCampaign(Campaign):
             )
         check_transfer(self.attack, transfer)
         return transfer, seconds
+
+    def _check_answers(self, wave: list[Cell], useful: dict[str, jax.Array]) -> None:
+        """Refuse a defence whose answers are no numbers: the top class of NaN would be class 0."""
+        for cell, distance in zip(wave, np.asarray(useful["l1_mean"]), strict=False):
+            if np.isnan(distance):
+                raise InputError(
+                    f"the defence {self.program.defense.label} answers NaN on the test set at "
+                    f"strength {cell.epsilon:g}, seed {cell.seed}: mend it, or leave this out"
+                )
 
     def _keep(self, name: str, transfer: Transfer, seconds: float, rounds: int) -> None:
         state = transfer, np.asarray(seconds), np.asarray(rounds)

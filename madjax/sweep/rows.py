@@ -75,11 +75,21 @@ def which(program: Program, budget: int, cell: Cell) -> dict[str, Any]:
     }
 
 
-def after(accuracy: Array) -> dict[str, Any]:
-    """The stolen model's accuracy, percent: in the end, at best, and each time it was tested."""
+OK, DIVERGED = "ok", "diverged"
+"""`status` of a row: whether all losses and parameters of its stolen model are finite."""
+
+
+def after(accuracy: np.ndarray) -> dict[str, Any]:
+    """The stolen model's accuracy, percent: in the end, at best, and each time it was tested.
+
+    Where training diverged it is NaN from then on, and null in the row; the best is of what was
+    before.
+    """
+    known = accuracy[np.isfinite(accuracy)]
     return {
+        "status": OK if known.size == accuracy.size else DIVERGED,
         "attacker_accuracy": number(accuracy[-1]),
-        "attacker_accuracy_best": number(accuracy.max()),
+        "attacker_accuracy_best": number(known.max()) if known.size else None,
         "attacker_accuracies": numbers(accuracy),
     }
 

@@ -15,7 +15,7 @@ from madjax.datasets import Dataset
 from madjax.defenses import Owner
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, State, fit, start
+from madjax.train import Recipe, State, check_converges, fit, start
 
 Array = jax.Array
 Log = Callable[[str], None]
@@ -71,6 +71,7 @@ def keeper(directory: Path, victim: Classifier, num_examples: int, log: Log) -> 
         bar = tqdm(total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None)
 
         def after_epoch(state: State) -> None:
+            check_converges(name, recipe, state)
             store.save(directory, folder, int(state.epoch), state)
             bar.update()
 
@@ -87,13 +88,19 @@ def keeper(directory: Path, victim: Classifier, num_examples: int, log: Log) -> 
 
 
 def train_victim(owner: Owner) -> State:
-    """The undefended victim."""
-    return owner.keep(
+    """The undefended victim.
+
+    Raises:
+        InputError: its training diverges.
+    """
+    state = owner.keep(
         "victim",
         owner.recipe,
         owner.key,
         partial(fit, owner.classifier, owner.recipe, owner.key, owner.data, owner.test),
     )
+    check_converges("victim", owner.recipe, state)
+    return state
 
 
 def restore_victim(owner: Owner, directory: Path) -> State:

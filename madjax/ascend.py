@@ -185,8 +185,8 @@ def conditional_gradient(
 
     best_linear(slope [K]) -> the point of the set with the largest slope'v.
     """
-    coarse = jnp.linspace(0, 1, 9)
-    fine = jnp.linspace(-1, 1, 9) / 8
+    coarse = jnp.linspace(0, 1, 9, dtype=start.dtype)
+    fine = jnp.linspace(-1, 1, 9, dtype=start.dtype) / 8
 
     def move(v: Array, _: None) -> tuple[Array, None]:
         end = best_linear(jnp.nan_to_num(jax.grad(value)(v)))
@@ -231,7 +231,7 @@ def augmented_lagrangian(
         return (q, multipliers, 3 * weight), None
 
     begin = (_coordinates(start), jnp.zeros_like(residuals(start)), jnp.asarray(10, y.dtype))
-    rates = jnp.geomspace(0.1, 0.003, OUTER)
+    rates = jnp.geomspace(0.1, 0.003, OUTER, dtype=y.dtype)
     return brought(_on_simplex(jax.lax.scan(round_, begin, rates)[0][0]))
 
 
@@ -261,11 +261,13 @@ def _feasible_point(starts: Array, y: Array, constraints: Sequence[Constraint]) 
         margin = 1e-4  # so that it ends inside, where there is an inside
         return jnp.square(jnp.maximum(_residuals(_on_simplex(q), y, constraints) + margin, 0)).sum()
 
+    rates = jnp.geomspace(0.1, 4e-3, 3, dtype=y.dtype)
+
     def descend(start: Array) -> Array:
         def more(q: Array, rate: Array) -> tuple[Array, None]:
             return _adam(broken, q, rate), None
 
-        return _on_simplex(jax.lax.scan(more, _coordinates(start), jnp.geomspace(0.1, 4e-3, 3))[0])
+        return _on_simplex(jax.lax.scan(more, _coordinates(start), rates)[0])
 
     points = jnp.concatenate([jax.vmap(descend)(starts), starts])
     return points[jax.vmap(lambda v: residual(v, y, constraints))(points).argmin()]

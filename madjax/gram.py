@@ -175,10 +175,10 @@ def _gram(
         one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
         k = jax.eval_shape(apply, params, one).shape[-1]
         if layers == _IDENTITY:
-            return jnp.broadcast_to(jnp.eye(k), (x.shape[0], k, k))
+            return jnp.broadcast_to(jnp.eye(k, dtype=jnp.float32), (x.shape[0], k, k))
         if not x.shape[0] or k < 2:  # the likelihood of one class is always 1
-            return jnp.zeros((x.shape[0], k, k))
-        m = jnp.zeros(())
+            return jnp.zeros((x.shape[0], k, k), jnp.float32)
+        m = jnp.zeros((), jnp.float32)
         for share in _METHODS[method](apply, _LAYERS[layers], params, x):
             queries, classes = share.plan(chunk, memory)
             m += map_chunks(partial(share.run, classes=classes), x, queries)
@@ -193,7 +193,7 @@ def _structured_all(apply: Apply, found: Survey, params: Params, x: Array) -> _G
 
     def one_class(x: Array) -> list[Array]:
         _, pull_back, layer_terms = _forward(apply, found, params, x)
-        return _pull(pull_back, layer_terms, jnp.ones((1, 1, k)), k)
+        return _pull(pull_back, layer_terms, jnp.ones((1, 1, k), jnp.float32), k)
 
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     kept = sum(a.size for a in jax.eval_shape(one_class, one))
@@ -274,7 +274,7 @@ def _structured_last(apply: Apply, found: Survey, params: Params, x: Array) -> _
         del classes
         logits, calls, _ = record(apply, weights(params), x)
         h, p = _head(logits, calls).inputs, jax.nn.softmax(logits.astype(jnp.float32))
-        centred = jnp.eye(k)[None] - p[:, None, :]
+        centred = jnp.eye(k, dtype=jnp.float32)[None] - p[:, None, :]
         m = jnp.einsum("bik,bjk->bij", centred, centred)
         return jnp.square(h.astype(jnp.float32)).sum(axis=-1)[:, None, None] * m
 

@@ -39,13 +39,15 @@ def _norm(v: Array, gram: Array) -> Array:
     """|G'v|, with 0 where rounding leaves nothing of it.
 
     G'p = 0 at the surrogate's posterior p (score identity), so near it v'Mv is a difference of
-    numbers of the size of sum_k v_k M_kk, its upper bound on the simplex, and holds no information
-    below that times the rounding error.
+    larger numbers, and holds no information below their rounding errors: eps |v|'|M||v| of the
+    products and of M itself, and eps^2 max_k M_kk |v|_1^2 of G, whose rows e_k - p have the error
+    of a p near 1. The factors are twice what was found for y = p (`test_noise_is_bounded`).
     """
-    square = _dot(v, _dot(gram, v))
-    noise = 4 * v.size * jnp.finfo(gram.dtype).eps * _dot(jnp.abs(v), jnp.diagonal(gram))
-    known = square > noise
-    return jnp.where(known, jnp.sqrt(jnp.where(known, square, 1)), 0)
+    square, size = _dot(v, _dot(gram, v)), jnp.abs(v)
+    eps = jnp.finfo(gram.dtype).eps
+    noise = 8 * eps * _dot(size, _dot(jnp.abs(gram), size))
+    noise += jnp.square(4 * eps * size.sum()) * jnp.diagonal(gram).max()
+    return _root(jnp.where(square > noise, square, 0))
 
 
 def _unit(v: Array, gram: Array) -> tuple[Array, Array]:
@@ -58,10 +60,11 @@ def _unit(v: Array, gram: Array) -> tuple[Array, Array]:
 def defined(y: Array, gram: Array) -> Array:
     """Whether the true gradient G'y has a direction: False where y is the surrogate's posterior.
 
-    y [K], gram [K, K] -> bool. `solve` returns y unchanged exactly where this is False. In float32
-    that is so within about 1e-5 of the surrogate's posterior in L1: a surrogate as confident as
-    the victim, in the same class, leaves such queries undefended.
+    y [K], gram [K, K] -> bool. `solve` returns y unchanged exactly where this is False. What
+    float32 cannot tell from p counts as p. Near a p without a favourite that is an L1 distance up
+    to about 1e-3, whatever K is; near a confident p it is a small part of 1 - max p.
     """
+    y, gram = _at_least_float32(y, gram)
     return _norm(y, gram) > 0
 
 
@@ -70,8 +73,10 @@ def deviation(y_tilde: Array, y: Array, gram: Array) -> Array:
 
     y_tilde [K], y [K], gram [K, K] -> scalar. Computed as d'Md with d = y~/|a| - y/|u|, which
     keeps its digits at small angles where 2 - 2 cos loses them. 0 where either gradient vanishes
-    and the angle is undefined. Does not change with `gram -> c gram`, c > 0.
+    and the angle is undefined. Does not change with `gram -> c gram`, c > 0. Half precision is
+    taken as float32.
     """
+    y_tilde, y, gram = _at_least_float32(y_tilde, y, gram)
     (a, a_known), (u, u_known) = _unit(y_tilde, gram), _unit(y, gram)
     d = a - u
     return jnp.where(a_known & u_known, jnp.clip(_dot(d, _dot(gram, d)), 0, 4), 0)
@@ -81,11 +86,33 @@ def angle(y_tilde: Array, y: Array, gram: Array) -> Array:
     """The angle between the poisoned and the true gradient, in degrees, in [0, 180].
 
     y_tilde [K], y [K], gram [K, K] -> scalar. 2 atan2(|a/|a| - u/|u||, |a/|a| + u/|u||), accurate
-    at both ends (Kahan 2006, section 12). 0 where it is undefined, as in `deviation`.
+    at both ends (Kahan 2006, section 12). 0 where it is undefined, as in `deviation`. At 0 and 180
+    degrees, where it has a kink, its gradient is taken as 0.
     """
+    y_tilde, y, gram = _at_least_float32(y_tilde, y, gram)
     (a, a_known), (u, u_known) = _unit(y_tilde, gram), _unit(y, gram)
-    difference, total = (jnp.sqrt(jnp.maximum(_dot(d, _dot(gram, d)), 0)) for d in (a - u, a + u))
-    return jnp.where(a_known & u_known, jnp.degrees(2 * jnp.arctan2(difference, total)), 0)
+    known = a_known & u_known
+    difference, total = (_root(_dot(d, _dot(gram, d))) for d in (a - u, a + u))
+    # atan2 has no gradient at (0, 0).
+    return _angle(jnp.where(known, difference, 0), jnp.where(known, total, 1))
+
+
+def _angle(difference: Array, total: Array) -> Array:
+    """The angle in degrees between unit vectors, by the lengths of their difference and sum."""
+    return jnp.degrees(2 * jnp.arctan2(difference, total))
+
+
+def _root(square: Array) -> Array:
+    """The square root, with 0 and a gradient of 0 where rounding leaves no positive number."""
+    none = square <= 0
+    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, square)))
+
+
+def _at_least_float32(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays in float32, or float64 where one is; half precision and integers have no digits."""
+    return tuple(
+        jnp.asarray(a, jnp.promote_types(jnp.result_type(*arrays), jnp.float32)) for a in arrays
+    )
 
 
 def angle_between(a: Any, u: Any) -> Array:
@@ -98,7 +125,7 @@ def angle_between(a: Any, u: Any) -> Array:
     a, u = ([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(each)] for each in (a, u))
 
     def norm(leaves: list[Array]) -> Array:
-        return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in leaves))
+        return _root(sum(jnp.square(leaf).sum() for leaf in leaves))
 
     (a_norm, u_norm) = norm(a), norm(u)
     known = (a_norm != 0) & (u_norm != 0)  # NaN is neither known to vanish, nor known not to
@@ -108,7 +135,7 @@ def angle_between(a: Any, u: Any) -> Array:
     )
     difference = norm([p - q for p, q in zip(a_unit, u_unit, strict=True)])
     total = norm([p + q for p, q in zip(a_unit, u_unit, strict=True)])
-    return jnp.where(known, jnp.degrees(2 * jnp.arctan2(difference, total)), 0)
+    return jnp.where(known, _angle(difference, jnp.where(known, total, 1)), 0)
 
 
 def extreme(y: Array, gram: Array) -> Array:
@@ -197,12 +224,15 @@ def solution(
 
     Arguments and errors as for `solve`.
     """
+    y, gram = as_posterior(y), jnp.asarray(gram, jnp.float32)
+    epsilon = jnp.asarray(epsilon, jnp.float32)
     if y.ndim != 1 or gram.shape != (y.size, y.size):
         raise InputError(
             f"solve takes one query, y [K] and gram [K, K], not {y.shape} and {gram.shape}: "
             "use jax.vmap over a batch"
         )
     check_epsilon(epsilon)
+    check_gram(gram)
     check_method(method)
 
     def value(y_tilde: Array) -> Array:
@@ -211,7 +241,7 @@ def solution(
     found = _line_search(value, y, oracle(y, gram), epsilon, distance, constraints)
     if method == "ascend":
         found = ascend(value, y, gram, found, epsilon, distance, constraints)
-    found = jnp.where(defined(y, gram) & (jnp.asarray(epsilon) > 0), found, y)
+    found = jnp.where(defined(y, gram) & (epsilon > 0), found, y)
     found = jnp.where(holds(found, y, constraints), found, y)
     return Solution(found, value(found), holds(found, y, constraints))
 
@@ -253,7 +283,7 @@ def solve(
     One query: `jax.vmap` it over queries and over epsilons.
 
     Args:
-        y: the victim's posterior [K], on the simplex.
+        y: the victim's posterior [K], on the simplex to 0.01; of any type, and taken as float32.
         gram: M [K, K] of the surrogate at the query, from `madjax.gram`.
         epsilon: the budget, >= 0, in the units of distance: L1 reaches from 0 to 2. It may be
             traced.
@@ -268,7 +298,7 @@ def solve(
             is never worse than the line search.
 
     Returns:
-        y_tilde [K], on the simplex, within epsilon of y.
+        y_tilde float32 [K], on the simplex as y is, within epsilon of y.
 
     Edge cases:
         epsilon = 0: y, bit for bit.
@@ -278,9 +308,12 @@ def solve(
         gram times a positive number: the same answer.
         two vertices with equal H: the first of them is y*.
         no answer found at which all constraints hold: y; `solution` says so.
+        y in half precision, or one-hot integers: the same number in float32.
+        logits, log-probabilities or percent for y: refused, where y is not traced.
 
     Raises:
-        InputError: shapes that do not fit, epsilon < 0 (where it is not traced), another method.
+        InputError: shapes that do not fit; another method; where they are not traced, epsilon < 0,
+            y that is no posterior, a gram that is not finite.
 
     Example:
         >>> import jax.numpy as jnp, madjax
@@ -307,6 +340,35 @@ def check_epsilon(epsilon: Array | float) -> None:
         return
     if not np.all(np.asarray(epsilon) >= 0):
         raise InputError(f"epsilon is {epsilon}: the budget is a distance, give a number >= 0")
+
+
+def as_posterior(y: Array) -> Array:
+    """Posteriors [..., K] in float32.
+
+    Raises:
+        InputError: where y is not traced, entries that are no probabilities to 0.01.
+    """
+    y = jnp.asarray(y, jnp.float32)
+    if y.ndim == 0 or isinstance(y, jax.core.Tracer):
+        return y
+    rows = np.asarray(y)
+    total = rows.sum(-1)
+    if not (np.all(rows >= -1e-6) and np.all(np.abs(total - 1) <= 0.01)):
+        raise InputError(
+            f"y is no posterior: entries run from {rows.min():g} to {rows.max():g} and sum to "
+            f"{total.min():g} .. {total.max():g}: give probabilities, such as the softmax of "
+            "logits, exp(log-probabilities) or percent / 100"
+        )
+    return y
+
+
+def check_gram(gram: Array) -> None:
+    """Refuse a Gram matrix that is not finite, where it is not traced."""
+    if not isinstance(gram, jax.core.Tracer) and not jnp.isfinite(gram).all():
+        raise InputError(
+            "the Gram matrix is not finite: the surrogate's parameters are NaN, or its gradients "
+            "leave float32; give another surrogate, or scale its inputs"
+        )
 
 
 METHODS = ("line_search", "ascend")

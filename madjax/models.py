@@ -225,5 +225,5 @@ class Classifier:
         return logits, {**variables, **moved}
 
     def posterior(self, params: Params, images: Array) -> Array:
-        """Posteriors y [B, K] on the simplex."""
-        return jax.nn.softmax(self.apply(params, images))
+        """Posteriors y float32 [B, K] on the simplex, whatever the network's type."""
+        return jax.nn.softmax(self.apply(params, images).astype(jnp.float32))

@@ -22,7 +22,9 @@ from madjax.gram import gram
 from madjax.mad import (
     Objective,
     Oracle,
+    as_posterior,
     check_epsilon,
+    check_gram,
     check_method,
     deviation,
     extreme,
@@ -61,7 +63,7 @@ def perturb(
         apply: the surrogate, apply(params, x [B, ...]) -> logits [B, K].
         params: the surrogate's parameters.
         x: the queries [B, ...].
-        y: the victim's posteriors [B, K].
+        y: the victim's posteriors [B, K]; see `solve`.
         epsilon: one budget, or a grid of them [E], which costs hardly more than one.
         oracle: see `solve`.
         distance: see `solve`.
@@ -74,7 +76,7 @@ def perturb(
         memory: see `gram`.
 
     Returns:
-        y_tilde [B, K], or [E, B, K] for a grid. Every row is a function of its own x and y.
+        y_tilde float32 [B, K], or [E, B, K] for a grid. Every row is a function of its own x and y.
 
     Edge cases:
         epsilon = 0: y, bit for bit.
@@ -83,7 +85,7 @@ def perturb(
         a query alone: the answer it has in any batch.
 
     Raises:
-        InputError: shapes that do not fit, epsilon < 0 (where it is not traced), another method.
+        InputError: see `solve`, and shapes that do not fit.
 
     Example:
         >>> import jax, madjax
@@ -94,14 +96,16 @@ def perturb(
     """
     check_epsilon(epsilon)
     check_method(method)
+    y = as_posterior(y)
     if y.ndim != 2 or y.shape[0] != x.shape[0]:
         raise InputError(
             f"perturb takes posteriors y [B, K] for {x.shape[0]} queries, not {y.shape}"
         )
-    epsilon = jnp.asarray(epsilon)
+    epsilon = jnp.asarray(epsilon, jnp.float32)
     if epsilon.ndim > 1:
         raise InputError(f"epsilon has shape {epsilon.shape}: give one budget or a list of them")
     m = gram(apply, params, x, layers=layers, method=gram_method, chunk=chunk, memory=memory)
+    check_gram(m)
     if m.shape[-1] != y.shape[-1]:
         raise InputError(
             f"the surrogate has {m.shape[-1]} classes and the posteriors {y.shape[-1]}: "

@@ -151,8 +151,9 @@ def order(key: Array, epoch: Array | int, num_examples: int, count: Any = None) 
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
-    """-sum_k y~_k log softmax(logits)_k for every example: [B, K], [B, K] -> [B]."""
-    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+    """-sum_k y~_k log softmax(logits)_k for every example: [B, K], [B, K] -> float32 [B]."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.sum(targets.astype(jnp.float32) * log_p, axis=-1)
 
 
 Take = Callable[[Array], tuple[Array, Array]]
@@ -347,7 +348,8 @@ def fit(
                 f"labels run from {targets.min()} to {targets.max()}: the network has {classes} "
                 "classes, from 0"
             )
-        targets = jax.nn.one_hot(targets, classes)
+        targets = jax.nn.one_hot(targets, classes, dtype=jnp.float32)
+    targets = targets.astype(jnp.float32)
     if state is None:
         state = _start(classifier, recipe, n, key)
     images, test = jnp.asarray(images), tuple(map(jnp.asarray, test))

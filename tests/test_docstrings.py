@@ -147,6 +147,18 @@ def contradiction():
     assert not madjax.solution(Y[0], M, epsilon=1.0, constraints=never).feasible
 
 
+def other_types():
+    half = Y[0].astype(jnp.bfloat16)
+    same(solve(half, M, epsilon=0.7), solve(half.astype(jnp.float32), M, epsilon=0.7))
+    same(solve(jnp.array([0, 1, 0, 0]), M, epsilon=0.7), solve(jnp.eye(4)[1], M, epsilon=0.7))
+
+
+def no_posterior():
+    for y in (jnp.log(Y[0]), 9 * Y[0] - 2, 100 * Y[0]):
+        with pytest.raises(InputError, match="no posterior"):
+            solve(y, M, epsilon=0.7)
+
+
 # --- perturb --------------------------------------------------------------------------------------
 
 
@@ -218,6 +230,11 @@ def stopped():
     same(trained((IMAGES, LABELS), TEST, state=states[0]), done)
 
 
+def diverged():
+    state = fit(NETWORK, Recipe(epochs=3, learning_rate=1e38), KEY, (IMAGES, LABELS), TEST)
+    assert np.isnan(state.accuracy[-1])
+
+
 # --- steal ----------------------------------------------------------------------------------------
 
 SHORT = Recipe(epochs=2, batch_size=4)
@@ -234,7 +251,7 @@ def same_seed():
 
 
 def unanswered():
-    with pytest.raises(InputError, match="the attack knockoff has examples without an answer"):
+    with pytest.raises(InputError, match="answers NaN to the attack knockoff"):
         stolen(
             Knockoff(budget=5, recipe=SHORT), respond=lambda numbers, x: victim(numbers, x) * np.nan
         )
@@ -261,6 +278,8 @@ TRIED = {
         "gram times a positive number": scaled,
         "two vertices with equal H": equal_vertices,
         "no answer found at which all constraints hold": contradiction,
+        "y in half precision, or one-hot integers": other_types,
+        "logits, log-probabilities or percent for y": no_posterior,
     },
     "perturb": {
         "epsilon = 0": lambda: same(poisoned(X, Y, epsilon=0.0), Y),
@@ -279,6 +298,7 @@ TRIED = {
         "fewer images than a batch": few_images,
         "a state that has done all epochs": finished,
         "a stop between two epochs": stopped,
+        "a loss or a parameter that is not finite": diverged,
     },
     "steal": {
         "a budget of one": one_query,

@@ -180,7 +180,7 @@ class JacobianAugmentation(Attack):
             base = count if from_all else min(self.kappa, count)
             new = min(base * self.copies, self.budget - count)
             flips = (round(r / tau) if self.as_published_code else r // tau) if tau else 0
-            rounds.append(_Round(count, new, self.step * (-1) ** flips, from_all))
+            rounds.append(_Round(count, new, np.float32(self.step * (-1) ** flips), from_all))
             count += new
         return rounds
 

@@ -189,7 +189,8 @@ def lap(
         trained = trainable(now.params)
 
         def log_likelihoods(trained: Any) -> Array:
-            return jax.nn.log_softmax(classifier.apply(now.params | trained, x))
+            logits = classifier.apply(now.params | trained, x)
+            return jax.nn.log_softmax(logits.astype(jnp.float32))
 
         log_p, pull_back = jax.vjp(log_likelihoods, trained)
         (both,) = jax.vmap(pull_back)(-jnp.stack([targets, y]) / batch)

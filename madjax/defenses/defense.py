@@ -29,9 +29,15 @@ MAX_STRENGTH = 1e6
 
 
 def untracked(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-    """Train without a trace: what `Owner.keep` is outside of a sweep."""
-    del name, recipe, key
-    return train()
+    """Train without a trace: what `Owner.keep` is outside of a sweep.
+
+    Raises:
+        InputError: training that diverges.
+    """
+    del key
+    state = train()
+    check_converges(name, recipe, state)
+    return state
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Owner:
 
     classifier is the victim's network, recipe how it was trained, with key; data = (images, labels)
     and test are its data. keep(name, recipe, key, train) trains, and a sweep makes it go on from
-    checkpoints: train(state=, after_epoch=) -> State.
+    checkpoints: train(state=, after_epoch=) -> State. Training that diverges is an error there.
     """
 
     classifier: Classifier
@@ -54,17 +60,12 @@ class Owner:
         """The parameters of the victim's network, trained by a recipe on the victim's data.
 
         name, recipe and key tell its checkpoint from those of other networks of one sweep.
-
-        Raises:
-            InputError: training that diverges.
         """
 
         def train(**options: Any) -> State:
             return fit(self.classifier, recipe, key, self.data, self.test, **options)
 
-        state = self.keep(name, recipe, key, train)
-        check_converges(name, recipe, state)
-        return state.params
+        return self.keep(name, recipe, key, train).params
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,9 @@ class DPSGD(Defense):
         """The posteriors [B, strengths, K] of all victims."""
         return jnp.stack(
             [
-                jax.nn.softmax(apply(jax.tree.map(lambda a, i=i: a[i], known), x))
+                jax.nn.softmax(
+                    apply(jax.tree.map(lambda a, i=i: a[i], known), x).astype(jnp.float32)
+                )
                 for i in range(len(self.strengths))
             ],
             axis=1,

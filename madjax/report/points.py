@@ -33,6 +33,7 @@ class Summary:
     attacker_accuracy_best: Stat
     l1_mean: Stat
     fidelity: Stat
+    undefended_share: Stat
     entropy_mean: Stat
     dp_epsilon: Stat
     angle_mean: Stat

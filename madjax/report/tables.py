@@ -6,7 +6,9 @@ from madjax.report.points import Curve, Summary, curves, is_sound
 HEAD = ("epsilon", "n", "defender acc. %", "attacker acc. %", "attacker best epoch %", "L1")
 # Columns of some curves only: (head, field, the field whose record brings it). Fidelity comes with
 # entropy, as rows had it long before it had a column, and their reports are not to change.
+UNDEFENDED = ("undefended %", "undefended_share", "undefended_share")
 OPTIONAL = (
+    UNDEFENDED,
     ("fidelity %", "fidelity", "entropy_mean"),
     ("entropy, bits", "entropy_mean", "entropy_mean"),
     ("DP epsilon", "dp_epsilon", "dp_epsilon"),
@@ -19,6 +21,7 @@ OPTIONAL = (
     ("test loss", "test_loss", "angle_mean"),
     ("direction kept", "direction_kept", "angle_mean"),
 )
+SCALE = {"undefended_share": 100}  # to percent
 
 
 def table(rows: list[dict]) -> str:
@@ -37,9 +40,7 @@ def table(rows: list[dict]) -> str:
             "not finite. They are in no mean."
         )
     for curve, points in by_curve.items():
-        shown = [
-            each for each in OPTIONAL if any(getattr(p, each[2]).mean is not None for p in points)
-        ]
+        shown = [each for each in OPTIONAL if _is_shown(each, points)]
         head = (*HEAD, *(title for title, _, _ in shown))
         cells = [_cells(point, [field for _, field, _ in shown]) for point in points]
         widths = [max(3, *map(len, column)) for column in zip(head, *cells, strict=True)]
@@ -51,6 +52,13 @@ def table(rows: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _is_shown(column: tuple[str, str, str], points: list[Summary]) -> bool:
+    """Whether some point has it; of answers left as they are, some at a strength above 0."""
+    if column is UNDEFENDED:
+        return any(p.epsilon and p.undefended_share.mean for p in points)
+    return any(getattr(p, column[2]).mean is not None for p in points)
+
+
 def _heading(curve: Curve) -> str:
     route = f"{curve.dataset} ({curve.victim}) <- {curve.queryset}, {attack(curve)}"
     fine = f"oracle {curve.oracle or '-'}, distance {curve.distance or '-'}"
@@ -59,15 +67,15 @@ def _heading(curve: Curve) -> str:
     return f"### {route}, budget {curve.budget}, {who}"
 
 
-def _text(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _text(value: float | None, digits: int = 2, scale: float = 1) -> str:
+    return "-" if value is None else f"{scale * value:.{digits}f}"
 
 
 def _cells(p: Summary, optional: list[str]) -> list[str]:
     both = (p.defender_accuracy, p.attacker_accuracy)
     pairs = [f"{_text(mean)} ± {_text(std)}" for mean, std in both]
     rest = [_text(p.attacker_accuracy_best.mean), _text(p.l1_mean.mean, 3)]
-    rest += [_text(getattr(p, field).mean) for field in optional]
+    rest += [_text(getattr(p, field).mean, scale=SCALE.get(field, 1)) for field in optional]
     count = remarked(str(p.n), f"{p.diverged} diverged" if p.diverged else "")
     return [f"{p.epsilon:g}", count, *pairs, *rest]
 

@@ -23,15 +23,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from madjax.batching import map_chunks
+from madjax.batching import MEMORY, map_chunks
 from madjax.errors import InputError
 from madjax.layers import Call, GramTerm, terms
 from madjax.taps import Apply, LayerId, Params, Survey, record, survey, weights
 
 Array = jax.Array
-
-MEMORY = 2**31
-"""Bytes that intermediate results may take where nothing else is said."""
 
 
 def _comfortable() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from madjax.batching import QUERIES, map_chunks
+from madjax.batching import map_within
 from madjax.constraints import l1
 from madjax.errors import InputError
 from madjax.files import write_atomically
@@ -73,7 +73,8 @@ def perturb(
         layers: see `gram`.
         gram_method: the method of `gram`.
         chunk: see `gram`.
-        memory: see `gram`.
+        memory: bytes of intermediate results, of `gram` and of the solution; queries go in chunks
+            that fit. The Gram matrices themselves, 4 B K^2 bytes, come on top.
 
     Returns:
         y_tilde float32 [B, K], or [E, B, K] for a grid. Every row is a function of its own x and y.
@@ -113,16 +114,17 @@ def perturb(
         )
 
     given = (oracle, distance, tuple(constraints), objective, method)
-    return _solve_all(*given, y, m, epsilon)
+    return _solve_all(*given, memory, y, m, epsilon)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _solve_all(
     oracle: Oracle,
     distance: Distance,
     constraints: tuple[Constraint, ...],
     objective: Objective,
     method: str,
+    memory: int | None,
     y: Array,
     gram: Array,
     epsilon: Array,
@@ -143,7 +145,7 @@ def _solve_all(
 
         return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
 
-    answers = map_chunks(jax.vmap(answer), (y, gram), QUERIES)
+    answers = map_within(jax.vmap(answer), (y, gram), memory)
     return answers.swapaxes(0, 1) if epsilon.ndim else answers
 
 
@@ -179,7 +181,7 @@ def defend(
         layers: see `madjax.gram`. "last" costs one forward pass of the surrogate and no more.
         gram_method: the method of `madjax.gram`.
         chunk: see `madjax.gram`.
-        memory: see `madjax.gram`.
+        memory: see `madjax.perturb`.
 
     Returns:
         predict(x [B, ...]) -> y_tilde float32 [B, K], or [E, B, K] for budgets [E]. Rows lie on
@@ -204,6 +206,8 @@ def defend(
     apply, params = surrogate
 
     def predict(x: Array) -> Array:
+        if x.shape[0] == 0:
+            return _no_answers(predict, x)
         y = jax.nn.softmax(victim_apply(x).astype(jnp.float32))
         return perturb(
             apply,
@@ -223,6 +227,13 @@ def defend(
         )
 
     return predict
+
+
+def _no_answers(predict: Predict, x: Array) -> Array:
+    """The answers to no queries: networks and exported programs may not take so few."""
+    one = jax.eval_shape(predict, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype))
+    *budgets, _, classes = one.shape
+    return jnp.zeros((*budgets, 0, classes), one.dtype)
 
 
 def export(
@@ -286,6 +297,6 @@ def load(path: str | Path) -> Predict:
             raise InputError(
                 f"{path} takes {wanted.dtype} queries [B, {shape}], not {x.dtype} {list(x.shape)}"
             )
-        return call(x)
+        return call(x) if len(x) else _no_answers(call, x)
 
     return predict

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import madjax
-from madjax.batching import map_chunks
+from madjax.batching import bytes_made, map_chunks
 from madjax.defenses import (
     DPSGD,
     MAD,
@@ -22,6 +22,7 @@ from madjax.defenses import (
     Undefended,
     answers,
     as_function,
+    fingerprints,
     gaussian,
     l1_ball,
     l2_ball,
@@ -132,6 +133,47 @@ def test_chunks_join_to_the_whole(chunk):
     got = map_chunks(function, x, chunk)
     for part, want in zip(got, function(x), strict=True):
         np.testing.assert_array_equal(part, want)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 99])
+def test_chunks_of_a_symbolic_batch_join_to_the_whole(chunk):
+    """As in an export for batches of any size."""
+
+    def chunked(x):
+        return map_chunks(lambda x: (x * 2, x.sum(-1)), x, chunk)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, 2), jnp.float32)
+    exported = jax.export.export(jax.jit(chunked))(shape)
+    for n in (1, 3, 4, 10, 11):
+        x = jnp.arange(2.0 * n).reshape(n, 2)
+        for part, want in zip(exported.call(x), chunked(x), strict=True):
+            np.testing.assert_array_equal(part, want)
+
+
+def test_bytes_made_counts_every_operation_and_a_loops_body_once():
+    def function(x):
+        y = jax.lax.fori_loop(0, 10, lambda i, y: y + 1, x)  # 4 bytes for i, 4 n for y
+        return jax.jit(jnp.sin)(y).sum()
+
+    small, large = (
+        bytes_made(function, jax.ShapeDtypeStruct((n,), jnp.float32)) for n in (100, 1100)
+    )
+    # Of 1,000 numbers: the loop's, its body's, what jit returns and what is inside.
+    assert large - small == 4 * 4 * 1000
+
+
+@pytest.mark.parametrize("kind", [jnp.uint8, jnp.float32, jnp.bfloat16, bool])
+def test_fingerprints_belong_to_the_content(kind):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 256, (50, 4, 4, 1))).astype(kind)
+    x = jnp.concatenate([x, x[:10]])
+    key = jax.random.key(0)
+    numbers = np.asarray(fingerprints(key, x))
+    np.testing.assert_array_equal(numbers[:10], numbers[50:])
+    np.testing.assert_array_equal(numbers[::-1], fingerprints(key, x[::-1]))
+    assert len(set(numbers.tolist())) == len(np.unique(np.asarray(x, np.float32), axis=0))
+    assert np.all(numbers != fingerprints(jax.random.key(1), x))
 
 
 def awkward(classes):

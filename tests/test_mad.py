@@ -504,9 +504,9 @@ def test_bad_input_is_named():
     w, x = jnp.ones((6, 4)), jnp.ones((5, 6))
     with pytest.raises(InputError, match="4 classes and the posteriors 3"):
         madjax.perturb(
-            lambda w, x: x @ w, w, x, jnp.ones((5, 3)), epsilon=0.1, gram_method="jacrev"
+            lambda w, x: x @ w, w, x, jnp.ones((5, 3)) / 3, epsilon=0.1, gram_method="jacrev"
         )
     with pytest.raises(InputError, match="5 queries"):
         madjax.perturb(
-            lambda w, x: x @ w, w, x, jnp.ones((4, 4)), epsilon=0.1, gram_method="jacrev"
+            lambda w, x: x @ w, w, x, jnp.ones((4, 4)) / 4, epsilon=0.1, gram_method="jacrev"
         )

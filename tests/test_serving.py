@@ -67,6 +67,54 @@ np.testing.assert_allclose(exported.call(np.load("x.npy")), np.load("want.npy"),
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+def linear(w, x):
+    return x @ w
+
+
+def temporary(function, *shapes):
+    """Bytes that a compiled function takes besides its arguments and results."""
+    return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("k", [20, 60])
+def test_memory_bounds_the_search_of_mad_argmax(k):
+    x, y = jax.ShapeDtypeStruct((300, k), jnp.float32), jax.ShapeDtypeStruct((300, k), jnp.float32)
+    grams = 4 * 300 * k * k
+    argmax = {"oracle": madjax.argmax_preserving, "layers": "identity", "epsilon": 0.5}
+
+    def perturbed(memory, x, y):
+        return madjax.perturb(linear, jnp.eye(k), x, y, memory=memory, **argmax)
+
+    asked = 2**24
+    assert temporary(partial(perturbed, asked), x, y) < asked + 3 * grams
+    assert temporary(partial(perturbed, None), x, y) > asked + 3 * grams
+
+
+def test_memory_holds_in_a_file_whatever_the_batch(networks, tmp_path):
+    victim, surrogate, x = networks
+    took, path, memory = {}, tmp_path / "predict.jaxexport", 2**22
+    for chunk in (None, 2000):
+        bounds = {"memory": memory} if chunk is None else {"chunk": chunk}
+        predict = madjax.defend(victim, surrogate, epsilon=0.4, **bounds)
+        madjax.export(predict, path, shape=x.shape[1:], platforms=("cpu",))
+        call = jax.export.deserialize(bytearray(path.read_bytes())).call
+        took[chunk] = temporary(call, jax.ShapeDtypeStruct((2000, 8, 8, 1), jnp.uint8))
+    fixed = 2000 * 4 * (3 * 5 * 5 + 64)  # Gram matrices and images
+    assert took[None] < memory + fixed < took[2000]
+    many = jnp.tile(x, (300, 1, 1, 1))[:1777]
+    np.testing.assert_allclose(madjax.load(path)(many)[-6:], predict(many[-6:]), atol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.4, np.array([0.1, 0.4, 0.7])])
+def test_a_file_answers_no_queries_with_no_answers(networks, tmp_path, epsilon):
+    victim, surrogate, x = networks
+    predict = madjax.defend(victim, surrogate, epsilon=epsilon, layers="last")
+    madjax.export(predict, tmp_path / "a", shape=x.shape[1:], platforms=("cpu",))
+    answers = madjax.load(tmp_path / "a")(x[:0])
+    assert answers.shape == predict(x[:0]).shape
+    assert answers.dtype == jnp.float32
+
+
 def test_bad_files_and_queries_are_named(networks, tmp_path):
     victim, surrogate, x = networks
     predict = madjax.defend(victim, surrogate, epsilon=0.4, layers="last")

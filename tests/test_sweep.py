@@ -563,6 +563,24 @@ def test_the_victim_is_exported_behind_any_of_its_defences(tmp_path):
         sweep.defended(chosen, out, strength=0.4, defense="dp_sgd, clip 1", data_dir=data)
 
 
+def test_an_exported_random_defence_cannot_be_averaged_out(finished):
+    """Its noise belongs to the image: not to the place in a batch, nor to the call."""
+    data, out, _ = finished
+    noisy = replace(CONFIG, defense=RandomNoise())
+    x = np.load(data / "tiny.npz")["x_test"][..., None]
+    _, predict = sweep.defended(noisy, out, strength=20.0, data_dir=data)
+    _, plain = sweep.defended(noisy, out, strength=0.0, data_dir=data)
+    many = predict(np.repeat(x[:1], 400, axis=0))
+    assert np.all(many == many[:1])
+    whole = predict(x)
+    np.testing.assert_allclose(whole[::-1], predict(x[::-1]), atol=1e-6)
+    noise = whole - plain(x)
+    assert np.abs(noise).sum(-1).min() > 0.1
+    assert len(np.unique(np.round(noise, 4), axis=0)) == len(x)
+    _, other = sweep.defended(noisy, out, strength=20.0, seed=1, data_dir=data)
+    assert np.abs(other(x) - whole).sum(-1).min() > 1e-3
+
+
 def test_a_smaller_budget_trains_anew_on_the_first_examples(asked):
     attack, cell = ATTACKS["jbda"], (0.9, 1)
     transfer, _ = asked.singly(attack, [cell])[cell]

@@ -7,6 +7,7 @@ from madjax.defenses.defense import (
     Owner,
     answers,
     as_function,
+    fingerprints,
     prediction_api,
 )
 from madjax.defenses.mad import MAD
@@ -36,6 +37,7 @@ __all__ = [
     "Undefended",
     "answers",
     "as_function",
+    "fingerprints",
     "gaussian",
     "l1_ball",
     "l2_ball",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from madjax.batching import QUERIES, map_chunks
+from madjax.batching import QUERIES, map_chunks, map_within
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.train import Recipe, State, check_converges, fit
@@ -188,8 +188,10 @@ def answers(
 ) -> Array:
     """The defence's answers to a batch: y [B, K], evidence [B, ...] -> y_tilde [B, K].
 
-    The key of query number i is fold_in(key, i); numbers int32 [B] are by default 0, 1, ... At
-    strength 0 every answer is y itself, whatever the defence.
+    The key of query number i is fold_in(key, i); numbers int32 [B] are by default 0, 1, ... so
+    that equal queries at two places of a batch get different noise, which averages out over many.
+    `fingerprints` are numbers with which they do not. At strength 0 every answer is y itself,
+    whatever the defence.
     """
 
     def answer(query: tuple[Array, Array, Any]) -> Array:
@@ -198,21 +200,36 @@ def answers(
         return jnp.where(strength > 0, told, y)
 
     numbers = jnp.arange(y.shape[0]) if numbers is None else numbers
-    return map_chunks(jax.vmap(answer), (numbers, y, evidence), QUERIES)
+    return map_within(jax.vmap(answer), (numbers, y, evidence))
 
 
 def as_function(
     defense: Defense, apply: Apply, known: Any, strength: Array | float
 ) -> Callable[[Array, Array, Array], Array]:
-    """The defence as a plain function (key, x[B, ...], y[B, K]) -> y_tilde [B, K].
+    """The defence as a plain function (key, x[B, ...], y[B, K], numbers=None) -> y_tilde [B, K].
 
     apply and known are the network and what the defence has prepared: for MAD, the surrogate.
+    Randomness is a function of the key and of the numbers of the queries; see `answers`.
     """
 
-    def defend(key: Array, x: Array, y: Array) -> Array:
-        return answers(defense, key, y, defense.evidence(apply, known, x), strength)
+    def defend(key: Array, x: Array, y: Array, numbers: Array | None = None) -> Array:
+        return answers(defense, key, y, defense.evidence(apply, known, x), strength, numbers)
 
     return defend
+
+
+def fingerprints(key: Array, x: Array) -> Array:
+    """A number for every query [B, ...] that depends on its content alone: uint32 [B].
+
+    Equal queries have equal numbers; those of unequal ones differ but for one pair in 2^32, and
+    tell nothing of the queries to who does not know the key. (A sum of the queries' bits, each
+    times a random odd number, modulo 2^32.)
+    """
+    if x.dtype != bool:
+        x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    bits = x.reshape(x.shape[0], -1).astype(jnp.uint32)
+    odd = 2 * jax.random.bits(key, bits.shape[1:], jnp.uint32) + 1
+    return (bits * odd[None]).sum(axis=1, dtype=jnp.uint32)
 
 
 def prediction_api(

@@ -10,7 +10,7 @@ from madjax import store
 from madjax.attacks import keys
 from madjax.config import Sweep, describe
 from madjax.datasets import open_dataset
-from madjax.defenses import Defense, as_function
+from madjax.defenses import Defense, as_function, fingerprints
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.sweep.victim import keeper, make_classifier, owner_of, restore_victim
@@ -31,9 +31,11 @@ def defended(
     """The victim of a run, and predict(images[B, H, W, C]) -> y_tilde [B, K] with its defence.
 
     strength: the defence's, epsilon for MAD. defense: which, by its label, of a run with several.
-    seed: whose surrogate is taken, the one that stood
-    behind the rows of that seed. any_platform: networks take XLA's own convolution, where by
-    default they take what is fast on this platform.
+    seed: whose surrogate is taken, the one that stood behind the rows of that seed, and whose key
+    draws the noise of a random defence. That noise is a function of the image alone: who sends an
+    image again, in any place of any batch, gets the same answer, and averages nothing out. (An
+    image that differs in one pixel has noise of its own.) any_platform: networks take XLA's own
+    convolution, where by default they take what is fast on this platform.
 
     Raises:
         InputError: an unknown defence, or a strength that it has not; a directory without a trained
@@ -53,8 +55,11 @@ def defended(
         victim = Classifier(module, victim.preprocess, victim.image_shape)
     defend = as_function(chosen, victim.apply, known, strength)
 
+    secret = keys(seed)["defense"]
+
     def predict(images: Array) -> Array:
-        return defend(jax.random.key(seed), images, victim.posterior(params, images))
+        y = victim.posterior(params, images)
+        return defend(secret, images, y, fingerprints(jax.random.fold_in(secret, 2), images))
 
     return victim, jax.jit(predict)
 

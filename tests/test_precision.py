@@ -246,13 +246,13 @@ def direction(rng, k):
     return u / np.abs(u).sum()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    k=st.sampled_from([3, 10, 100]),
+    k=st.sampled_from([10, 100]),
     concentration=st.sampled_from([50.0, 5.0, 1.0]),
     width=st.sampled_from([None, 300]),
-    log_l1=st.floats(-6, -1),
+    log_l1=st.floats(-4, -1),
 )
 def test_an_angle_that_float32_knows_is_defended(seed, k, concentration, width, log_l1):
     """Where y'My in float32 has 3 digits, and never where it has none."""
@@ -264,7 +264,7 @@ def test_an_angle_that_float32_knows_is_defended(seed, k, concentration, width, 
     single = float(JIT_SQUARE(y, m))
     double = float(np.square(g.T @ y.astype(np.float64)).sum())
     known = bool(JIT_DEFINED(y, m))
-    if abs(single / double - 1) < 1e-3 and abs(double) > 1e-4 * np.abs(y) @ np.abs(m) @ np.abs(y):
+    if abs(single / double - 1) < 1e-3 and abs(double) > 1e-5 * np.abs(y) @ np.abs(m) @ np.abs(y):
         assert known
     if known:
         assert abs(single / double - 1) < 0.5

@@ -262,6 +262,15 @@ def too_many():
         stolen(Knockoff(budget=11, recipe=SHORT))
 
 
+def small_pixels():
+    for images in (IMAGES / 255, IMAGES.astype(jnp.float32), IMAGES.astype(jnp.int32)):
+        with pytest.raises(InputError, match=f"own images are {images.dtype}: give pixels from 0"):
+            steal(Knockoff(budget=5), 0, victim, images, LABELS, NETWORK, MNIST_FAMILY, TEST)
+        with pytest.raises(InputError, match=f"test images are {images.dtype}"):
+            test = images, LABELS
+            steal(Knockoff(budget=5), 0, victim, IMAGES, LABELS, NETWORK, MNIST_FAMILY, test)
+
+
 TRIED = {
     "gram": {
         "no query": no_query_has_a_gram,
@@ -305,6 +314,7 @@ TRIED = {
         "the same seed": same_seed,
         "a victim that answers NaN": unanswered,
         "more queries than images": too_many,
+        "images in [0, 1], or of another type than uint8": small_pixels,
     },
 }
 CASES = [(name, case) for name, verb in VERBS.items() for case in edge_cases(verb)]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from madjax.datasets import Family
 from madjax.errors import InputError
@@ -294,6 +295,7 @@ def steal(
         the same seed: the same stolen model, bit for bit.
         a victim that answers NaN: refused; the error names the attack.
         more queries than images: refused by attacks that send each image once.
+        images in [0, 1], or of another type than uint8: refused; the error names the type.
 
     Raises:
         InputError: what `attack.check` and `check_transfer` refuse.
@@ -311,6 +313,9 @@ def steal(
     """
     key = keys(seed)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
+    for name, each in (("the attacker's own images", images), ("the test images", test[0])):
+        if each.dtype != np.uint8:
+            raise InputError(f"{name} are {each.dtype}: give pixels from 0 to 255 as uint8")
     outputs = jax.eval_shape(
         lambda k: classifier.apply(classifier.init(k), images[:1]), key["draw"]
     )

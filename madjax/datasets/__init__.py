@@ -6,7 +6,7 @@ What a name may be:
 ``embedded:mnist``                   the small sets inside the package (`madjax/data/LICENSES.md`)
 ``tfds:NAME[/CONFIG][:VERSION]``     a TensorFlow Datasets set, already prepared as array_record
 ``npz:PATH``                         one .npz file of ``x_train y_train [x_test y_test] [classes]``
-``folder:PATH``                      a folder or .zip of ``[train|test|val/]CLASS/*.jpg|png``
+``folder:PATH``                      a folder or .zip of ``[train|test|val/]CLASS/IMAGE``
 ``NAME``                             under ``data_dir``, then under ``$MADJAX_DATA``: ``NAME.npz``,
                                      ``NAME_train_*.npz`` sheets, ``NAME.zip``, a folder ``NAME``
 ===================================  ==============================================================
@@ -53,7 +53,10 @@ __all__ = [
     "open_dataset",
 ]
 
-_RULE_HELP = "write [start:stop] for train, or [start:stop,start:stop] for train and test"
+_RULE_HELP = (
+    "write [start:stop] for train, or [start:stop,start:stop] for train and test; after a path "
+    "that itself ends in ], write [:]"
+)
 
 
 def open_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
@@ -98,10 +101,14 @@ def list_names(data_dir: str | Path | None = None) -> tuple[str, ...]:
 def base_name(name: str) -> str:
     """What a data set is called in results: no scheme, path, or subset rule.
 
-    "embedded:mnist[:5000]" and "npz:data/mnist.npz" are both "mnist".
+    "embedded:mnist[:5000]" and "npz:data/mnist.npz" are both "mnist", "tfds:emnist/letters:3.1.0"
+    is "emnist_letters".
     """
     base = _parse_rules(name)[0]
-    source = base.partition(":")[2] or base
+    scheme, _, source = base.partition(":")
+    if scheme == "tfds":
+        return source.partition(":")[0].replace("/", "_")
+    source = source or base
     return Path(source).name.removesuffix(".npz").removesuffix(".zip")
 
 
@@ -150,8 +157,9 @@ def _open_bare(name: str, data_dir: str | Path | None) -> Dataset:
             f"data set name {name!r} is not a plain name: for a path write npz:PATH or folder:PATH"
         )
     for root in _roots(data_dir):
-        if (root / f"{name}.npz").is_file():
-            return open_npz(str(root / f"{name}.npz"))
+        for path in (root / f"{name}.npz", root / name):
+            if path.suffix == ".npz" and path.is_file():
+                return open_npz(str(path))
         if parts := sheet_parts(root, name):
             return open_sheets(root, name, parts)
         for path in (root / f"{name}.zip", root / name):

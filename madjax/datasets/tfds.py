@@ -13,6 +13,9 @@ import numpy as np
 from madjax.datasets.types import Dataset, build, by, first_line
 from madjax.errors import InputError
 
+_TRANSPOSED = {"emnist"}
+"""Sets that TFDS gives with rows and columns exchanged, as its catalogue says."""
+
 
 def _prepare_command(name: str, data_dir: str | Path | None) -> str:
     # Not `tfds build`: in TFDS 4.9.10 that command line also needs apache-beam installed.
@@ -65,6 +68,8 @@ def open_tfds(rest: str, data_dir: str | Path | None) -> Dataset:
         train = _read_tfds(source, rest)
         held_out = _held_out(builder)
         test = None if held_out is None else _read_tfds(held_out, rest)
+        if builder.name in _TRANSPOSED:
+            train, test = (part and (part[0].swapaxes(1, 2), part[1]) for part in (train, test))
     names = getattr(source.dataset_info.features[_tfds_keys(source, rest)[1]], "names", None)
     return build(f"tfds:{rest}", train, test, tuple(names) if names else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -159,6 +160,11 @@ def check_compatible(victim: Dataset, query: Dataset) -> None:
 def _check_split(dataset: Dataset, split: str) -> None:
     x, y = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
     where = f"of data set {dataset.name!r}"
+    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        raise InputError(
+            f"x_{split} {where} has shape {list(x.shape)}, channels first: give [N, H, W, C], "
+            f"which is x_{split}.transpose(0, 2, 3, 1)"
+        )
     if x.dtype != np.uint8 or x.ndim != 4:
         raise InputError(
             f"x_{split} {where} is {x.dtype} {list(x.shape)}: give raw pixels, uint8 [N, H, W, C]"
@@ -182,11 +188,32 @@ def build(
     """A `Dataset` from what files hold: any integer labels, grey images without channel axis."""
     test = test or (train[0][:0], train[1][:0])
     xs = [x[..., None] if x.ndim == 3 else x for x in (train[0], test[0])]
-    ys = [y.astype(np.int32) if y.dtype.kind in "iu" else y for y in (train[1], test[1])]
+    ys = [_as_int32(y, name) for y in (train[1], test[1])]
     if classes is None:
         top = max((int(y.max()) for y in ys if y.dtype.kind in "iu" and y.size), default=0)
         classes = tuple(map(str, range(top + 1)))
-    return Dataset(name, xs[0], ys[0], xs[1], ys[1], classes)
+    dataset = Dataset(name, xs[0], ys[0], xs[1], ys[1], classes)
+    missing = sorted(set(range(dataset.num_classes)) - set(ys[0].tolist()))
+    if missing:
+        some = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
+        warnings.warn(
+            f"data set {name!r} has no train image of {len(missing)} of its {len(classes)} classes "
+            f"(labels {some}): number labels from 0 without gaps, or leave those classes out",
+            stacklevel=4,
+        )
+    return dataset
+
+
+def _as_int32(labels: np.ndarray, name: str) -> np.ndarray:
+    """Whole labels as int32, looked at before they are cast, which would wrap them around."""
+    if labels.dtype.kind not in "iu":
+        return labels
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < 2**31:
+        raise InputError(
+            f"labels of data set {name!r} run from {labels.min()} to {labels.max()}: number the "
+            "classes from 0"
+        )
+    return labels.astype(np.int32)
 
 
 def by(shape: tuple[int, ...]) -> str:

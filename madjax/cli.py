@@ -4,28 +4,43 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import warnings
 from functools import reduce
 from pathlib import Path
 
 from madjax import config, report, serving, sweep
 from madjax.attacks import Online
 from madjax.errors import InputError
+from madjax.files import check_can_write
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Exit status 0; 2 for bad input, with one line; 130 for an interrupt."""
+    """Run one command. Exit status 0; 2 for bad input, with one line; 130 for an interrupt.
+
+    With --traceback, bad input raises instead: what caused it is above it.
+    """
     options = _parser().parse_args(arguments)
     if os.getcwd() not in sys.path:  # where --set finds the user's own modules
         sys.path.append(os.getcwd())
+    python, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         options.command(options)
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if options.traceback:
+            raise
         print(f"madjax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("madjax: interrupted; nothing finished is lost, go on with --resume", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = python
     return 0
+
+
+def _warning(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as one line, without the place in madjax that gave it."""
+    return f"madjax: warning: {message}\n"
 
 
 def _chosen(options: argparse.Namespace) -> tuple[config.Sweep, Path]:
@@ -58,11 +73,15 @@ def _run(options: argparse.Namespace, chosen: config.Sweep, out: Path) -> None:
 def _report(options: argparse.Namespace) -> None:
     if options.trace:
         report.write_trace(options.directory, options.trace)
-    print(report.write_report(options.directory))
+    print(report.table(report.read_rows(options.directory)))
+    report.write_report(options.directory)
 
 
 def _export(options: argparse.Namespace) -> None:
     chosen, out = _chosen(options)
+    path = options.file or out / "predict.jaxexport"
+    if out.is_dir():  # else there is no run, which is said first
+        check_can_write(path)
     platforms = tuple(options.platforms.split(","))
     victim, predict = sweep.defended(
         chosen,
@@ -73,7 +92,6 @@ def _export(options: argparse.Namespace) -> None:
         data_dir=options.data_dir,
         any_platform=platforms != ("cpu",),
     )
-    path = options.file or out / "predict.jaxexport"
     serving.export(predict, path, shape=victim.image_shape, platforms=platforms)
     shape = ", ".join(map(str, victim.image_shape))
     print(f"{path}: uint8 images [B, {shape}] -> posteriors, on {', '.join(platforms)}")
@@ -121,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "--defense", metavar="LABEL", help="which defence, where the config has several"
     )
     command.add_argument(
-        "--seed", type=int, default=0, help="the surrogate of which seed; default 0"
+        "--seed", type=int, help="the surrogate of which seed; default: the run's first"
     )
     command.add_argument(
         "--platforms",
@@ -142,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         help="also write every step of the run's online attackers to FILE.npz or FILE.parquet",
     )
     command.set_defaults(command=_report)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--traceback", action="store_true", help="show where an error comes from, in full"
+        )
     return parser
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from madjax.attacks import Attack, Knockoff
 from madjax.defenses import MAD, Defense
-from madjax.errors import InputError
+from madjax.errors import InputError, in_one_line
 from madjax.models import LeNet
 from madjax.train import Recipe
 
@@ -259,16 +259,19 @@ def _section(path: str, old: Any, assignment: str) -> Any:
     make = _import(path, old, assignment)
     try:
         new = make()
-    except TypeError as error:
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(
-            f"--set {assignment}: {path} cannot be called without arguments ({error})"
+            f"--set {assignment}: {path} cannot be called without arguments ({in_one_line(error)})"
         ) from error
+    kind = next((kind for kind in (Attack, Defense) if isinstance(old, kind)), type(old))
+    if not isinstance(new, kind):
+        raise InputError(
+            f"--set {assignment}: {path} makes {type(new).__name__}, which is no "
+            f"{kind.__name__}: give what makes one, such as {_path_of(old)}"
+        )
     if isinstance(old, Attack):
-        if not isinstance(new, Attack):
-            raise InputError(
-                f"--set {assignment}: {path} makes {type(new).__name__}, which is not an attack: "
-                "give one such as madjax.attacks.jbda"
-            )
         kept = ("budget", "architecture", "recipe", "targets")
         new = dataclasses.replace(new, **{name: getattr(old, name) for name in kept})
     return new
@@ -293,7 +296,7 @@ def _import(path: str, old: Any, assignment: str) -> Any:
     except Exception as error:
         like = "my_module.my_function" if old is None else _path_of(old)
         raise InputError(
-            f"--set {assignment}: {path!r} cannot be imported ({type(error).__name__}); give an "
+            f"--set {assignment}: {path!r} cannot be imported ({in_one_line(error)}); give an "
             f"import path such as {like}"
         ) from error
 
@@ -337,8 +340,8 @@ def load(name: str) -> Sweep:
         raise
     except Exception as error:
         raise InputError(
-            f"config {name!r} fails with {type(error).__name__}: {error}; "
-            "it must define config() -> madjax.Sweep"
+            f"config {name!r} fails with {in_one_line(error)}; it must define config() -> "
+            "madjax.Sweep"
         ) from error
     if not isinstance(config, Sweep):
         raise InputError(f"config {name!r} returns {type(config).__name__}: return a madjax.Sweep")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from madjax.batching import map_within
 from madjax.constraints import l1
 from madjax.errors import InputError
-from madjax.files import write_atomically
+from madjax.files import check_can_write, write_atomically
 from madjax.gram import gram
 from madjax.mad import (
     Objective,
@@ -251,13 +251,14 @@ def export(
     it is traced on: for others give networks `convolution=jax.lax.conv_general_dilated`.
 
     Raises:
-        InputError: an unknown platform.
+        InputError: an unknown platform, or a file that cannot be written.
     """
     unknown = set(platforms) - {*PLATFORMS, "rocm"}
     if unknown or not platforms:
         raise InputError(
             f"platforms is {','.join(platforms)!r}: choose among {', '.join(PLATFORMS)}, rocm"
         )
+    check_can_write(Path(path))
     queries = (*jax.export.symbolic_shape("batch"), *shape)
     program = jax.export.export(jax.jit(predict), platforms=tuple(platforms))
     exported = program(jax.ShapeDtypeStruct(queries, dtype))

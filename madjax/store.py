@@ -8,11 +8,16 @@
 No array in a checkpoint belongs to a device: a run may go on on another machine.
 """
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ import jax
 import numpy as np
 
 from madjax.config import digest
-from madjax.errors import InputError
+from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
 
 CONFIG = "config.json"
@@ -49,7 +54,7 @@ def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> l
             raise InputError(f"{path} is damaged ({error}): give another --out") from error
         _check_same(directory, old, description)
         return _repair(directory / ROWS)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or _has_content(directory)):
         raise InputError(f"{directory} exists and holds no run: give another --out")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -60,6 +65,11 @@ def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> l
             f"{directory} cannot be written ({error.strerror}): give another --out"
         ) from error
     return []
+
+
+def _has_content(directory: Path) -> bool:
+    """Whether a directory holds anything but what a crash left of its first file."""
+    return any(path.name != f".{CONFIG}.part" for path in directory.iterdir())
 
 
 def _check_same(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -128,30 +138,57 @@ def save_trace(directory: Path, name: str, columns: dict[str, np.ndarray]) -> No
 
 
 def save(directory: Path, name: str, step: int, tree: Any) -> None:
-    """Checkpoint a pytree of arrays as `name` at `step`; older steps of that name are removed."""
+    """Checkpoint a pytree of arrays as `name` at `step`; older steps of that name are removed.
+
+    An interrupt waits until that is done.
+    """
     from orbax.checkpoint import v1 as ocp
 
     folder = (directory / "checkpoints" / name).resolve()
-    ocp.save(folder / str(step), jax.tree.map(np.asarray, tree), overwrite=True)
-    for old in _steps(folder):
-        if old != step:
-            shutil.rmtree(folder / str(old))
+    with _uninterrupted():
+        ocp.save(folder / str(step), jax.tree.map(np.asarray, tree), overwrite=True)
+        for old in _steps(folder):
+            if old != step:
+                shutil.rmtree(folder / str(old))
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect at the end: in the middle, Orbax's threads would print pages."""
+    if threading.current_thread() is not threading.main_thread():  # which alone has signals
+        yield
+        return
+    asked: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *signal_and_frame: asked.append(signal_and_frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def restore(directory: Path, name: str, like: Any) -> Any | None:
     """The newest checkpoint of that name, with the structure of `like`, or None if there is none.
 
-    `like` is a pytree of arrays or of `jax.ShapeDtypeStruct`; the result holds numpy arrays.
+    `like` is a pytree of arrays or of `jax.ShapeDtypeStruct`; the result holds numpy arrays. One
+    that cannot be read, as its files are damaged, is passed over with a warning: the one before
+    it is taken, or None, and what it held is computed again.
     """
     from orbax.checkpoint import v1 as ocp
 
     folder = (directory / "checkpoints" / name).resolve()
-    steps = _steps(folder)
-    if not steps:
-        return None
-    return ocp.load(
-        folder / str(max(steps)), jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
-    )
+    blank = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
+    for step in sorted(_steps(folder), reverse=True):
+        try:
+            return ocp.load(folder / str(step), blank)
+        except Exception as error:  # of many kinds, by what is damaged
+            warnings.warn(
+                f"checkpoint {folder / str(step)} is damaged ({in_one_line(error)}): what it held "
+                "is computed again",
+                stacklevel=2,
+            )
+    return None
 
 
 def discard(directory: Path, name: str) -> None:

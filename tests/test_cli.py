@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+import shutil
 import subprocess
 import sys
 from functools import reduce
@@ -10,9 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import madjax
-from madjax import config, sweep
+from madjax import InputError, config, sweep
 from madjax.cli import main
 from madjax.datasets import base_name
 
@@ -148,6 +151,11 @@ def data(tmp_path):
             "import path of a class that makes one, such as madjax.attacks.jbda",
         ),
         (sets("budgets=20000"), "budgets holds 20000: knockoff spends 10000"),
+        (sets("victim=madjax.MAD"), "makes MAD, which is no Recipe: give what makes one"),
+        (sets("attacks.recipe=madjax.MAD"), "makes MAD, which is no Recipe"),
+        (sets("defense=madjax.Recipe"), "makes Recipe, which is no Defense"),
+        (sets("attacks=madjax.MAD"), "makes MAD, which is no Attack"),
+        (sets("dataset=pets]"), "malformed subset rule"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -172,6 +180,172 @@ def test_report_of_nothing_is_one_line(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+THEIRS = {
+    "oracle": """import jax.numpy as jnp
+
+
+def oracle(y, gram):
+    z = jnp.ones(3)
+    return undefined_name + z
+""",
+    "zero": "import jax\nx = 1 / 0\n\n\ndef oracle(y, gram):\n    return y\n",
+    "net": """import flax.linen as nn
+
+
+class Net(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(x.flattened())
+""",
+    "unfinished": "def oracle(y, gram:\n    return y\n",
+}
+CONFIG_OF_THEIRS = """import madjax
+
+
+def helper():
+    return madjax.Sweep(name="a", dataset="grey", queryset="grey", colour=1)
+
+
+def config():
+    return helper()
+"""
+
+
+@pytest.mark.parametrize(
+    ("assignment", "cause"),
+    [
+        ("defense.oracle=theirs_oracle.oracle", "NameError: name 'undefined_name'"),
+        ("defense.oracle=theirs_zero.oracle", "ZeroDivisionError: division by zero"),
+        ("defense.oracle=theirs_unfinished.oracle", "SyntaxError: '(' was never closed"),
+        ("architecture=theirs_net.Net", "AttributeError: "),
+        ("config", "TypeError: Sweep.__init__() got an unexpected keyword argument 'colour'"),
+    ],
+)
+def test_an_error_of_the_users_code_keeps_its_cause_and_place(
+    assignment, cause, data, tmp_path, capsys, monkeypatch
+):
+    for name, code in THEIRS.items():
+        (tmp_path / f"theirs_{name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, f"theirs_{name}", raising=False)
+    (tmp_path / "theirs.py").write_text(CONFIG_OF_THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    line = {"oracle": 6, "zero": 2, "net": 9, "unfinished": 1, "config": 5}
+    which = assignment.split("theirs_")[-1].split(".")[0]
+    file = tmp_path / ("theirs.py" if which == "config" else f"theirs_{which}.py")
+    words = [str(file)] if which == "config" else sets(assignment)
+    grey = sets("dataset=grey", "queryset=grey", "attacks.budget=2")
+    words = ["sweep", *words, *(grey if which != "config" else [])]
+    words += ["--data-dir", str(data), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert cause in error
+    assert f"{file}:{line[which]}" in error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError) as caught:
+        main([*words, "--traceback"])
+    assert type(caught.value.__cause__).__name__ == cause.split(":")[0]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "small"
+    words = sets(*QUICK, "epsilons=0.99", "architecture=madjax.MLP")
+    assert main(["sweep", *words, "--out", str(out)]) == 0
+    return out, words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epsilon", "inf"], "epsilon is inf: the strength of mad is a number from 0"),
+        (["--epsilon", "0.5", "--seed", "7"], "seed is 7: the run has 0, choose one of them"),
+        (["--epsilon", "0.5", "--file", "{out}/none/a.jx"], "there is no directory"),
+        (["--epsilon", "0.5", "--file", "{out}"], "is a directory: give the name of a file"),
+        (["--epsilon", "0.5", "--defense", "shield"], "choose one by its label"),
+    ],
+)
+def test_a_bad_export_is_one_line(small_run, words, said, capsys):
+    out, same = small_run
+    words = [word.format(out=out) for word in words]
+    assert main(["export", *same, "--out", str(out), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(small_run, capsys, monkeypatch):
+    """The modes of a file do not stop root, who runs these tests perhaps."""
+    out, same = small_run
+
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    before = sorted(out.iterdir())
+    assert main(["report", str(out)]) == 2
+    said = capsys.readouterr()
+    assert "### mnist" in said.out, "the table is shown all the same"
+    assert said.err.count("\n") == 1
+    assert "cannot be written (Permission denied)" in said.err
+    assert main(["export", *same, "--out", str(out), "--epsilon", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "predict.jaxexport cannot be written (Permission denied)" in error
+    assert error.count("\n") == 1
+    assert sorted(out.iterdir()) == before
+
+
+def test_a_damaged_victim_is_trained_again(small_run, tmp_path, capsys):
+    """On resume; an export says that there is none."""
+    out, same = small_run
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    rows = [json.loads(line) for line in (copy / "rows.jsonl").read_text().splitlines()]
+    (copy / "rows.jsonl").unlink()
+    for path in copy.glob("checkpoints/victim-*/**/*"):
+        if path.is_file() and path.stat().st_size > 500:
+            os.truncate(path, path.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="victim-.* is damaged"):
+        assert main(["export", *same, "--out", str(copy), "--epsilon", "0.5"]) == 2
+    assert "holds no victim trained for 1 epochs" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="victim-.* is damaged"):
+        assert main(["sweep", *same, "--out", str(copy), "--resume"]) == 0
+    again = [json.loads(line) for line in (copy / "rows.jsonl").read_text().splitlines()]
+    field = "attacker_accuracies"
+    assert [row[field] for row in again] == [row[field] for row in rows]
+
+
+def test_the_command_runs_after_jax_has_computed(data, tmp_path):
+    """As in a notebook: the number of devices is fixed by then."""
+    code = """
+import sys, jax
+jax.numpy.zeros(1)
+from madjax.cli import main
+sys.exit(main(["sweep", "--set", "attacks.budget=0", "--out", sys.argv[1]]))
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "budget is 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
+@pytest.mark.parametrize("most", [1, 12])
+def test_a_process_of_one_core_has_one_device(most):
+    code = f"""
+import os, jax
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+from madjax import sweep
+sweep.split_cpu({most})
+print(jax.device_count())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -193,3 +367,17 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
 )
 def test_rows_call_a_data_set_by_its_plain_name(name, want):
     assert base_name(name) == want
+
+
+def test_a_warning_is_one_line(data, tmp_path):
+    (data / "pets" / "train" / "a").mkdir(parents=True)
+    for name in ("0.txt", "1.txt"):
+        (data / "pets" / "train" / "a" / name).write_text("no image")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(data / "pets" / "train" / "a" / "0.png")
+    words = sets("dataset=grey", "queryset=pets", "attacks.budget=2")
+    words = [sys.executable, "-m", "madjax", "sweep", *words, "--data-dir", str(data)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    warned, error = done.stderr.splitlines()
+    assert warned.startswith("madjax: warning: ")
+    assert warned.endswith("2 files are no images that Pillow reads, and are left out: 2 with .txt")
+    assert error.startswith("madjax: error: query set 'pets' has 9x9x1 images")

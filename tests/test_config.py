@@ -51,7 +51,7 @@ def test_override_replaces_one_field(assignment, get, want):
         ("seeds.first=1", "the field before it has no parts"),
         ("seeds=0.5", "the field takes int"),
         ("victim=5", "holds a section"),
-        ("attacks=madjax.MAD", "makes MAD, which is not an attack"),
+        ("attacks=madjax.MAD", "makes MAD, which is no Attack"),
         ("attacks=madjax.attacks.draw", "cannot be called without arguments"),
         ("attacks=madjax.Knockoff,madjax.Knockoff", "a name and variant of its own"),
         ("attacks=madjax.jbda,madjax.jbxx", "'madjax.jbxx' cannot be imported"),
@@ -71,12 +71,12 @@ def test_override_replaces_one_field(assignment, get, want):
         ("query_splits=valid", "holds 'valid'"),
         ("defense.distance=l7", "cannot be imported"),
         ("defense=madjax.MAD,madjax.MAD", "each with settings or a variant of its own"),
-        ("defense=madjax.jbda", "holds JacobianAugmentation.* which is not a madjax.Defense"),
+        ("defense=madjax.jbda", "makes JacobianAugmentation, which is no Defense"),
         ("defense=madjax.ReverseSigmoid", r"epsilon is 1\.1: the strength of reverse_sigmoid"),
         ("defense.strengths=0.5,0.5", "strengths of mad, all, extreme, l1 is .* each once"),
         ("defense.gamma=0.5", "no field 'gamma'; choose one of strengths"),
         ("defense.distance=madjax.constraints.l7", "cannot be imported"),
-        ("attacks=madjax.Recipe", "makes Recipe, which is not an attack"),
+        ("attacks=madjax.Recipe", "makes Recipe, which is no Attack"),
     ],
 )
 def test_a_bad_override_is_one_clear_line(assignment, words):

@@ -266,8 +266,8 @@ def small_pixels():
     for images in (IMAGES / 255, IMAGES.astype(jnp.float32), IMAGES.astype(jnp.int32)):
         with pytest.raises(InputError, match=f"own images are {images.dtype}: give pixels from 0"):
             steal(Knockoff(budget=5), 0, victim, images, LABELS, NETWORK, MNIST_FAMILY, TEST)
+        test = images, LABELS
         with pytest.raises(InputError, match=f"test images are {images.dtype}"):
-            test = images, LABELS
             steal(Knockoff(budget=5), 0, victim, IMAGES, LABELS, NETWORK, MNIST_FAMILY, test)
 
 

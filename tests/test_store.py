@@ -1,6 +1,11 @@
 """What a run leaves on disk survives a crash, and is never overwritten."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +111,71 @@ def test_checkpoints_come_back_as_they_were_and_only_the_newest_stays(tmp_path):
     store.discard(tmp_path, "wave-0")
     store.discard(tmp_path, "wave-0")
     assert store.restore(tmp_path, "wave-0", tree) is None
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    """A shard cut short, as a full disk leaves it: the step before, else the stage runs again."""
+    tree = {"w": jnp.arange(1000.0)}
+    store.save(tmp_path, "victim", 2, tree)
+    (tmp_path / "checkpoints" / "victim" / "2").rename(tmp_path / "kept")
+    store.save(tmp_path, "victim", 3, {"w": tree["w"] + 1})
+    cut_short(tmp_path / "checkpoints" / "victim" / "3")
+    with pytest.warns(UserWarning, match=r"victim/3 is damaged \(.*\): what it held is computed"):
+        assert store.restore(tmp_path, "victim", tree) is None
+    (tmp_path / "kept").rename(tmp_path / "checkpoints" / "victim" / "2")
+    with pytest.warns(UserWarning, match="victim/3 is damaged") as caught:
+        back = store.restore(tmp_path, "victim", tree)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    np.testing.assert_array_equal(back["w"], tree["w"])
+
+
+def cut_short(folder):
+    """Halve the largest file of a checkpoint, and every other above a kilobyte."""
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    for path, size in sizes.items():
+        if size in (max(sizes.values()),) or size > 1000:
+            os.truncate(path, size // 2)
+
+
+def test_an_interrupt_waits_for_the_checkpoint(tmp_path):
+    """Ctrl-C at any time of a hundred saves: it ends in KeyboardInterrupt, and nothing is printed.
+
+    The newest checkpoint is whole.
+    """
+    code = """
+import sys, numpy as np
+from madjax import store
+from pathlib import Path
+tree = {"w": np.arange(200_000.0)}
+store.save(Path(sys.argv[1]), "wave", 0, tree)
+print("ready", flush=True)
+try:
+    for i in range(1, 10_000):
+        store.save(Path(sys.argv[1]), "wave", i, tree)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    for wait in (0.0, 0.013, 0.031):
+        run = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(wait)
+        run.send_signal(signal.SIGINT)
+        said, errors = run.communicate(timeout=60)
+        assert (said, errors, run.returncode) == ("interrupted\n", "", 0)
+    back = store.restore(tmp_path, "wave", {"w": np.zeros(200_000)})
+    np.testing.assert_array_equal(back["w"], np.arange(200_000.0))
+
+
+def test_what_a_crash_left_of_the_first_file_blocks_nothing(tmp_path):
+    (tmp_path / ".config.json.part").write_text('{"na')
+    assert store.open_run(tmp_path, CONFIG, resume=False) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_rows_of_a_run_are_what_a_report_reads(tmp_path):

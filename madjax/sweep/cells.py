@@ -5,6 +5,7 @@ A cell is one (strength, seed) of a defence and an attack. `Program` holds its f
 size.
 """
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -211,11 +212,20 @@ def split_cpu(most: int) -> None:
     """Make every core a device of its own, `most` at most, unless the user chose a number.
 
     Cells side by side keep the cores busier than one cell that uses all of them
-    (experiments/bench_training.py). To be called before anything is computed; without effect on
-    accelerators.
+    (experiments/bench_training.py). Cores are those that this process may use. Without effect on
+    accelerators, and once anything has been computed.
     """
     if jax.config.jax_num_cpu_devices < 0:
-        jax.config.update("jax_num_cpu_devices", max(min(os.cpu_count() or 1, most), 1))
+        # Later it cannot be changed: the devices are there.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", max(min(_cores(), most), 1))
+
+
+def _cores() -> int:
+    """How many cores this process may use, where the system says so; else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

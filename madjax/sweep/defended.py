@@ -24,7 +24,7 @@ def defended(
     *,
     strength: float,
     defense: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     data_dir: str | Path | None = None,
     any_platform: bool = False,
 ) -> tuple[Classifier, jax.stages.Wrapped]:
@@ -32,18 +32,23 @@ def defended(
 
     strength: the defence's, epsilon for MAD. defense: which, by its label, of a run with several.
     seed: whose surrogate is taken, the one that stood behind the rows of that seed, and whose key
-    draws the noise of a random defence. That noise is a function of the image alone: who sends an
-    image again, in any place of any batch, gets the same answer, and averages nothing out. (An
-    image that differs in one pixel has noise of its own.) any_platform: networks take XLA's own
-    convolution, where by default they take what is fast on this platform.
+    draws the noise of a random defence; by default the run's first. That noise is a function of
+    the image alone: who sends an image again, in any place of any batch, gets the same answer, and
+    averages nothing out. (An image that differs in one pixel has noise of its own.) any_platform:
+    networks take XLA's own convolution, where by default they take what is fast on this platform.
 
     Raises:
-        InputError: an unknown defence, or a strength that it has not; a directory without a trained
-            victim, or with that of another config.
+        InputError: an unknown defence, or a strength or seed that it has not; a directory without a
+            trained victim, or with that of another config.
     """
     directory = Path(directory)
     chosen = _choose(config, defense)
     chosen.check_strength(strength)
+    seed = config.seeds[0] if seed is None else seed
+    if seed not in config.seeds:
+        raise InputError(
+            f"seed is {seed}: the run has {', '.join(map(str, config.seeds))}, choose one of them"
+        )
     data = open_dataset(config.dataset, data_dir)
     victim = make_classifier(config.architecture, data, "victim")
     _check_victim(config, directory)

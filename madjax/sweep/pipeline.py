@@ -29,7 +29,7 @@ from madjax.batching import map_chunks
 from madjax.config import Sweep, describe
 from madjax.datasets import Dataset, base_name, check_compatible, open_dataset
 from madjax.defenses import Defense, Owner
-from madjax.errors import InputError
+from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
 from madjax.sweep.campaign import TransferCampaign, budgets_of
 from madjax.sweep.cells import Cell, Program, Shared, make_mesh, waves
@@ -37,7 +37,6 @@ from madjax.sweep.online import OnlineCampaign, OnlineProgram
 from madjax.sweep.rows import identity, identity_of_row, shared_facts
 from madjax.sweep.victim import (
     Log,
-    first_line,
     keeper,
     make_classifier,
     owner_of,
@@ -212,7 +211,7 @@ def _rehearse(config: Sweep, program: Program, data: Dataset, sources: dict[str,
     except Exception as error:
         raise InputError(
             f"the defence {defense} or the attack {program.attack.label} fails on these "
-            f"data ({first_line(error)}): choose another, or mend it"
+            f"data ({in_one_line(error)}): choose another, or mend it"
         ) from error
 
 

@@ -13,7 +13,7 @@ from madjax import store
 from madjax.config import Sweep, describe, digest, name_of
 from madjax.datasets import Dataset
 from madjax.defenses import Owner
-from madjax.errors import InputError
+from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
 from madjax.train import Recipe, State, check_converges, fit, start
 
@@ -39,7 +39,7 @@ def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
     except Exception as error:
         raise InputError(
             f"the {role}'s {name} cannot take images of shape {data.image_shape} "
-            f"({first_line(error)}): choose another architecture or data set"
+            f"({in_one_line(error)}): choose another architecture or data set"
         ) from error
     if logits.shape != (1, data.num_classes):
         raise InputError(
@@ -47,11 +47,6 @@ def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
             f"{data.num_classes} classes of {data.name}: choose another architecture"
         )
     return classifier
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"
 
 
 def owner_of(config: Sweep, victim: Classifier, data: Dataset, keep: Keep) -> Owner:

@@ -23,7 +23,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): give another") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): give another"
+        ) from error
 
 
 def check_can_write(path: Path) -> None:

@@ -265,7 +265,8 @@ def percent(hits: Array) -> Array:
     """The share of bool [N] that holds, in percent, float32 in [0, 100]."""
     # XLA multiplies by 1 / N where it knows N, which made 100.00001 % of some N.
     count = jax.lax.optimization_barrier(jnp.float32(hits.size))
-    return 100 * (hits.sum(dtype=jnp.int32).astype(jnp.float32) / count)
+    share = 100 * hits.sum(dtype=jnp.int32).astype(jnp.float32) / count
+    return jnp.where(hits.all(), 100, share)
 
 
 def diverged(state: State) -> bool:

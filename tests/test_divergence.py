@@ -33,6 +33,7 @@ from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import Custom, Owner
 from madjax.mad import angle_between
 from madjax.report import read_rows
+from madjax.sweep.rows import after
 from madjax.train import judge, percent, start
 
 
@@ -236,6 +237,38 @@ def test_a_stolen_model_that_diverges_at_once_has_no_best_epoch(folder, tmp_path
     assert not list(tmp_path.glob("*.png")), "there is nothing to draw"
     with pytest.raises(InputError, match="all 2 stolen models diverged"):
         report.figure(rows)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "status", "best"),
+    [
+        ([50.0, 60.0], [1.0, 0.5], "ok", 60),
+        ([50.0, 60.0], [13.8, 13.8], "ok", 60),  # 10 log 4 is 13.86
+        ([50.0, 60.0], [1.0, 14.0], "diverged", 50),
+        ([90.0, 60.0], [1e9, 0.5], "ok", 60),
+        ([50.0, math.nan], [1.0, math.nan], "diverged", 50),
+        ([math.nan, math.nan], [math.inf, 1.0], "diverged", None),
+    ],
+)
+def test_a_loss_far_above_that_of_a_uniform_answer_is_no_training(accuracy, loss, status, best):
+    """Weights of 1e30 are finite, and such a model answers one class."""
+    row = after(np.array(accuracy), np.array(loss), 4)
+    assert row["status"] == status
+    assert row["attacker_accuracy_best"] == best
+    lost = [not (a > 0 and x <= 13.86) for a, x in zip(accuracy, loss, strict=True)]
+    assert [value is None for value in row["attacker_accuracies"]] == lost
+
+
+def test_a_finite_model_that_learnt_nothing_of_a_wild_step_has_diverged(folder, tmp_path):
+    config = replace(CONFIG, seeds=(0,), attacks=(replace(KNOCKOFF, recipe=BLOWN),))
+    rows = run(config, tmp_path, folder)
+    for row in rows:
+        assert row["attacker_losses"][-1] > 1e6
+        assert row["status"] == "diverged"
+        assert row["attacker_accuracy"] is None
+
+
+BLOWN = replace(RECIPE, learning_rate=1e8)
 
 
 def test_steal_gives_a_diverged_model_no_accuracy(images):

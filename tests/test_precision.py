@@ -213,11 +213,9 @@ def test_answers_under_x64_are_those_without(name):
     assert np.all(spent(got, Y) <= 0.5 + 1e-6) or name.endswith("kl")
 
 
-@pytest.mark.parametrize(
-    "attack", [CONFIG.attacks[0], jbtop(2, seeds=10, budget=30, substitute=RECIPE, recipe=RECIPE)]
-)
-def test_a_sweep_under_x64_has_the_rows_it_has_without(folder, tmp_path, attack):
-    config = replace(CONFIG, attacks=(replace(attack, architecture=small),))
+def test_a_sweep_under_x64_has_the_rows_it_has_without(folder, tmp_path):
+    attack = jbtop(2, seeds=10, budget=30, substitute=RECIPE, recipe=RECIPE, architecture=small)
+    config = replace(CONFIG, attacks=(attack,))
     want = sweep.run(config, tmp_path / "32", data_dir=folder, log=lambda line: None)
     with jax.enable_x64(True):
         rows = sweep.run(config, tmp_path / "64", data_dir=folder, log=lambda line: None)

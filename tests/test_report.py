@@ -624,7 +624,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"tradeoff\.png cannot be written \(disk full\)"):
         report.tradeoff_figure([row()], path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

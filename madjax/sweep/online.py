@@ -179,12 +179,11 @@ class OnlineCampaign(Campaign):
             | {field: np.array(value) for field, value in said.items()},
         )
         for i in missing:
-            row = (
-                cells[i]
-                | _settings(self.attack)
-                | _evaluated({k: v[:, i] for k, v in laps.items()})
-            )
+            course = {field: values[:, i] for field, values in laps.items()}
+            row = cells[i] | _settings(self.attack) | _evaluated(course)
             row |= _summary(self.attack, {k: v[i] for k, v in trace.items()})
+            losses = np.array(row["train_losses"], float)
+            row |= after(course["attacker_accuracy"], losses, self.program.num_classes)
             row["seconds"] = round(seconds / len(wave), 3)
             self.finish(
                 row,
@@ -229,7 +228,6 @@ def _settings(attack: Any) -> dict[str, Any]:
 def _evaluated(laps: dict[str, np.ndarray]) -> dict[str, Any]:
     """The fields of a row from its evaluations: the last of each, and the course of some."""
     row = {field: number(values[-1]) for field, values in laps.items()}
-    row |= after(laps["attacker_accuracy"])
     courses = {
         "test_losses": "test_loss",
         "defender_accuracies": "defender_accuracy",

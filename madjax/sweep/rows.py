@@ -54,7 +54,7 @@ def measured(
         "queries": int(asked) if budget == attack.budget else budget,
         "epochs": attack.recipe.epochs,
         **{name: number(value) for name, value in utility.items()},
-        **after(accuracy),
+        **after(accuracy, loss, program.num_classes),
         "attacker_losses": numbers(loss),
     }
 
@@ -76,18 +76,23 @@ def which(program: Program, budget: int, cell: Cell) -> dict[str, Any]:
 
 
 OK, DIVERGED = "ok", "diverged"
-"""`status` of a row: whether all losses and parameters of its stolen model are finite."""
+"""`status` of a row: whether its stolen model came out of its training."""
+BLOWN_UP = 10
+"""A loss of so many times log K, which is that of a uniform answer, comes from no training."""
 
 
-def after(accuracy: np.ndarray) -> dict[str, Any]:
+def after(accuracy: np.ndarray, loss: np.ndarray, num_classes: int) -> dict[str, Any]:
     """The stolen model's accuracy, percent: in the end, at best, and each time it was tested.
 
-    Where training diverged it is NaN from then on, and null in the row; the best is of what was
-    before.
+    accuracy and the training loss before it, in nats, both [times]. Null where training diverged:
+    from the time on at which a number is not finite (`madjax.train.judge`), and where the loss is
+    beyond `BLOWN_UP` log K. The best is of the other times.
     """
-    known = accuracy[np.isfinite(accuracy)]
+    sound = np.isfinite(accuracy) & (loss <= BLOWN_UP * np.log(num_classes))
+    accuracy = np.where(sound, accuracy, np.nan)
+    known = accuracy[sound]
     return {
-        "status": OK if known.size == accuracy.size else DIVERGED,
+        "status": OK if sound[-1] else DIVERGED,
         "attacker_accuracy": number(accuracy[-1]),
         "attacker_accuracy_best": number(known.max()) if known.size else None,
         "attacker_accuracies": numbers(accuracy),

@@ -59,14 +59,14 @@ def bytes_made(function: Callable[..., Any], *args: Any) -> int:
     """
     return sum(
         int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize
-        for jaxpr in _nested(jax.make_jaxpr(function)(*args).jaxpr)
+        for jaxpr in nested(jax.make_jaxpr(function)(*args).jaxpr)
         for equation in jaxpr.eqns
         for out in equation.outvars
         if hasattr(out.aval, "dtype")
     )
 
 
-def _nested(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
+def nested(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
     """A program, and those inside its operations: bodies of loops, branches, calls."""
     yield jaxpr
     for equation in jaxpr.eqns:
@@ -74,4 +74,4 @@ def _nested(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
             list(equation.params.values()), is_leaf=lambda a: isinstance(a, ClosedJaxpr | Jaxpr)
         ):
             if isinstance(inner, ClosedJaxpr | Jaxpr):
-                yield from _nested(getattr(inner, "jaxpr", inner))
+                yield from nested(getattr(inner, "jaxpr", inner))

@@ -157,17 +157,37 @@ class Call(NamedTuple):
         return self.variables.get("params", {})
 
 
+def check_rows_are_apart(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse a layer that makes the answer to one query depend on the others of its batch.
+
+    options are the arguments of the call by name.
+
+    Raises:
+        InputError: a BatchNorm in training mode, or a Dropout that drops, whose noise depends on a
+            query's place.
+    """
+    name = "/".join(module.path) or type(module).__name__
+    if isinstance(module, nn.BatchNorm):
+        name_of_flag, advice = "use_running_average", "in training mode, whose answers depend"
+        on = nn.merge_param(name_of_flag, module.use_running_average, options.get(name_of_flag))
+        advice += " on the other queries of a batch: apply the model with use_running_average=True"
+    elif isinstance(module, nn.Dropout) and module.rate > 0:
+        on = nn.merge_param("deterministic", module.deterministic, options.get("deterministic"))
+        advice = "that drops, whose answers depend on a query's place in a batch: apply the model "
+        advice += "with deterministic=True"
+    else:
+        return
+    if not on:
+        raise InputError(f"{name} is a {type(module).__name__} {advice}")
+
+
 def known(module: nn.Module) -> bool:
     """Whether the type of a layer has terms."""
     return type(module) in _TERMS
 
 
 def terms(call: Call) -> list[GramTerm] | None:
-    """Terms for all the parameters of a layer, or None where this call is not the plain layer.
-
-    Raises:
-        InputError: a BatchNorm in training mode, which mixes the rows of a batch.
-    """
+    """Terms for all the parameters of a layer, or None where this call is not the plain layer."""
     found = _TERMS[type(call.module)](call)
     if found is None or {name for names in found for name in names} != call.parameters.keys():
         return None
@@ -258,18 +278,9 @@ def _normalisation(call: Call) -> Explained | None:
 
 
 def _batch_norm(call: Call) -> Explained | None:
-    options = dict(call.options)
-    fixed = nn.merge_param(
-        "use_running_average",
-        call.module.use_running_average,
-        options.pop("use_running_average", None),
-    )
-    if not fixed:
-        raise InputError(
-            f"{'/'.join(call.module.path)} is a BatchNorm in training mode, whose answers depend "
-            "on the other queries of a batch: apply the model with use_running_average=True"
-        )
-    return None if options else _scaled(call, {"batch_stats": call.variables["batch_stats"]})
+    if set(call.options) - {"use_running_average"}:
+        return None
+    return _scaled(call, {"batch_stats": call.variables["batch_stats"]})
 
 
 def _scaled(call: Call, state: Mapping[str, Any]) -> Explained | None:

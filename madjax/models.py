@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from madjax.conv import convolution, max_pool_2x2
+from madjax.errors import InputError
 
 Array = jax.Array
 Params = Any
@@ -186,6 +187,9 @@ LeNetDouble = partial(LeNet, width=2)
 ResNet18Double = partial(ResNet18, stages=(128, 256, 512, 1024))
 
 
+_TRAINING = {"train": True, "training": True, "deterministic": False}
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A network together with its preprocessing: uint8 images [B, H, W, C] -> logits [B, K].
@@ -209,20 +213,41 @@ class Classifier:
     def learn(self, variables: Params, images: Array, key: Array) -> tuple[Array, Params]:
         """Logits [B, K] in training mode, and the variables that the forward pass has moved.
 
-        A module whose `__call__` has an argument `train` is called with train=True and the key for
-        dropout; its collections but "params" are updated, which for BatchNorm are the running
-        statistics. Any other module has the logits of `apply`, and its variables as they are.
+        A module whose `__call__` has an argument `train` or `training` is called with it true, one
+        with `deterministic` with that false, and with the key for dropout; its collections but
+        "params" are updated, which for BatchNorm are the running statistics. Any other module has
+        the logits of `apply`, and its variables as they are.
+
+        Raises:
+            InputError: a module with the statistics of BatchNorm and none of these arguments: they
+                would stay as they are at first.
         """
-        if "train" not in inspect.signature(type(self.module).__call__).parameters:
+        self.check_learns(variables)
+        flags = self._flags()
+        if not flags:
             return self.apply(variables, images), variables
         logits, moved = self.module.apply(
             variables,
             self.preprocess(images),
-            train=True,
+            **flags,
             rngs={"dropout": key},
             mutable=[name for name in variables if name != "params"],
         )
         return logits, {**variables, **moved}
+
+    def check_learns(self, variables: Params) -> None:
+        """Refuse a module that `learn` cannot train; variables may be their shapes."""
+        if "batch_stats" in variables and not self._flags():
+            raise InputError(
+                f"{type(self.module).__name__} has BatchNorm, and no way to say that it is being "
+                "trained: give its __call__ an argument train, and BatchNorm "
+                "use_running_average=not train"
+            )
+
+    def _flags(self) -> dict[str, bool]:
+        """The arguments that put the module in training mode, by the names that it has for them."""
+        known = inspect.signature(type(self.module).__call__).parameters
+        return {name: value for name, value in _TRAINING.items() if name in known}
 
     def posterior(self, params: Params, images: Array) -> Array:
         """Posteriors y float32 [B, K] on the simplex, whatever the network's type."""

@@ -31,6 +31,7 @@ from madjax.mad import (
     solve,
 )
 from madjax.steps import Constraint, Distance
+from madjax.taps import as_logits
 
 Array = jax.Array
 Predict = Callable[[Array], Array]
@@ -57,7 +58,9 @@ def perturb(
 ) -> Array:
     """Poison a batch of posteriors: `gram` of the surrogate at x, then `solve` for every query.
 
-    y~ = argmax H(y~) s.t. distance(y~, y) <= epsilon (Eq. 4 to 7), for every row of y.
+    y~ = argmax H(y~) s.t. distance(y~, y) <= epsilon (Eq. 4 to 7), for every row of y. Programs are
+    compiled once for each apply and each shape: give the same function at every call, and not a new
+    lambda, which compiles the surrogate's Gram matrix anew.
 
     Args:
         apply: the surrogate, apply(params, x [B, ...]) -> logits [B, K].
@@ -208,7 +211,7 @@ def defend(
     def predict(x: Array) -> Array:
         if x.shape[0] == 0:
             return _no_answers(predict, x)
-        y = jax.nn.softmax(victim_apply(x).astype(jnp.float32))
+        y = jax.nn.softmax(as_logits(victim_apply(x), x.shape[0]).astype(jnp.float32))
         return perturb(
             apply,
             params,

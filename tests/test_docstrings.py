@@ -262,6 +262,16 @@ def too_many():
         stolen(Knockoff(budget=11, recipe=SHORT))
 
 
+def other_answers():
+    for respond, says in (
+        (lambda numbers, x: jnp.zeros(len(x), int), r"answers of shape \(2,\)"),
+        (lambda numbers, x: jnp.full((len(x), 4), 0.25), r"answers of shape \(2, 4\)"),
+        (lambda numbers, x: (victim(numbers, x), 1), "a tuple"),
+    ):
+        with pytest.raises(InputError, match=f"the victim gives {says} to 2 queries, .* 3 classes"):
+            stolen(Knockoff(budget=5), respond=respond)
+
+
 def small_pixels():
     for images in (IMAGES / 255, IMAGES.astype(jnp.float32), IMAGES.astype(jnp.int32)):
         with pytest.raises(InputError, match=f"own images are {images.dtype}: give pixels from 0"):
@@ -313,6 +323,7 @@ TRIED = {
         "a budget of one": one_query,
         "the same seed": same_seed,
         "a victim that answers NaN": unanswered,
+        "a victim that answers labels, or posteriors of other classes": other_answers,
         "more queries than images": too_many,
         "images in [0, 1], or of another type than uint8": small_pixels,
     },

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import FrozenDict
 
-from madjax import Classifier, InputError, LeNet, coverage, gram
+from madjax import Classifier, InputError, LeNet, coverage, defend, gram, perturb
 from madjax.datasets import MNIST_FAMILY
 
 
@@ -534,6 +535,310 @@ def test_one_class_has_no_gradient_and_two_have_one():
         np.testing.assert_array_equal(
             gram(model.apply, params, x, layers="identity"), np.stack(3 * [np.eye(classes)])
         )
+
+
+# --- models as users have them --------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.relu(nn.Dense(6)(x)))
+
+
+@pytest.fixture(scope="module")
+def two():
+    x = jax.random.normal(jax.random.key(0), (3, 5))
+    params = Two().init(jax.random.key(1), x)
+    return params, x, by_hand(Two().apply, params, x)
+
+
+def per_example(params, x):
+    return jax.vmap(lambda one: Two().apply(params, one))(x)
+
+
+def per_example_in_batches(params, x):
+    return jax.lax.map(lambda one: Two().apply(params, one[None])[0], x)
+
+
+@pytest.mark.parametrize("apply", [per_example, per_example_in_batches])
+def test_layers_inside_a_transformation_go_by_jacrev(two, apply):
+    params, x, want = two
+    with pytest.warns(UserWarning, match="Dense_0/bias: its layer runs inside another"):
+        close(gram(apply, params, x), want)
+    assert set(coverage(apply, params, x).values()) == {
+        "its layer runs inside another transformation"
+    }
+    with pytest.raises(InputError, match="runs inside another transformation"):
+        gram(apply, params, x, method="structured")
+
+
+@pytest.mark.filterwarnings("ignore:gram. .* go by jacrev")
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell, nn.SimpleCell])
+def test_recurrent_networks(cell):
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(nn.RNN(cell(3))(x)[:, -1])
+
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    params = Recurrent().init(jax.random.key(1), x)
+    close(gram(Recurrent().apply, params, x), by_hand(Recurrent().apply, params, x))
+    how = coverage(Recurrent().apply, params, x)
+    assert {name for name, way in how.items() if way == "structured"} == DENSE
+    h = nn.RNN(cell(3)).apply({"params": {"cell": params["params"][f"{cell.__name__}_0"]}}, x)
+    p = jax.nn.softmax(Recurrent().apply(params, x))
+    centred = np.eye(4) - np.asarray(p)[:, None, :]
+    want = np.square(h[:, -1]).sum(-1)[:, None, None] * (centred @ centred.mT)
+    close(gram(Recurrent().apply, params, x, layers="last"), np.asarray(want))
+
+
+jitted = jax.jit(Two().apply)
+
+
+def inner_jit(params, x):
+    return jitted(params, x)
+
+
+def inner_jit_of_a_half(params, x):
+    return jax.jit(lambda p, x: jitted(p, x / 2))(params, x) * 2
+
+
+@pytest.mark.parametrize("apply", [inner_jit, inner_jit_of_a_half])
+@pytest.mark.parametrize("traced_before", [False, True])
+def test_jit_inside_the_model_is_looked_through(two, apply, traced_before):
+    params, x, _ = two
+    if traced_before:  # from then on JAX does not run the Python of the model
+        apply(params, x)
+        jax.eval_shape(apply, params, x[:1])
+    want = by_hand(apply, params, x)
+    close(gram(apply, params, x, method="structured"), want)
+    assert set(coverage(apply, params, x).values()) == {"structured"}
+    last = gram(apply, params, x, layers="last", method="jacrev")
+    close(gram(apply, params, x, layers="last"), np.asarray(last))
+
+
+MASK = jnp.array([True, True, False, True])
+TAILS = {
+    "temperature": lambda z: z / 3,
+    "log-softmax": jax.nn.log_softmax,
+    "mask": lambda z: jnp.where(MASK[None], z, -1e9),
+    "cast": lambda z: z.astype(jnp.float32),
+    "centred": lambda z: z - z.mean(-1, keepdims=True),
+    "capped": lambda z: 5 * jnp.tanh(z / 5),
+    "jitted": jax.jit(lambda z: 2 * z),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_what_follows_the_last_layer_without_weights_is_looked_through(two, name):
+    params, x, _ = two
+
+    def apply(params, x):
+        return TAILS[name](Two().apply(params, x))
+
+    h = nn.relu(nn.Dense(6).apply({"params": params["params"]["Dense_1"]}, x))
+    kernel, bias = (params["params"]["Dense_0"][part] for part in ("kernel", "bias"))
+
+    def log_p(kernel, h):
+        return jax.nn.log_softmax(TAILS[name]((h @ kernel + bias)[None])[0])
+
+    g = jax.vmap(jax.jacrev(log_p), in_axes=(None, 0))(kernel, h).reshape(3, 4, -1)
+    want = np.asarray(g) @ np.asarray(g).mT
+    close(gram(apply, params, x, layers="last"), want)
+    close(gram(apply, params, x, layers="last", method="jacrev"), want)
+
+
+def test_a_half_precision_head_that_is_cast_is_the_closed_form():
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, dtype=jnp.bfloat16)(x).astype(jnp.float32)
+
+    x = jax.random.normal(jax.random.key(0), (3, 5)).astype(jnp.bfloat16)
+    params = Half().init(jax.random.key(1), x)
+    p = np.asarray(jax.nn.softmax(Half().apply(params, x)), np.float64)
+    centred = np.eye(4) - p[:, None, :]
+    want = np.square(np.asarray(x, float)).sum(-1)[:, None, None] * (centred @ centred.mT)
+    close(gram(Half().apply, params, x, layers="last"), want)
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x) + nn.Conv(4, (1,))(x[:, None])[:, 0]
+
+
+class LearntTemperature(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x) * self.param("t", nn.initializers.ones, (1, 1))
+
+
+class ConvolutionalHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(4, (1,))(nn.Dense(4)(x)[:, None])[:, 0]
+
+
+class Pairs(nn.Module):
+    """Logits are differences of more outputs than there are classes."""
+
+    @nn.compact
+    def __call__(self, x):
+        z = nn.Dense(8)(x)
+        return z[:, :4] - z[:, 4:]
+
+
+@pytest.mark.parametrize("model", [Residual, LearntTemperature, ConvolutionalHead, Pairs])
+def test_a_last_layer_that_is_not_the_last_is_refused(model):
+    x = jax.random.normal(jax.random.key(0), (3, 5))
+    params = model().init(jax.random.key(1), x)
+    for method in ("auto", "jacrev"):
+        with pytest.raises(InputError, match="layers='last' needs"):
+            gram(model().apply, params, x, layers="last", method=method)
+
+
+class Mixing(nn.Module):
+    """Layers whose answers to a query depend on the batch."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4)(x)
+        if self.kind == "BatchNorm":
+            x = nn.BatchNorm(use_running_average=False)(x)
+        elif self.kind == "BatchNorm called so":
+            x = nn.BatchNorm()(x, False)
+        elif self.kind == "Dropout called so":
+            x = nn.Dropout(0.5)(x, deterministic=False)
+        else:
+            x = nn.Dropout(0.5, deterministic=False)(x)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize(
+    "kind", ["BatchNorm", "BatchNorm called so", "Dropout", "Dropout called so"]
+)
+def test_layers_that_mix_queries_are_refused_on_every_path(kind):
+    x = jax.random.normal(jax.random.key(0), (3, 5))
+    drawn = jax.random.split(jax.random.key(1))
+    params = Mixing(kind).init({"params": drawn[0], "dropout": drawn[1]}, x)
+
+    def apply(params, x):
+        options = {"rngs": {"dropout": drawn[0]}, "mutable": ["batch_stats"]}
+        return Mixing(kind).apply(params, x, **options)[0]
+
+    inner = jax.jit(apply)
+    inner(params, x[:1])  # traced before
+
+    def each(params, x):
+        return jax.vmap(lambda one: apply(params, one[None])[0])(x)
+
+    for way in (apply, lambda p, x: inner(p, x), each):
+        for options in ({}, {"method": "jacrev"}, {"layers": "last"}, {"layers": "identity"}):
+            with pytest.raises(InputError, match=f"{kind.split()[0]}_0 is a {kind.split()[0]} "):
+                gram(way, params, x, **options)
+    calm = nn.Dropout(0.0, deterministic=False)
+    assert gram(lambda p, x: calm.apply({}, x @ p), jnp.eye(5), x, method="jacrev").shape == (
+        3,
+        5,
+        5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (lambda z: (z, {}), "apply returns a tuple: give a function that returns the logits"),
+        (lambda z: {"logits": z}, "apply returns a dict"),
+        (lambda z: z[:, None], r"apply returns an array of shape \(1, 1, 4\) for 1 queries"),
+        (lambda z: z.sum(-1), r"apply returns an array of shape \(1,\) for 1"),
+        (lambda z: z.T, r"apply returns an array of shape \(4, 1\) for 1"),
+    ],
+)
+def test_what_is_no_array_of_logits_is_named(two, output, words):
+    params, x, _ = two
+
+    def apply(params, x):
+        return output(Two().apply(params, x))
+
+    y = jnp.full((3, 4), 0.25)
+    for call in (
+        lambda: gram(apply, params, x),
+        lambda: gram(apply, params, x, method="jacrev"),
+        lambda: perturb(apply, params, x, y, epsilon=0.5),
+        lambda: defend(lambda x: Two().apply(params, x), (apply, params), epsilon=0.5)(x),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+    said = words.replace("(1,", "(3,").replace(", 1\\)", ", 3\\)").replace("for 1", "for 3")
+    with pytest.raises(InputError, match=said):
+        defend(lambda x: apply(params, x), (Two().apply, params), epsilon=0.5)(x)
+
+
+class NNX(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(5, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.last = nnx.Linear(6, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.filterwarnings("ignore:gram. .* go by jacrev")
+def test_of_an_nnx_state_the_params_alone_are_weights(two):
+    """Its statistics are floats, and its random keys no numbers at all."""
+    _, x, _ = two
+    model = NNX(nnx.Rngs(0))
+    model.eval()
+    structure, state = nnx.split(model)
+    alone, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def with_rest(params, x):
+        return nnx.merge(alone, params, rest)(x)
+
+    def whole(state, x):
+        return nnx.merge(structure, state)(x)
+
+    want = by_hand(with_rest, params, x)
+    close(gram(whole, state, x), want)
+    close(gram(whole, state, x, method="jacrev"), want)
+    assert set(coverage(whole, state, x)) == {
+        f"{layer}/{part}/value"
+        for layer, part in [
+            *((layer, part) for layer in ("first", "last") for part in ("kernel", "bias")),
+            *(("norm", part) for part in ("scale", "bias")),
+        ]
+    }
+
+
+def test_parameters_that_are_no_floats_are_constants():
+    class Chosen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            order = self.param("order", lambda key: jnp.array([3, 0, 1]))
+            return nn.Dense(4)(x[:, order])
+
+    x = jax.random.normal(jax.random.key(0), (3, 5))
+    params = Chosen().init(jax.random.key(1), x)
+    dense = {"params": params["params"]["Dense_0"]}
+    want = by_hand(nn.Dense(4).apply, dense, x[:, jnp.array([3, 0, 1])])
+    for method in ("structured", "jacrev"):
+        close(gram(Chosen().apply, params, x, method=method), want)
+    assert set(coverage(Chosen().apply, params, x)) == DENSE
+
+    def keyed(held, x):
+        noise = jax.random.normal(held["key"], x.shape[1:])
+        return (x + noise[None]) @ held["w"]
+
+    held = {"w": jax.random.normal(jax.random.key(2), (5, 4)), "key": jax.random.key(3)}
+    noise = jax.random.normal(held["key"], (5,))
+    want = by_hand(lambda w, x: (x + noise[None]) @ w, held["w"], x)
+    close(gram(keyed, held, x, method="jacrev"), want)
 
 
 def test_no_queries_have_no_grams(mixed):

@@ -15,6 +15,7 @@ FLOORS = [
     {"files", "conv", "batching"},
     {"layers"},
     {"taps"},
+    {"structured"},
     {"gram", "constraints", "subsets", "models", "datasets"},
     {"steps"},
     {"ascend"},

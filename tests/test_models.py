@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import madjax
-from madjax import MLP, VGG16, Classifier, LeNet, ResNet18
+from madjax import MLP, VGG16, Classifier, InputError, LeNet, Recipe, ResNet18, fit
 from madjax.datasets import MNIST_FAMILY
 
 TINY = Classifier(ResNet18(3, stages=(4, 6), blocks=1), lambda x: x / 255, (8, 8, 2))
@@ -189,6 +189,63 @@ def test_a_module_that_is_always_the_same_learns_by_apply():
     logits, same = jax.jit(classifier.learn)(variables, x, jax.random.key(0))
     chex.assert_trees_all_equal(same, variables)
     np.testing.assert_array_equal(logits, jax.jit(classifier.apply)(variables, x))
+
+
+class ByFlag(nn.Module):
+    """The same network whatever the flag is called."""
+
+    @nn.compact
+    def run(self, x, training):
+        x = nn.Dense(4)(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(use_running_average=not training, momentum=0.5)(x)
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not training)(x))
+
+
+class Train(ByFlag):
+    def __call__(self, x, train=False):
+        return self.run(x, train)
+
+
+class Training(ByFlag):
+    def __call__(self, x, *, training: bool = False):
+        return self.run(x, training)
+
+
+class Deterministic(ByFlag):
+    def __call__(self, x, deterministic=True):
+        return self.run(x, not deterministic)
+
+
+class Fixed(ByFlag):
+    def __call__(self, x):
+        return self.run(x, False)
+
+
+def test_a_module_is_trained_by_any_of_three_flags():
+    x = jax.random.randint(jax.random.key(0), (6, 4, 4, 1), 0, 256).astype(jnp.uint8)
+    found = []
+    for kind in (Train, Training, Deterministic):
+        classifier = Classifier(kind(), MNIST_FAMILY.preprocess, (4, 4, 1))
+        variables = classifier.init(jax.random.key(1))
+        logits, moved = classifier.learn(variables, x, jax.random.key(2))
+        assert np.any(logits != classifier.apply(variables, x)), "dropout drops"
+        means = variables["batch_stats"]["BatchNorm_0"]["mean"]
+        assert np.all(moved["batch_stats"]["BatchNorm_0"]["mean"] != means)
+        found.append((logits, moved))
+    chex.assert_trees_all_equal(found[0], found[1])
+    chex.assert_trees_all_equal(found[0], found[2])
+
+
+def test_statistics_that_nothing_could_move_are_refused():
+    """In inference mode BatchNorm would keep its first statistics, in silence."""
+    classifier = Classifier(Fixed(), MNIST_FAMILY.preprocess, (4, 4, 1))
+    x = jnp.zeros((6, 4, 4, 1), jnp.uint8)
+    for call in (
+        lambda: classifier.learn(classifier.init(jax.random.key(0)), x, jax.random.key(1)),
+        lambda: fit(classifier, Recipe(), jax.random.key(0), (x, jnp.zeros(6, int)), (x, x)),
+    ):
+        with pytest.raises(InputError, match="Fixed has BatchNorm, and no way to say"):
+            call()
 
 
 def test_a_module_without_statistics_learns_and_gets_no_new_collection():

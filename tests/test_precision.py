@@ -15,9 +15,11 @@ import madjax
 from madjax import (
     MAD,
     MLP,
+    AdaptiveKnockoff,
     Classifier,
     InputError,
     Knockoff,
+    Online,
     Recipe,
     Sweep,
     angle,
@@ -223,6 +225,23 @@ def test_a_sweep_under_x64_has_the_rows_it_has_without(folder, tmp_path):
         np.testing.assert_allclose(row["l1_mean"], other["l1_mean"], atol=1e-4)
         np.testing.assert_allclose(row["attacker_losses"], other["attacker_losses"], rtol=1e-2)
         assert row["status"] == "ok"
+
+
+def test_a_sweep_makes_no_nan_to_fill_gaps_with(folder, tmp_path):
+    """So JAX_DEBUG_NANS=1 finds those of a fault."""
+    small_budget = {"budget": 30, "architecture": small, "recipe": RECIPE}
+    online = {"budget": 32, "images": 20, "every": 20, "judged": 10}
+    attacks = (
+        CONFIG.attacks[0],
+        AdaptiveKnockoff(**small_budget),
+        jbtop(2, seeds=10, substitute=RECIPE, **small_budget),
+        Online(architecture=small, recipe=Recipe(batch_size=1), **online),
+    )
+    with jax.debug_nans(True):
+        rows = sweep.run(
+            replace(CONFIG, attacks=attacks), tmp_path, data_dir=folder, log=lambda line: None
+        )
+    assert len(rows) == 8
 
 
 # --- where the true gradient has a direction ------------------------------------------------------

@@ -261,6 +261,18 @@ def keys(seed: Array | int) -> dict[str, Array]:
     return dict(zip(uses, jax.random.split(jax.random.key(seed), len(uses)), strict=True))
 
 
+def _check_victim(respond: Respond, images: Array, num_classes: int) -> None:
+    """Refuse a victim whose answers are no posteriors of the stolen model's classes."""
+    said = jax.eval_shape(respond, jnp.arange(2), images[jnp.zeros(2, jnp.int32)])
+    shape = getattr(said, "shape", None)
+    if shape != (2, num_classes):
+        what = f"answers of shape {shape}" if shape else f"a {type(said).__name__}"
+        raise InputError(
+            f"the victim gives {what} to 2 queries, and the stolen model has {num_classes} "
+            f"classes: give posteriors [B, {num_classes}], for labels jax.nn.one_hot of them"
+        )
+
+
 def steal(
     attack: Attack,
     seed: int,
@@ -294,6 +306,7 @@ def steal(
         a budget of one: a transfer set of one example.
         the same seed: the same stolen model, bit for bit.
         a victim that answers NaN: refused; the error names the attack.
+        a victim that answers labels, or posteriors of other classes: refused, before any query.
         more queries than images: refused by attacks that send each image once.
         images in [0, 1], or of another type than uint8: refused; the error names the type.
 
@@ -321,6 +334,7 @@ def steal(
     )
     num_classes = outputs.shape[1]
     attack.check(len(images), num_classes, images.shape[1:])
+    _check_victim(respond, images, num_classes)
     world = partial(World, respond, attack.budget, num_labels=int(labels.max()) + 1)
     world = partial(world, num_classes=num_classes, classifier=classifier, family=family)
 

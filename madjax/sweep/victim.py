@@ -33,9 +33,11 @@ def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
     try:
         module = architecture(data.num_classes)
         classifier = Classifier(module, data.family.preprocess, data.image_shape)
-        logits = jax.eval_shape(
-            lambda k, x: classifier.apply(classifier.init(k), x), jax.random.key(0), blank
-        )
+        variables = jax.eval_shape(classifier.init, jax.random.key(0))
+        logits = jax.eval_shape(classifier.apply, variables, blank)
+        classifier.check_learns(variables)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"the {role}'s {name} cannot take images of shape {data.image_shape} "

@@ -24,6 +24,7 @@ from madjax.attacks.jacobian import (
 )
 from madjax.attacks.knockoff import Knockoff, crop_and_flip, unchanged
 from madjax.attacks.online import Online
+from madjax.attacks.remote import RemoteVictim
 
 __all__ = [
     "AdaptiveKnockoff",
@@ -32,6 +33,7 @@ __all__ = [
     "JacobianAugmentation",
     "Knockoff",
     "Online",
+    "RemoteVictim",
     "Transfer",
     "World",
     "away_from_top",

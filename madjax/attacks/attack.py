@@ -24,7 +24,9 @@ Array = jax.Array
 Respond = Callable[[Array, Array], Array]
 """The defended victim: (numbers of the queries int32 [B], images [B, H, W, C]) -> y_tilde [B, K].
 
-The number is all that a defence's randomness may depend on besides its own key.
+The number is all that a defence's randomness may depend on besides its own key. A number of -1
+marks what is no query: its answer is not used. A victim that is not written in JAX is a
+`madjax.attacks.RemoteVictim`.
 """
 
 
@@ -74,7 +76,8 @@ class World:
         wanted = jnp.ones(len(images), bool) if wanted is None else wanted
         number = asked + jnp.cumsum(wanted, dtype=jnp.int32) - 1
         served = wanted & (number < self.budget)
-        answers = jnp.where(served[:, None], self.respond(number, images), -jnp.inf)
+        told = self.respond(jnp.where(served, number, -1), images)
+        answers = jnp.where(served[:, None], told, -jnp.inf)
         return answers, asked + served.sum(dtype=jnp.int32)
 
 
@@ -291,7 +294,8 @@ def steal(
         attack: what is asked, and how the stolen model is trained.
         seed: of everything the attacker draws.
         respond: the defended victim, (numbers [B] of the queries, images [B, H, W, C]) -> y_tilde
-            [B, K]. `madjax.defenses.prediction_api` makes one.
+            [B, K]. `madjax.defenses.prediction_api` makes one, and for a victim outside of JAX
+            `madjax.attacks.RemoteVictim`.
         images: the attacker's own images, uint8 [N, H, W, C].
         labels: their labels [N], for attacks that choose by them.
         classifier: the stolen model's network.
@@ -311,7 +315,7 @@ def steal(
         images in [0, 1], or of another type than uint8: refused; the error names the type.
 
     Raises:
-        InputError: what `attack.check` and `check_transfer` refuse.
+        InputError: what `attack.check` and `check_transfer` refuse; what a `RemoteVictim` raises.
 
     Example:
         >>> import jax.numpy as jnp, madjax
@@ -346,9 +350,15 @@ def steal(
     def advance(r: Array, transfer: Transfer, images: Array, labels: Array) -> Transfer:
         return attack.proceed(r, transfer, world(images=images, labels=labels, key=key["draw"]))
 
-    transfer = begin(images, labels)
-    for r in range(attack.rounds):
-        transfer = advance(jnp.int32(r), transfer, images, labels)
+    try:
+        transfer = begin(images, labels)
+        for r in range(attack.rounds):
+            transfer = advance(jnp.int32(r), transfer, images, labels)
+        jax.block_until_ready(transfer)
+    except jax.errors.JaxRuntimeError:
+        if failure := getattr(respond, "failure", None):
+            raise failure from None
+        raise
     check_transfer(attack, transfer)
     data = transfer.take(images, jnp.arange(attack.examples(attack.budget)))
     return transfer, fit(classifier, attack.recipe, key["train"], data, test)

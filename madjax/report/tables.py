@@ -37,7 +37,7 @@ def table(rows: list[dict]) -> str:
     if lost := len(rows) - sum(map(is_sound, rows)):
         parts.append(
             f"{lost} of {len(rows)} cells diverged: a loss or a parameter of the stolen model is "
-            "not finite. They are in no mean."
+            "not finite, or the loss far above that of a uniform answer. They are in no mean."
         )
     for curve, points in by_curve.items():
         shown = [each for each in OPTIONAL if _is_shown(each, points)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -43,6 +44,16 @@ def kl(y_tilde: Array, y: Array) -> Array:
     known = y > 0
     ratio = jnp.where(known, y, 1) / jnp.where(known, y_tilde, 1)
     return jnp.maximum(jnp.sum(y * jnp.log(ratio)), 0)
+
+
+def off_the_simplex(y: np.ndarray) -> str:
+    """What is wrong with rows [..., K] that are to be posteriors, to 0.01; nothing: ""."""
+    total = y.sum(-1)
+    if np.all(y >= -1e-6) and np.all(np.abs(total - 1) <= 0.01):
+        return ""
+    return (
+        f"entries run from {y.min():g} to {y.max():g} and sum to {total.min():g} .. {total.max():g}"
+    )
 
 
 NORMS = frozenset({l1, l2, linf})

@@ -27,11 +27,6 @@ def in_one_line(error: BaseException) -> str:
 def _is_the_users(filename: str) -> bool:
     """Whether this is neither madjax nor an installed package, nor part of Python."""
     path = Path(filename)
-    inside = ("site-packages", "dist-packages")
-    ours = Path(__file__).parent in path.parents
-    return (
-        path.is_file()
-        and not ours
-        and not any(part in inside for part in path.parts)
-        and (Path(traceback.__file__).parent not in path.parents)
-    )
+    others = {Path(__file__).parent, Path(traceback.__file__).parent}
+    packages = {"site-packages", "dist-packages"}
+    return path.is_file() and others.isdisjoint(path.parents) and packages.isdisjoint(path.parts)

@@ -157,28 +157,27 @@ class Call(NamedTuple):
         return self.variables.get("params", {})
 
 
+MIXING = (nn.BatchNorm, nn.Dropout)
+"""Layers that in training mode make the answer to one query depend on its batch."""
+
+
 def check_rows_are_apart(module: nn.Module, options: Mapping[str, Any]) -> None:
-    """Refuse a layer that makes the answer to one query depend on the others of its batch.
+    """Refuse one of the `MIXING` layers in training mode.
 
     options are the arguments of the call by name.
 
     Raises:
-        InputError: a BatchNorm in training mode, or a Dropout that drops, whose noise depends on a
-            query's place.
+        InputError: a BatchNorm that takes its batch's statistics, or a Dropout that drops.
     """
-    name = "/".join(module.path) or type(module).__name__
-    if isinstance(module, nn.BatchNorm):
-        name_of_flag, advice = "use_running_average", "in training mode, whose answers depend"
-        on = nn.merge_param(name_of_flag, module.use_running_average, options.get(name_of_flag))
-        advice += " on the other queries of a batch: apply the model with use_running_average=True"
-    elif isinstance(module, nn.Dropout) and module.rate > 0:
-        on = nn.merge_param("deterministic", module.deterministic, options.get("deterministic"))
-        advice = "that drops, whose answers depend on a query's place in a batch: apply the model "
-        advice += "with deterministic=True"
-    else:
+    flag = "use_running_average" if isinstance(module, nn.BatchNorm) else "deterministic"
+    if getattr(module, "rate", 1) == 0:  # a Dropout that never drops
         return
-    if not on:
-        raise InputError(f"{name} is a {type(module).__name__} {advice}")
+    if not nn.merge_param(flag, getattr(module, flag), options.get(flag)):
+        kind = type(module).__name__
+        raise InputError(
+            f"{'/'.join(module.path) or kind} is a {kind} in training mode, whose answers depend "
+            f"on the other queries of a batch or their order: apply the model with {flag}=True"
+        )
 
 
 def known(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madjax.ascend import ascend
-from madjax.constraints import l1
+from madjax.constraints import l1, off_the_simplex
 from madjax.errors import InputError
 from madjax.steps import Constraint, Distance, holds, reach, step
 from madjax.subsets import best_subset, cone_bound
@@ -351,13 +351,10 @@ def as_posterior(y: Array) -> Array:
     y = jnp.asarray(y, jnp.float32)
     if y.ndim == 0 or isinstance(y, jax.core.Tracer):
         return y
-    rows = np.asarray(y)
-    total = rows.sum(-1)
-    if not (np.all(rows >= -1e-6) and np.all(np.abs(total - 1) <= 0.01)):
+    if y.size and (wrong := off_the_simplex(np.asarray(y))):
         raise InputError(
-            f"y is no posterior: entries run from {rows.min():g} to {rows.max():g} and sum to "
-            f"{total.min():g} .. {total.max():g}: give probabilities, such as the softmax of "
-            "logits, exp(log-probabilities) or percent / 100"
+            f"y is no posterior: {wrong}; give probabilities, such as the softmax of logits, "
+            "exp(log-probabilities) or percent / 100"
         )
     return y
 

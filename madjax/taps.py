@@ -20,7 +20,7 @@ from jax.extend.core import Jaxpr, Var, get_opaque_trace_state
 
 from madjax.batching import nested
 from madjax.errors import InputError
-from madjax.layers import Call, check_rows_are_apart, known, terms
+from madjax.layers import MIXING, Call, check_rows_are_apart, known, terms
 
 Array = jax.Array
 Params = Any
@@ -119,7 +119,7 @@ def record(
         module = context.module
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        if isinstance(module, nn.BatchNorm | nn.Dropout):
+        if isinstance(module, MIXING):
             check_rows_are_apart(module, _inputs_and_options(module, args, kwargs)[1])
         output = call(*args, **kwargs)
         if not known(module):

@@ -269,21 +269,16 @@ def percent(hits: Array) -> Array:
     return jnp.where(hits.all(), 100, share)
 
 
-def diverged(state: State) -> bool:
-    """Whether the training that led to this state has diverged: see `judge`."""
-    done = int(state.epoch)
-    return not np.isfinite(np.asarray([state.accuracy[:done], state.loss[:done]])).all()
-
-
 def check_converges(name: str, recipe: Recipe, state: State) -> None:
     """Refuse what a defence cannot stand on: a network of the victim's owner that diverged.
 
     Raises:
         InputError: it did; the error names the learning rate.
     """
-    if diverged(state):
+    done = int(state.epoch)
+    if not np.isfinite(np.asarray([state.accuracy[:done], state.loss[:done]])).all():
         raise InputError(
-            f"training of the {name} diverged within {int(state.epoch)} of {recipe.epochs} epochs "
+            f"training of the {name} diverged within {done} of {recipe.epochs} epochs "
             "(a loss or a parameter is not finite): its learning_rate is "
             f"{recipe.learning_rate:g}, give a smaller one"
         )

@@ -4,6 +4,7 @@ import gc
 import os
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -33,3 +34,16 @@ def _forget():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A directory with the data set "tiny": 60 images of four classes, 30 to test on."""
+    rng, out = np.random.default_rng(0), tmp_path_factory.mktemp("data")
+    arrays = {}
+    for split, n in (("train", 60), ("test", 30)):
+        arrays[f"x_{split}"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
+        arrays[f"y_{split}"] = np.arange(n) % 4
+    arrays["x_test"][3] = 7  # a flat image, by which a test knows it again
+    np.savez(out / "tiny.npz", **arrays)
+    return out

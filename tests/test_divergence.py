@@ -48,7 +48,7 @@ class Linear(nn.Module):
 WILD = 1e38
 """A learning rate at which two steps leave float32."""
 FLAT = 7
-"""The grey of one image of the test set."""
+"""The grey of one test image of `folder`."""
 CLASSIFIER = Classifier(Linear(4), MNIST_FAMILY.preprocess, (6, 6, 1))
 RECIPE = Recipe(epochs=3, batch_size=16)
 BROKEN = replace(RECIPE, learning_rate=WILD)
@@ -70,19 +70,6 @@ def images():
 def test(images):
     """All of class 0, which a network of NaN would hit each time."""
     return images[0], np.zeros(64, int)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A data set of 60 images with 30 to test on."""
-    rng, out = np.random.default_rng(0), tmp_path_factory.mktemp("data")
-    arrays = {}
-    for split, n in (("train", 60), ("test", 30)):
-        arrays[f"x_{split}"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
-        arrays[f"y_{split}"] = np.arange(n) % 4
-    arrays["x_test"][3] = FLAT
-    np.savez(out / "tiny.npz", **arrays)
-    return out
 
 
 KNOCKOFF = Knockoff(budget=40, architecture=Linear, recipe=RECIPE)
@@ -333,6 +320,9 @@ def test_a_defence_that_answers_nan_is_an_error_that_names_it(folder, tmp_path):
     config = replace(CONFIG, defense=Custom(rotten, title="rotten"), epsilons=(0.0, 0.2, 0.99))
     with pytest.raises(InputError, match="answers NaN to the attack knockoff"):
         run(config, tmp_path / "asked", folder)
+    online = Online(budget=8, images=20, every=8, judged=20, architecture=Linear)
+    with pytest.raises(InputError, match="rotten answers NaN on the test set at strength"):
+        run(replace(config, attacks=(online,)), tmp_path / "online", folder)
     config = replace(CONFIG, defense=Custom(odd, title="odd"))
     with pytest.raises(InputError, match=r"odd answers NaN .* strength 0\.99, seed 0"):
         run(config, tmp_path / "judged", folder)

@@ -150,17 +150,6 @@ CONFIG = Sweep(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    rng, out = np.random.default_rng(0), tmp_path_factory.mktemp("data")
-    arrays = {}
-    for split, n in (("train", 60), ("test", 30)):
-        arrays[f"x_{split}"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
-        arrays[f"y_{split}"] = np.arange(n) % 4
-    np.savez(out / "tiny.npz", **arrays)
-    return out
-
-
 def test_a_half_precision_network_keeps_the_budget_of_a_sweep(folder, tmp_path):
     attack = Knockoff(budget=40, architecture=half, recipe=RECIPE)
     config = replace(CONFIG, architecture=half, epsilons=(0.3, 1.97), attacks=(attack,))

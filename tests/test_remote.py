@@ -162,8 +162,11 @@ def test_another_seed_asks_for_its_own_images(tmp_path):
     [
         (lambda x: posteriors(x).argmax(-1), r"answers 16 queries with an array of shape \(16,\)"),
         (lambda x: posteriors(x)[:-1], r"with an array of shape \(15, 3\): ask is to return"),
-        (lambda x: np.log(posteriors(x)), "sum to .* ask is to return posteriors"),
-        (lambda x: posteriors(x) * np.nan, "from nan to nan"),
+        (
+            lambda x: np.log(posteriors(x)),
+            "no posteriors: .* ask is to return probabilities",
+        ),
+        (lambda x: posteriors(x) * np.nan, "entries run from nan to nan"),
     ],
 )
 def test_answers_that_are_no_posteriors_are_named_and_not_kept(ask, words, tmp_path):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
+from madjax.constraints import off_the_simplex
 from madjax.errors import InputError
 
 Array = jax.Array
@@ -93,10 +94,9 @@ class RemoteVictim:
                 f"the victim answers {size} queries with an array of shape {said.shape}: ask is to "
                 f"return posteriors [{size}, {self.num_classes}]"
             )
-        if not (np.all(said >= -1e-6) and np.all(np.abs(said.sum(-1) - 1) <= 0.01)):
+        if wrong := off_the_simplex(said):
             raise InputError(
-                f"the victim answers with numbers from {said.min():g} to {said.max():g} that sum "
-                f"to {said.sum(-1).min():g} .. {said.sum(-1).max():g}: ask is to return posteriors"
+                f"the victim's answers are no posteriors: {wrong}; ask is to return probabilities"
             )
         return said
 

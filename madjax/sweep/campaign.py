@@ -76,6 +76,15 @@ class Campaign:
         identities = [identity(self.program, budget, cell) for cell in wave]
         return [i for i, each in enumerate(identities) if each not in self.done]
 
+    def check_answers(self, wave: list[Cell], useful: dict[str, jax.Array]) -> None:
+        """Refuse a defence whose answers are no numbers: the top class of NaN would be class 0."""
+        for cell, distance in zip(wave, np.asarray(useful["l1_mean"]), strict=False):
+            if np.isnan(distance):
+                raise InputError(
+                    f"the defence {self.program.defense.label} answers NaN on the test set at "
+                    f"strength {cell.epsilon:g}, seed {cell.seed}: mend it, or leave this out"
+                )
+
     def finish(self, measured: dict[str, Any], *said: str) -> None:
         """Write the row of a cell, and log what it says."""
         row = self.facts | measured
@@ -120,7 +129,7 @@ class TransferCampaign(Campaign):
         name = f"{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
         transfer, spent = self._collect(f"{name}-transfer", stacked)
         useful = self.utility(stacked, self.shared)
-        self._check_answers(wave, useful)
+        self.check_answers(wave, useful)
         for budget in filter(missing.get, self.budgets):
             at = f"{name}-budget-{budget}"
             state, seconds = self._train(at, budget, transfer, stacked, len(missing[budget]))
@@ -160,15 +169,6 @@ class TransferCampaign(Campaign):
             )
         check_transfer(self.attack, transfer)
         return transfer, seconds
-
-    def _check_answers(self, wave: list[Cell], useful: dict[str, jax.Array]) -> None:
-        """Refuse a defence whose answers are no numbers: the top class of NaN would be class 0."""
-        for cell, distance in zip(wave, np.asarray(useful["l1_mean"]), strict=False):
-            if np.isnan(distance):
-                raise InputError(
-                    f"the defence {self.program.defense.label} answers NaN on the test set at "
-                    f"strength {cell.epsilon:g}, seed {cell.seed}: mend it, or leave this out"
-                )
 
     def _keep(self, name: str, transfer: Transfer, seconds: float, rounds: int) -> None:
         state = transfer, np.asarray(seconds), np.asarray(rounds)

@@ -144,6 +144,7 @@ class OnlineCampaign(Campaign):
             began = time.perf_counter()
             training = self.advance((stacked, training), self.shared)
             results = self.judge((stacked, training), self.shared)
+            self.check_answers(wave, results)
             results["direction_kept"] = direction_kept(
                 stacked, np.asarray(_products(origin, training.params))
             )

@@ -12,7 +12,7 @@ all parameters whatever the defence's gradients are. See configs/mnist_angle.py.
 
 from dataclasses import replace
 
-from madjax import MAD, Online, Recipe, Sweep, argmax_preserving
+from madjax import MAD, LineSearch, Online, Recipe, Sweep, argmax_preserving
 from madjax.train import adam
 
 
@@ -30,7 +30,7 @@ def config() -> Sweep:
         defense=(
             MAD(layers="all"),
             MAD(layers="last"),
-            MAD(layers="all", oracle=argmax_preserving),
+            MAD(solver=LineSearch(argmax_preserving)),
         ),
         epsilons=(0.0, 0.99, 2.0),
         attacks=(

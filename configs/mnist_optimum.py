@@ -11,7 +11,7 @@ differs from the paper, and whose rows are the line search's.
 
 from functools import partial
 
-from madjax import MAD, Knockoff, Recipe, Sweep, extreme_at_budget
+from madjax import MAD, Ascend, Knockoff, LineSearch, Recipe, Sweep, extreme_at_budget
 from madjax.constraints import keep_label
 
 
@@ -25,11 +25,11 @@ def config() -> Sweep:
         query_splits=("train", "test"),
         victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
         defense=(
-            MAD(layers="last", oracle=extreme_at_budget),
-            MAD(layers="last", method="ascend"),
-            MAD(layers="all", oracle=extreme_at_budget),
-            MAD(layers="all", method="ascend"),
-            MAD(layers="last", method="ascend", constraints=(kept,)),
+            MAD(layers="last", solver=LineSearch(extreme_at_budget)),
+            MAD(layers="last", solver=Ascend()),
+            MAD(layers="all", solver=LineSearch(extreme_at_budget)),
+            MAD(layers="all", solver=Ascend()),
+            MAD(layers="last", solver=Ascend(constraints=(kept,))),
         ),
         epsilons=(0.5, 0.99),
         seeds=(0, 1, 2),

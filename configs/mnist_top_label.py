@@ -12,6 +12,7 @@ configs/mnist_defenses.py, which says what differs from the paper.
 from madjax import (
     MAD,
     Knockoff,
+    LineSearch,
     Recipe,
     ReverseSigmoid,
     Sweep,
@@ -32,7 +33,7 @@ def config() -> Sweep:
         defense=(
             Undefended(),
             MAD(layers="last", strengths=(0.99,)),
-            MAD(layers="last", oracle=argmax_preserving, strengths=(1.0, 1.5)),
+            MAD(layers="last", solver=LineSearch(argmax_preserving), strengths=(1.0, 1.5)),
             ReverseSigmoid(gamma=0.2, strengths=(0.25, 1.0)),
         ),
         seeds=(0, 1, 2),

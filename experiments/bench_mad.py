@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from measuring import HAS_TORCH, parse, seconds, write
 
-from madjax import LeNet, argmax_preserving, extreme, perturb
+from madjax import LeNet, LineSearch, argmax_preserving, extreme, perturb
 from madjax.models import VGG16
 
 EPSILON = 0.5
@@ -95,7 +95,7 @@ def madjax_side(row, memory=None):
             y,
             epsilon=EPSILON,
             layers=row.layers,
-            oracle=ORACLES[row.oracle],
+            solver=LineSearch(ORACLES[row.oracle]),
             memory=memory,
         )
         jax.block_until_ready(answers)
@@ -269,7 +269,7 @@ def curves(n, classes, widths, budgets):
 
     def once(k, width, oracle, epsilons=EPSILON):
         module, params, x, y = problem(k, width)
-        options = {"epsilon": jnp.asarray(epsilons), "oracle": ORACLES[oracle]}
+        options = {"epsilon": jnp.asarray(epsilons), "solver": LineSearch(ORACLES[oracle])}
         return lambda: perturb(module.apply, params, x, y, **options)
 
     for oracle in ORACLES:

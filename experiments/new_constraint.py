@@ -29,9 +29,9 @@ network = madjax.Classifier(madjax.LeNet(10), data.family.preprocess, data.image
 x = data.x_test[: 20 if "--smoke" in sys.argv else 200]
 y = jax.nn.softmax(40 * network.apply(network.init(jax.random.key(0)), x))  # a confident victim
 gram = madjax.gram(network.apply, network.init(jax.random.key(1)), x)
-answer = partial(madjax.solution, epsilon=0.5, distance=hellinger, method="ascend")
 for constraints in ((), (partial(keep_odd, most=0.1),)):
-    found = jax.jit(jax.vmap(partial(answer, constraints=constraints)))(y, gram)
-    degrees = jax.vmap(madjax.angle)(found.y_tilde, y, gram).mean()
-    moved = jnp.abs((found.y_tilde - y)[:, 1::2].sum(1)).max()
+    solver = madjax.Ascend(hellinger, constraints)
+    y_tilde = jax.jit(jax.vmap(partial(madjax.solve, epsilon=0.5, solver=solver)))(y, gram)
+    degrees = jax.vmap(madjax.angle)(y_tilde, y, gram).mean()
+    moved = jnp.abs((y_tilde - y)[:, 1::2].sum(1)).max()
     print(f"{len(constraints)} constraints: {degrees:.1f} degrees, odd digits {moved:.3f}")

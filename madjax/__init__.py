@@ -1,5 +1,6 @@
 """madjax: prediction poisoning (MAD), a defence of prediction APIs against model stealing."""
 
+from madjax.ascend import Ascend
 from madjax.attacks import (
     AdaptiveKnockoff,
     Attack,
@@ -28,17 +29,15 @@ from madjax.defenses import (
 from madjax.errors import InputError
 from madjax.gram import coverage, gram
 from madjax.mad import (
-    Solution,
-    angle,
+    LineSearch,
     argmax_bound,
     argmax_preserving,
-    deviation,
     extreme,
     extreme_at_budget,
-    solution,
     solve,
 )
 from madjax.models import MLP, VGG16, Classifier, LeNet, ResNet18
+from madjax.objectives import angle, deviation
 from madjax.serving import defend, export, load, perturb
 from madjax.train import Recipe, fit
 
@@ -48,6 +47,7 @@ __all__ = [
     "MLP",
     "VGG16",
     "AdaptiveKnockoff",
+    "Ascend",
     "Attack",
     "Classifier",
     "Dataset",
@@ -56,13 +56,13 @@ __all__ = [
     "JacobianAugmentation",
     "Knockoff",
     "LeNet",
+    "LineSearch",
     "Online",
     "RandomNoise",
     "Recipe",
     "ResNet18",
     "ReverseSigmoid",
     "Rounding",
-    "Solution",
     "Sweep",
     "TopK",
     "Undefended",
@@ -87,7 +87,6 @@ __all__ = [
     "load",
     "open_dataset",
     "perturb",
-    "solution",
     "solve",
     "steal",
     "top_label",

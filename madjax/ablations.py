@@ -8,7 +8,7 @@ in place of `madjax.extreme`. The ablation G = I is no oracle but a Gram matrix:
 import jax
 import jax.numpy as jnp
 
-from madjax.mad import defined
+from madjax.objectives import defined
 
 Array = jax.Array
 

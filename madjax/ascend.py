@@ -1,25 +1,23 @@
-r"""The best answer within a budget, beyond a line search towards a vertex: `method="ascend"`.
+r"""The best answer within a budget, beyond a line search towards a vertex: `madjax.Ascend`.
 
 The answers within a budget are a set of K - 1 dimensions; Algorithm 1 looks at one segment of it.
-Here H, or any other objective, is maximised over all of it from M alone, in two ways:
+Here H, or any other objective, is maximised over all of it from M alone:
 
-- Where the set is a polytope, the simplex cut by an L1 or Linf ball, by conditional gradients
-  (Frank and Wolfe 1956): the linear problem at each gradient is solved exactly by sorting (for L1,
-  mass moves from the classes with the smallest entries of the gradient to the one with the
-  largest), and the segment to its solution is searched. While the angle stays below 90 degrees, the
-  optimum is a vertex of the polytope: there c'v > 0, c = M y, and |G'v| / c'v is quasiconvex. Past
-  90 degrees maximising H is a quasiconcave problem, whose local optima are global.
+- H in an L1 or Linf ball, by exchanges between two classes (`madjax.polytope`).
+- Another objective there, by conditional gradients (Frank and Wolfe 1956): the linear problem at
+  each gradient is solved exactly by sorting, and the segment to its solution is searched.
 - With constraints, or another distance, by an augmented Lagrangian in coordinates in which the
   simplex is a sphere, q^2 / sum q^2, brought into the ball along the segment to y; from a point
   where all constraints hold the result is then pulled back to where they do. (The angle grows along
   any ray from y, so to bring a point to the ball's surface loses nothing.)
 
-Both start from every vertex at the budget, from what the line search found, and from beyond the
-surrogate's own posterior p: as M p = 0, the answer p + t (p - y) has the gradient -t G'y, the
-opposite of the true one, whatever the network. The answers found are never worse than any start.
+All start from what the line search found, and from beyond the surrogate's own posterior p: as M p =
+0, the answer p + t (p - y) has the gradient -t G'y, the opposite of the true one, whatever the
+network. The answer is never worse than any start.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -27,7 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from madjax.constraints import NORMS, l1, linf
+from madjax.constraints import NORMS, l1
+from madjax.mad import LineSearch, Solver, argmax_preserving, name_of, scaled
+from madjax.objectives import Objective, deviation
+from madjax.polytope import POLYTOPES, Polytope, best_linear, farthest, parts
 from madjax.steps import Constraint, Distance, holds, reach, residual, step
 
 Array = jax.Array
@@ -42,35 +43,101 @@ STARTS, FEW = 12, 4
 """How many starts, the best of all, go through each of the two."""
 PAIRS = 16
 """Up to so many classes the moves between any two of them are starts too."""
+EQUAL = 2e-4
+"""Values of H so near to each other count as one: the answer with the longer gradient is taken."""
 
 
-def ascend(
+@dataclass(frozen=True)
+class Ascend(Solver):
+    """The best answer of all within the budget that a search finds, never worse than LineSearch's.
+
+    Args:
+        distance: (y_tilde [K], y [K]) -> scalar, that does not fall along a ray leaving y.
+        constraints: functions (y_tilde [K], y [K]) -> residuals, all to be <= 0 (within 1e-6),
+            differentiable in y_tilde. They need not hold at y.
+        objective: (y_tilde [K], y [K], gram [K, K]) -> scalar, maximised in place of H.
+
+    Edge cases:
+        L1 and Linf balls, H, no constraints: the best of all up to rounding where it is past 90
+            degrees, and for K <= 10; `report` says how far from it the answer can be at most.
+        the surrogate's posterior p within the budget: H = 4, and of the answers with it one of the
+            longest gradient that is found.
+        no point found at which all constraints hold: y, and `report` says so.
+    """
+
+    distance: Distance = l1
+    constraints: tuple[Constraint, ...] = ()
+    objective: Objective = deviation
+
+    def search(self, y: Array, gram: Array, epsilon: Array) -> Array:
+        """The best answer found within the budget; y where none was found."""
+
+        def value(y_tilde: Array) -> Array:
+            return self.objective(y_tilde, y, gram)
+
+        known = [LineSearch(distance=self.distance, constraints=self.constraints)]
+        if self.keeps_label:
+            known.append(LineSearch(argmax_preserving, self.distance, self.constraints))
+        found = jnp.stack([solver(y, gram, epsilon) for solver in known])
+        inside = partial(step, y, epsilon=epsilon, distance=self.distance)
+        points = jnp.append(found, inside(overshoot(y, gram))[None], axis=0)
+        if self.distance in POLYTOPES:
+            ball = POLYTOPES[self.distance](y, epsilon)
+            ends = self._in_polytope(value, y, gram, ball, points)
+            # Rounding may leave the ball.
+            points = jnp.append(jax.vmap(inside)(ends), points, axis=0)
+            if not self.constraints:
+                return self._best(value, gram, points, found)
+        vertices = jax.vmap(inside)(jnp.eye(y.size, dtype=y.dtype))
+        starts = jnp.append(vertices, points, axis=0)
+        return constrained(value, y, starts, found, epsilon, self.distance, self.constraints)
+
+    def _in_polytope(
+        self, value: Value, y: Array, gram: Array, ball: Polytope, starts: Array
+    ) -> Array:
+        """The ends [N, K] of the search in a ball that is a polytope."""
+        if self.objective is deviation:
+            return farthest(ball, *scaled(y, gram), jax.vmap(partial(parts, ball))(starts))
+        slopes = jnp.eye(y.size, dtype=y.dtype)
+        if y.size <= PAIRS:
+            slopes = jnp.concatenate([slopes, _pairs(y.size)])
+
+        def best(slope: Array) -> Array:
+            return best_linear(ball, slope).sum(axis=0)
+
+        starts = _best(value, jnp.concatenate([jax.vmap(best)(slopes), starts]), STARTS)
+        return jax.vmap(partial(conditional_gradient, value, best))(starts)
+
+    def _best(self, value: Value, gram: Array, points: Array, found: Array) -> Array:
+        """The best of points [N, K], by H the longest of those that are as good; never below found.
+
+        found [M, K].
+        """
+        values = jax.vmap(value)(points)
+        if self.objective is not deviation:
+            return points[values.argmax()]
+        least = jnp.maximum(values.max() - EQUAL, jax.vmap(value)(found).max())
+        lengths = (jnp.matmul(points, gram, precision="highest") * points).sum(axis=1)
+        return points[jnp.where(values >= least, lengths, -jnp.inf).argmax()]
+
+    def describe(self) -> dict[str, str]:
+        """The fields of a row that say which solver this was."""
+        return super().describe() | {"solver": "ascend", "objective": name_of(self.objective)}
+
+
+def constrained(
     value: Value,
     y: Array,
-    gram: Array,
+    starts: Array,
     found: Array,
     epsilon: Array | float,
     distance: Distance,
     constraints: Sequence[Constraint],
 ) -> Array:
-    """The best answer [K] found within the budget, by `value`, at least as good as `found`.
+    """The best answer [K] found by `value` where all constraints hold, from starts [N, K].
 
-    y [K], gram [K, K]; found [K] is the line search's. y where no point was found at which the
-    constraints hold.
+    At least as good as the best of found [M, K] where they hold; y where no such point was found.
     """
-    inside = partial(step, y, epsilon=epsilon, distance=distance)
-    targets = jnp.concatenate([jnp.eye(y.size, dtype=y.dtype), overshoot(y, gram)[None]])
-    starts = jnp.concatenate([jax.vmap(inside)(targets), found[None]])
-    if distance in POLYTOPES:
-        best_linear = partial(POLYTOPES[distance], y=y, epsilon=epsilon)
-        if y.size <= PAIRS:
-            starts = jnp.concatenate([jax.vmap(best_linear)(_slopes(y.size)), starts])
-        starts = _best(value, starts, STARTS)
-        ends = jax.vmap(partial(conditional_gradient, value, best_linear))(starts)
-        # Rounding may leave the ball.
-        starts = jnp.concatenate([jax.vmap(inside)(ends), starts])
-        if not constraints:
-            return starts[jax.vmap(value)(starts).argmax()]
 
     def within(y_tilde: Array, y: Array) -> Array:
         return distance(y_tilde, y) - epsilon
@@ -80,20 +147,23 @@ def ascend(
     first = _feasible_point(jnp.append(near, y[None], axis=0), y, everything)
     first = jnp.where(holds(y, y, everything), y, first)
 
+    def judged(points: Array) -> Array:
+        kept = jax.vmap(lambda v: holds(v, y, everything))(points)
+        return jnp.where(kept, jax.vmap(value)(points), -jnp.inf)
+
     def allowed(candidates: Array) -> tuple[Array, Array]:
         """The candidates pulled back to where all constraints hold, and their values."""
         points = jax.vmap(lambda end: reach(first, end, y, everything))(candidates)
-        known = jax.vmap(lambda v: holds(v, y, everything))(points)
-        return points, jnp.where(known, jax.vmap(value)(points), -jnp.inf)
+        return points, judged(points)
 
     points, values = allowed(starts)
     best = points[jax.lax.top_k(values, min(FEW, len(values)))[1]]
     brought = partial(_bring, y=y, epsilon=epsilon, distance=distance)
     climb = partial(augmented_lagrangian, value, brought, y=y, constraints=constraints)
     ends, end_values = allowed(jax.vmap(climb)(best))
-    points = jnp.concatenate([points, ends, found[None], y[None]])
-    last = [jnp.where(holds(v, y, everything), value(v), -jnp.inf) for v in (found, y)]
-    values = jnp.concatenate([values, end_values, jnp.stack(last)])
+    known = jnp.append(found, y[None], axis=0)
+    points = jnp.concatenate([points, ends, known])
+    values = jnp.concatenate([values, end_values, judged(known)])
     at = values.argmax()
     return jnp.where(values[at] > -jnp.inf, points[at], y)
 
@@ -103,7 +173,7 @@ def _best(value: Value, points: Array, count: int) -> Array:
     return points[jax.lax.top_k(jax.vmap(value)(points), min(count, len(points)))[1]]
 
 
-def _slopes(k: int) -> Array:
+def _pairs(k: int) -> Array:
     """Linear objectives [K (K - 1), K]: take from class i before any other, give to class j."""
     giver, taker = np.nonzero(1 - np.eye(k))
     slopes = np.zeros((len(giver), k), np.float32)
@@ -144,38 +214,6 @@ def _solved(a: Array, b: Array) -> Array:
         return (rows - rows[:, i][:, None] * pivot[None]).at[i].set(pivot)
 
     return jax.lax.fori_loop(0, k, eliminate, jnp.concatenate([a, b[:, None]], axis=1))[:, -1]
-
-
-def best_in_l1(slope: Array, y: Array, epsilon: Array | float) -> Array:
-    """The v of the simplex with |v - y|_1 <= epsilon and the largest slope'v.
-
-    slope, y [K] -> [K]. epsilon / 2 moves to the class with the largest slope, from those with the
-    smallest as far as they have it.
-    """
-    order = jnp.argsort(slope)
-    owned = y[order]
-    before = jnp.cumsum(owned) - owned
-    given = jnp.clip(epsilon / 2 - before, 0, owned)
-    top = order[-1]
-    given = given.at[-1].set(0)
-    return y.at[order].add(-given).at[top].add(given.sum())
-
-
-def best_in_linf(slope: Array, y: Array, epsilon: Array | float) -> Array:
-    """The v of the simplex with |v - y|_inf <= epsilon and the largest slope'v.
-
-    slope, y [K] -> [K]. Every entry is as small as may be, and what is left of the mass goes to the
-    largest slopes, as far as they may take it.
-    """
-    order = jnp.argsort(-slope)
-    low = jnp.maximum(y - epsilon, 0)
-    room = (jnp.minimum(y + epsilon, 1) - low)[order]
-    before = jnp.cumsum(room) - room
-    return low.at[order].add(jnp.clip(1 - low.sum() - before, 0, room))
-
-
-POLYTOPES: dict[Distance, Callable[..., Array]] = {l1: best_in_l1, linf: best_in_linf}
-"""Distances whose balls are polytopes, and how to maximise a linear function over them."""
 
 
 def conditional_gradient(

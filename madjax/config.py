@@ -23,6 +23,7 @@ import numpy as np
 from madjax.attacks import Attack, Knockoff
 from madjax.defenses import MAD, Defense
 from madjax.errors import InputError, in_one_line
+from madjax.mad import Solver
 from madjax.models import LeNet
 from madjax.train import Recipe
 
@@ -257,6 +258,8 @@ def _section(path: str, old: Any, assignment: str) -> Any:
             "import path of a class that makes one, such as madjax.attacks.jbda"
         )
     make = _import(path, old, assignment)
+    if callable(old) and callable(make) and not isinstance(make, type):
+        return make  # such as a solver that is a plain function
     try:
         new = make()
     except InputError:
@@ -265,7 +268,7 @@ def _section(path: str, old: Any, assignment: str) -> Any:
         raise InputError(
             f"--set {assignment}: {path} cannot be called without arguments ({in_one_line(error)})"
         ) from error
-    kind = next((kind for kind in (Attack, Defense) if isinstance(old, kind)), type(old))
+    kind = next((kind for kind in (Attack, Defense, Solver) if isinstance(old, kind)), type(old))
     if not isinstance(new, kind):
         raise InputError(
             f"--set {assignment}: {path} makes {type(new).__name__}, which is no "

@@ -1,4 +1,4 @@
-r"""MAD, maximising angular deviation: objective, oracle, step. A reader starts here.
+r"""MAD, maximising angular deviation: objective, oracles, line search. A reader starts here.
 
 The attacker's gradient on a query with answer y~ is G' y~, where G = d log F_sur(x; w) / d w is
 [K, D] (Eq. 5). The defence wants the answer whose gradient points farthest from that of the true
@@ -10,7 +10,8 @@ Only M = G G', [K, K], enters: cos = y~'M y / sqrt(y~'M y~ . y'M y). `madjax.gra
 once for a query; everything in this file costs O(K^2) and never sees D.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,124 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madjax.ascend import ascend
-from madjax.constraints import l1, off_the_simplex
+from madjax.constraints import keep_label, l1, off_the_simplex
 from madjax.errors import InputError
+from madjax.objectives import defined, deviation, norm, unit
+from madjax.polytope import POLYTOPES, bound, parts
 from madjax.steps import Constraint, Distance, holds, reach, step
 from madjax.subsets import best_subset, cone_bound
 
 Array = jax.Array
+_dot = partial(jnp.matmul, precision="highest")
 Oracle = Callable[[Array, Array], Array]
 """(y [K], gram [K, K]) -> the target y* [K] of the step, or several, [N, K], of which the one that
 is best where the budget ends is taken."""
-Objective = Callable[[Array, Array, Array], Array]
-"""(y_tilde [K], y [K], gram [K, K]) -> scalar, to be maximised."""
-
-# Products with M are K x K work: full float32, where TPUs and recent GPUs would round to bf16/TF32.
-_dot = partial(jnp.matmul, precision="highest")
-
-
-def _norm(v: Array, gram: Array) -> Array:
-    """|G'v|, with 0 where rounding leaves nothing of it.
-
-    G'p = 0 at the surrogate's posterior p (score identity), so near it v'Mv is a difference of
-    larger numbers, and holds no information below their rounding errors: eps |v|'|M||v| of the
-    products and of M itself, and eps^2 max_k M_kk |v|_1^2 of G, whose rows e_k - p have the error
-    of a p near 1. The factors are twice what was found for y = p (`test_noise_is_bounded`).
-    """
-    square, size = _dot(v, _dot(gram, v)), jnp.abs(v)
-    eps = jnp.finfo(gram.dtype).eps
-    noise = 8 * eps * _dot(size, _dot(jnp.abs(gram), size))
-    noise += jnp.square(4 * eps * size.sum()) * jnp.diagonal(gram).max()
-    return _root(jnp.where(square > noise, square, 0))
-
-
-def _unit(v: Array, gram: Array) -> tuple[Array, Array]:
-    """V / |G'v| and whether it is defined; zeros where it is not."""
-    norm = _norm(v, gram)
-    known = norm > 0
-    return jnp.where(known, v / jnp.where(known, norm, 1), 0), known
-
-
-def defined(y: Array, gram: Array) -> Array:
-    """Whether the true gradient G'y has a direction: False where y is the surrogate's posterior.
-
-    y [K], gram [K, K] -> bool. `solve` returns y unchanged exactly where this is False. What
-    float32 cannot tell from p counts as p. Near a p without a favourite that is an L1 distance up
-    to about 1e-3, whatever K is; near a confident p it is a small part of 1 - max p.
-    """
-    y, gram = _at_least_float32(y, gram)
-    return _norm(y, gram) > 0
-
-
-def deviation(y_tilde: Array, y: Array, gram: Array) -> Array:
-    """H(y~) = || a/|a| - u/|u| ||^2 with a = G'y~ and u = G'y (Eq. 4), in [0, 4].
-
-    y_tilde [K], y [K], gram [K, K] -> scalar. Computed as d'Md with d = y~/|a| - y/|u|, which
-    keeps its digits at small angles where 2 - 2 cos loses them. 0 where either gradient vanishes
-    and the angle is undefined. Does not change with `gram -> c gram`, c > 0. Half precision is
-    taken as float32.
-    """
-    y_tilde, y, gram = _at_least_float32(y_tilde, y, gram)
-    (a, a_known), (u, u_known) = _unit(y_tilde, gram), _unit(y, gram)
-    d = a - u
-    return jnp.where(a_known & u_known, jnp.clip(_dot(d, _dot(gram, d)), 0, 4), 0)
-
-
-def angle(y_tilde: Array, y: Array, gram: Array) -> Array:
-    """The angle between the poisoned and the true gradient, in degrees, in [0, 180].
-
-    y_tilde [K], y [K], gram [K, K] -> scalar. 2 atan2(|a/|a| - u/|u||, |a/|a| + u/|u||), accurate
-    at both ends (Kahan 2006, section 12). 0 where it is undefined, as in `deviation`. At 0 and 180
-    degrees, where it has a kink, its gradient is taken as 0.
-    """
-    y_tilde, y, gram = _at_least_float32(y_tilde, y, gram)
-    (a, a_known), (u, u_known) = _unit(y_tilde, gram), _unit(y, gram)
-    known = a_known & u_known
-    difference, total = (_root(_dot(d, _dot(gram, d))) for d in (a - u, a + u))
-    # atan2 has no gradient at (0, 0).
-    return _angle(jnp.where(known, difference, 0), jnp.where(known, total, 1))
-
-
-def _angle(difference: Array, total: Array) -> Array:
-    """The angle in degrees between unit vectors, by the lengths of their difference and sum."""
-    return jnp.degrees(2 * jnp.arctan2(difference, total))
-
-
-def _root(square: Array) -> Array:
-    """The square root, with 0 and a gradient of 0 where rounding leaves no positive number."""
-    none = square <= 0
-    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, square)))
-
-
-def _at_least_float32(*arrays: Array) -> tuple[Array, ...]:
-    """Arrays in float32, or float64 where one is; half precision and integers have no digits."""
-    return tuple(
-        jnp.asarray(a, jnp.promote_types(jnp.result_type(*arrays), jnp.float32)) for a in arrays
-    )
-
-
-def angle_between(a: Any, u: Any) -> Array:
-    """The angle between two gradients, pytrees of the same shapes: degrees in [0, 180].
-
-    What `angle` has from the Gram matrix of one query, for gradients that are at hand, such as
-    those of a batch. 0 where either vanishes, NaN where either is not finite. Accumulated in
-    float32, by the same formula.
-    """
-    a, u = ([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(each)] for each in (a, u))
-
-    def norm(leaves: list[Array]) -> Array:
-        return _root(sum(jnp.square(leaf).sum() for leaf in leaves))
-
-    (a_norm, u_norm) = norm(a), norm(u)
-    known = (a_norm != 0) & (u_norm != 0)  # NaN is neither known to vanish, nor known not to
-    a_unit, u_unit = (
-        [leaf / jnp.where(known, length, 1) for leaf in leaves]
-        for leaves, length in ((a, a_norm), (u, u_norm))
-    )
-    difference = norm([p - q for p, q in zip(a_unit, u_unit, strict=True)])
-    total = norm([p + q for p, q in zip(a_unit, u_unit, strict=True)])
-    return jnp.where(known, _angle(difference, jnp.where(known, total, 1)), 0)
 
 
 def extreme(y: Array, gram: Array) -> Array:
@@ -182,8 +77,8 @@ def argmax_bound(y: Array, gram: Array) -> Array:
     """
     k = y.argmax()
     turned, first = jnp.roll(gram, (-k, -k), axis=(0, 1)), jnp.roll(y, -k)
-    (unit, known) = _unit(first, turned)
-    cosine = cone_bound(turned, _dot(turned, unit))
+    (direction, known) = unit(first, turned)
+    cosine = cone_bound(turned, _dot(turned, direction))
     return jnp.where(known, jnp.clip(2 - 2 * cosine, 2, 4), 0)
 
 
@@ -197,73 +92,129 @@ def extreme_at_budget(y: Array, gram: Array) -> Array:
     return jnp.eye(y.size, dtype=y.dtype)
 
 
-class Solution(NamedTuple):
-    """An answer, and whether it is what was asked for."""
+class Info(NamedTuple):
+    """What a solver says of its answer y~ to one query."""
 
-    y_tilde: Array
-    """[K]."""
-    value: Array
-    """The objective at y_tilde."""
+    deviation: Array
+    """H(y~), in [0, 4]."""
+    bound: Array
+    """No answer within the distance has a larger H, but of those whose gradient vanishes.
+
+    4 where nothing better is known (`madjax.polytope.bound`)."""
+    length: Array
+    """|G'y~| / |G'y|: the objective does not see it, the attacker's step does. 0 without a G'y."""
     feasible: Array
-    """Whether all constraints hold; where not, no point was found at which they do, and y_tilde is
-    y."""
+    """Whether a point was found at which all constraints hold; where not, y~ is y."""
+    defended: Array
+    """Whether y~ is not y. It is y too where G'y has no direction, and at a budget of 0."""
 
 
-def solution(
-    y: Array,
-    gram: Array,
-    *,
-    epsilon: Array | float,
-    oracle: Oracle = extreme,
-    distance: Distance = l1,
-    constraints: Sequence[Constraint] = (),
-    objective: Objective = deviation,
-    method: str = "line_search",
-) -> Solution:
-    """`solve`, and with it the objective reached and whether all constraints hold.
+class Solver:
+    """What LineSearch and Ascend share: checks before, and y where there is nothing to be done.
 
-    Arguments and errors as for `solve`.
+    A subclass is a frozen dataclass with the fields distance and constraints. Any other function
+    (y [K], gram [K, K], epsilon) -> y_tilde [K] is a solver too.
     """
-    y, gram = as_posterior(y), jnp.asarray(gram, jnp.float32)
-    epsilon = jnp.asarray(epsilon, jnp.float32)
-    if y.ndim != 1 or gram.shape != (y.size, y.size):
-        raise InputError(
-            f"solve takes one query, y [K] and gram [K, K], not {y.shape} and {gram.shape}: "
-            "use jax.vmap over a batch"
+
+    distance: Distance
+    constraints: tuple[Constraint, ...]
+
+    def __post_init__(self) -> None:
+        if callable(self.constraints):
+            raise InputError(
+                f"constraints is {name_of(self.constraints)}: give a tuple of functions"
+            )
+        object.__setattr__(self, "constraints", tuple(self.constraints))  # hashable, as it must be
+
+    def search(self, y: Array, gram: Array, epsilon: Array) -> Array:
+        """The answer y~ [K], were all well: G'y has a direction, epsilon > 0. Given float32."""
+        raise NotImplementedError
+
+    def __call__(self, y: Array, gram: Array, epsilon: Array | float) -> Array:
+        """The answer y~ float32 [K] to a query with posterior y [K]; see `solve`."""
+        y, gram, epsilon = _checked(y, gram, epsilon)
+        found = _guarded(self.search(y, gram, epsilon), y, gram, epsilon)
+        return jnp.where(holds(found, y, self.constraints), found, y)
+
+    def report(self, y: Array, gram: Array, epsilon: Array | float) -> tuple[Array, Info]:
+        """The answer y~ [K], and what there is to say of it."""
+        y, gram, epsilon = _checked(y, gram, epsilon)
+        y_tilde = self(y, gram, epsilon)
+        length, true = norm(y_tilde, gram), norm(y, gram)
+        known = true > 0
+        reached = deviation(y_tilde, y, gram)
+        most = jnp.full((), 4.0, y.dtype)
+        if self.distance in POLYTOPES:
+            ball = POLYTOPES[self.distance](y, epsilon)
+            most = bound(ball, *scaled(y, gram), parts(ball, y_tilde))
+            most = jnp.maximum(most, reached)
+        return y_tilde, Info(
+            deviation=reached,
+            bound=jnp.where(known & (epsilon > 0), most, 0),
+            length=jnp.where(known, length / jnp.where(known, true, 1), 0),
+            feasible=holds(y_tilde, y, self.constraints),
+            defended=known & (y_tilde != y).any(),
         )
-    check_epsilon(epsilon)
-    check_gram(gram)
-    check_method(method)
 
-    def value(y_tilde: Array) -> Array:
-        return objective(y_tilde, y, gram)
+    @property
+    def keeps_label(self) -> bool:
+        """Whether every answer keeps the top label of y, because a constraint says so."""
+        return any(map(_keeps_label, self.constraints))
 
-    found = _line_search(value, y, oracle(y, gram), epsilon, distance, constraints)
-    if method == "ascend":
-        found = ascend(value, y, gram, found, epsilon, distance, constraints)
-    found = jnp.where(defined(y, gram) & (epsilon > 0), found, y)
-    found = jnp.where(holds(found, y, constraints), found, y)
-    return Solution(found, value(found), holds(found, y, constraints))
+    def describe(self) -> dict[str, str]:
+        """The fields of a row that say which solver this was."""
+        return NO_SOLVER | {
+            "solver": name_of(type(self)),
+            "distance": name_of(self.distance),
+            "constraints": ", ".join(map(name_of, self.constraints)) or "none",
+        }
 
 
-def _line_search(
-    value: Callable[[Array], Array],
-    y: Array,
-    y_star: Array,
-    epsilon: Array | float,
-    distance: Distance,
-    constraints: Sequence[Constraint],
-) -> Array:
-    """The best of the ends of the steps towards the targets y* [K] or [N, K]."""
+@dataclass(frozen=True)
+class LineSearch(Solver):
+    """Algorithm 1: from y towards the oracle's target y*, as far as the budget goes.
 
-    def end(y_star: Array) -> Array:
-        y_tilde = step(y, y_star, epsilon, distance)
-        return reach(y, y_tilde, y, constraints) if constraints else y_tilde
+    y~ = (1 - a) y + a y*, a the largest in [0, 1] with distance(y~, y) <= epsilon and, in further
+    steps back, all constraints held: each must hold at y and up to a point of the way. Of an
+    oracle's several targets the one with the largest H at its end is taken.
 
-    if y_star.ndim == 1:
-        return end(y_star)
-    ends = jax.vmap(end)(y_star)
-    return ends[jax.vmap(value)(ends).argmax()]
+    Args:
+        oracle: (y [K], gram [K, K]) -> y* [K], or [N, K].
+        distance: (y_tilde [K], y [K]) -> scalar, that does not fall along a ray leaving y.
+        constraints: functions (y_tilde [K], y [K]) -> residuals, all to be <= 0 (within 1e-6).
+
+    Example:
+        >>> import madjax
+        >>> keep = madjax.LineSearch(madjax.argmax_preserving)
+        >>> keep(jnp.array([0.7, 0.2, 0.1]), jnp.diag(jnp.arange(3.0)), 0.2).argmax()
+        Array(0, dtype=int32)
+    """
+
+    oracle: Oracle = extreme
+    distance: Distance = l1
+    constraints: tuple[Constraint, ...] = ()
+
+    def search(self, y: Array, gram: Array, epsilon: Array) -> Array:
+        """The best of the ends of the steps towards the targets."""
+
+        def end(y_star: Array) -> Array:
+            y_tilde = step(y, y_star, epsilon, self.distance)
+            return reach(y, y_tilde, y, self.constraints) if self.constraints else y_tilde
+
+        y_star = self.oracle(y, gram)
+        if y_star.ndim == 1:
+            return end(y_star)
+        ends = jax.vmap(end)(y_star)
+        return ends[jax.vmap(lambda v: deviation(v, y, gram))(ends).argmax()]
+
+    @property
+    def keeps_label(self) -> bool:
+        """Also where the target keeps it: the way from y to it does then."""
+        return self.oracle is argmax_preserving or super().keeps_label
+
+    def describe(self) -> dict[str, str]:
+        """The fields of a row that say which solver this was."""
+        return super().describe() | {"solver": "line_search", "oracle": name_of(self.oracle)}
 
 
 def solve(
@@ -271,11 +222,7 @@ def solve(
     gram: Array,
     *,
     epsilon: Array | float,
-    oracle: Oracle = extreme,
-    distance: Distance = l1,
-    constraints: Sequence[Constraint] = (),
-    objective: Objective = deviation,
-    method: str = "line_search",
+    solver: Callable[[Array, Array, Array], Array] = LineSearch(),
 ) -> Array:
     """The MAD answer to one query: the farthest angle within the budget, by Algorithm 1.
 
@@ -285,17 +232,11 @@ def solve(
     Args:
         y: the victim's posterior [K], on the simplex to 0.01; of any type, and taken as float32.
         gram: M [K, K] of the surrogate at the query, from `madjax.gram`.
-        epsilon: the budget, >= 0, in the units of distance: L1 reaches from 0 to 2. It may be
+        epsilon: the budget, >= 0, in the units of the distance: L1 reaches from 0 to 2. It may be
             traced.
-        oracle: (y [K], gram [K, K]) -> the target y* of the step, [K] or several [N, K].
-        distance: (y_tilde [K], y [K]) -> scalar, the utility constraint.
-        constraints: further functions (y_tilde [K], y [K]) -> residuals, all of which are to be
-            <= 0 (within 1e-6). `madjax.constraints` has examples.
-        objective: (y_tilde [K], y [K], gram [K, K]) -> scalar, maximised in place of H.
-        method: "line_search" goes along the segment from y to y* as far as it may, so every
-            constraint must hold at y and up to a point. "ascend" maximises the objective over all
-            answers within the budget (`madjax.ascend`), takes any differentiable constraints, and
-            is never worse than the line search.
+        solver: `madjax.LineSearch` with its oracle, distance and constraints (Algorithm 1),
+            `madjax.Ascend`, which searches all answers within the budget, or any function
+            (y [K], gram [K, K], epsilon) -> y_tilde [K].
 
     Returns:
         y_tilde float32 [K], on the simplex as y is, within epsilon of y.
@@ -307,13 +248,13 @@ def solve(
         gram = 0: y; no answer moves the attacker.
         gram times a positive number: the same answer.
         two vertices with equal H: the first of them is y*.
-        no answer found at which all constraints hold: y; `solution` says so.
+        no answer found at which all constraints hold: y; `solver.report` says so.
         y in half precision, or one-hot integers: the same number in float32.
         logits, log-probabilities or percent for y: refused, where y is not traced.
 
     Raises:
-        InputError: shapes that do not fit; another method; where they are not traced, epsilon < 0,
-            y that is no posterior, a gram that is not finite.
+        InputError: shapes that do not fit; a solver that is no function; where they are not traced,
+            epsilon < 0, y that is no posterior, a gram that is not finite.
 
     Example:
         >>> import jax.numpy as jnp, madjax
@@ -322,16 +263,34 @@ def solve(
         >>> madjax.solve(y, gram, epsilon=0.5).round(2)
         Array([0.48, 0.45, 0.07], dtype=float32)
     """
-    return solution(
-        y,
-        gram,
-        epsilon=epsilon,
-        oracle=oracle,
-        distance=distance,
-        constraints=constraints,
-        objective=objective,
-        method=method,
-    ).y_tilde
+    check_solver(solver)
+    y, gram, epsilon = _checked(y, gram, epsilon)
+    return _guarded(solver(y, gram, epsilon), y, gram, epsilon)
+
+
+def _checked(y: Array, gram: Array, epsilon: Array | float) -> tuple[Array, Array, Array]:
+    """One query in float32, or why not."""
+    check_epsilon(epsilon)
+    y, gram = as_posterior(y), jnp.asarray(gram, jnp.float32)
+    if y.ndim != 1 or gram.shape != (y.size, y.size):
+        raise InputError(
+            f"solve takes one query, y [K] and gram [K, K], not {y.shape} and {gram.shape}: "
+            "use jax.vmap over a batch"
+        )
+    check_gram(gram)
+    return y, gram, jnp.asarray(epsilon, jnp.float32)
+
+
+def scaled(y: Array, gram: Array) -> tuple[Array, Array]:
+    """The Gram matrix scaled so that |G'y| = 1, and c = M y: the cosine is c'v / |G'v|."""
+    length = norm(y, gram)
+    gram = gram / jnp.square(jnp.where(length > 0, length, 1))
+    return gram, _dot(gram, y)
+
+
+def _guarded(y_tilde: Array, y: Array, gram: Array, epsilon: Array) -> Array:
+    """Y where there is no direction to turn away from, and without a budget."""
+    return jnp.where(defined(y, gram) & (epsilon > 0), y_tilde, y)
 
 
 def check_epsilon(epsilon: Array | float) -> None:
@@ -368,13 +327,37 @@ def check_gram(gram: Array) -> None:
         )
 
 
-METHODS = ("line_search", "ascend")
-
-
-def check_method(method: str) -> None:
-    """Refuse a method that `solve` does not know."""
-    if method not in METHODS:
+def check_solver(solver: Any) -> None:
+    """Refuse what is no function of (y, gram, epsilon)."""
+    if isinstance(solver, type) or not callable(solver):
         raise InputError(
-            f"method is {method!r}: choose one of {', '.join(map(repr, METHODS))} (the way to the "
-            "Gram matrix is gram_method)"
+            f"solver is {solver!r}: give madjax.LineSearch(), madjax.Ascend(), or a function "
+            "(y, gram, epsilon) -> y_tilde"
         )
+
+
+NO_SOLVER = dict.fromkeys(("solver", "oracle", "distance", "constraints", "objective"), "none")
+"""The fields of a row that a solver fills, of a defence that has none."""
+
+
+def describe_solver(solver: Callable) -> dict[str, str]:
+    """The fields of a row that say which solver this was; of a plain function, its name."""
+    if isinstance(solver, Solver):
+        return solver.describe()
+    return NO_SOLVER | {"solver": name_of(solver)}
+
+
+def name_of(function: Any) -> str:
+    """A function by its name, a partial with the parameters that it sets."""
+    if isinstance(function, partial):
+        given = (f"{name}={value}" for name, value in function.keywords.items())
+        return f"{name_of(function.func)}({', '.join(given)})"
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _keeps_label(constraint: Constraint) -> bool:
+    """Whether this is `keep_label`, or that with a margin that is known not to be below 0."""
+    if not isinstance(constraint, partial):
+        return constraint is keep_label
+    margin = constraint.keywords.get("margin", 0)
+    return constraint.func is keep_label and isinstance(margin, int | float) and margin >= 0

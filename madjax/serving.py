@@ -15,26 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from madjax.batching import map_within
-from madjax.constraints import l1
 from madjax.errors import InputError
 from madjax.files import check_can_write, write_atomically
 from madjax.gram import gram
-from madjax.mad import (
-    Objective,
-    Oracle,
-    as_posterior,
-    check_epsilon,
-    check_gram,
-    check_method,
-    deviation,
-    extreme,
-    solve,
-)
-from madjax.steps import Constraint, Distance
+from madjax.mad import LineSearch, as_posterior, check_epsilon, check_gram, check_solver, solve
 from madjax.taps import as_logits
 
 Array = jax.Array
 Predict = Callable[[Array], Array]
+Solver = Callable[[Array, Array, Array], Array]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -46,11 +35,7 @@ def perturb(
     y: Array,
     *,
     epsilon: Array | float,
-    oracle: Oracle = extreme,
-    distance: Distance = l1,
-    constraints: Sequence[Constraint] = (),
-    objective: Objective = deviation,
-    method: str = "line_search",
+    solver: Solver = LineSearch(),
     layers: str = "all",
     gram_method: str = "auto",
     chunk: int | None = None,
@@ -68,11 +53,7 @@ def perturb(
         x: the queries [B, ...].
         y: the victim's posteriors [B, K]; see `solve`.
         epsilon: one budget, or a grid of them [E], which costs hardly more than one.
-        oracle: see `solve`.
-        distance: see `solve`.
-        constraints: see `solve`.
-        objective: see `solve`.
-        method: see `solve`.
+        solver: see `solve`. Programs are compiled once for each, too: equal ones count as one.
         layers: see `gram`.
         gram_method: the method of `gram`.
         chunk: see `gram`.
@@ -99,7 +80,7 @@ def perturb(
         (2, 4, 4)
     """
     check_epsilon(epsilon)
-    check_method(method)
+    check_solver(solver)
     y = as_posterior(y)
     if y.ndim != 2 or y.shape[0] != x.shape[0]:
         raise InputError(
@@ -116,35 +97,16 @@ def perturb(
             "give a surrogate with the victim's classes"
         )
 
-    given = (oracle, distance, tuple(constraints), objective, method)
-    return _solve_all(*given, memory, y, m, epsilon)
+    return _solve_all(solver, memory, y, m, epsilon)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _solve_all(
-    oracle: Oracle,
-    distance: Distance,
-    constraints: tuple[Constraint, ...],
-    objective: Objective,
-    method: str,
-    memory: int | None,
-    y: Array,
-    gram: Array,
-    epsilon: Array,
-) -> Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def _solve_all(solver: Solver, memory: int | None, y: Array, gram: Array, epsilon: Array) -> Array:
     """Queries [B, ...] at one budget or at E of them: [B, K] or [E, B, K]."""
-    one = partial(
-        solve,
-        oracle=oracle,
-        distance=distance,
-        constraints=constraints,
-        objective=objective,
-        method=method,
-    )
 
     def answer(query: tuple[Array, Array]) -> Array:
         def within(epsilon: Array) -> Array:
-            return one(*query, epsilon=epsilon)
+            return solve(*query, epsilon=epsilon, solver=solver)
 
         return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
 
@@ -157,11 +119,7 @@ def defend(
     surrogate: tuple[Callable[[Any, Array], Array], Any],
     *,
     epsilon: Array | float,
-    oracle: Oracle = extreme,
-    distance: Distance = l1,
-    constraints: Sequence[Constraint] = (),
-    objective: Objective = deviation,
-    method: str = "line_search",
+    solver: Solver = LineSearch(),
     layers: str = "all",
     gram_method: str = "auto",
     chunk: int | None = None,
@@ -176,11 +134,7 @@ def defend(
             `partial(network.apply, params)`.
         surrogate: (apply, params) with apply(params, x [B, ...]) -> logits [B, K].
         epsilon: see `madjax.perturb`.
-        oracle: see `madjax.solve`.
-        distance: see `madjax.solve`.
-        constraints: see `madjax.solve`.
-        objective: see `madjax.solve`.
-        method: see `madjax.solve`.
+        solver: see `madjax.solve`.
         layers: see `madjax.gram`. "last" costs one forward pass of the surrogate and no more.
         gram_method: the method of `madjax.gram`.
         chunk: see `madjax.gram`.
@@ -218,11 +172,7 @@ def defend(
             x,
             y,
             epsilon=epsilon,
-            oracle=oracle,
-            distance=distance,
-            constraints=constraints,
-            objective=objective,
-            method=method,
+            solver=solver,
             layers=layers,
             gram_method=gram_method,
             chunk=chunk,

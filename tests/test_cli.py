@@ -216,9 +216,9 @@ def config():
 @pytest.mark.parametrize(
     ("assignment", "cause"),
     [
-        ("defense.oracle=theirs_oracle.oracle", "NameError: name 'undefined_name'"),
-        ("defense.oracle=theirs_zero.oracle", "ZeroDivisionError: division by zero"),
-        ("defense.oracle=theirs_unfinished.oracle", "SyntaxError: '(' was never closed"),
+        ("defense.solver.oracle=theirs_oracle.oracle", "NameError: name 'undefined_name'"),
+        ("defense.solver.oracle=theirs_zero.oracle", "ZeroDivisionError: division by zero"),
+        ("defense.solver.oracle=theirs_unfinished.oracle", "SyntaxError: '(' was never closed"),
         ("architecture=theirs_net.Net", "AttributeError: "),
         ("config", "TypeError: Sweep.__init__() got an unexpected keyword argument 'colour'"),
     ],

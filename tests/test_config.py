@@ -24,7 +24,7 @@ BASE = Sweep(name="base", dataset="embedded:mnist", queryset="embedded:fashion_m
         ("attacks.recipe.epochs=5", lambda c: c.attacks[0].recipe.epochs, 5),
         ("attacks.recipe.learning_rate=1", lambda c: c.attacks[0].recipe.learning_rate, 1.0),
         ("defense.layers=last", lambda c: c.defense.layers, "last"),
-        ("defense.distance=madjax.constraints.l2", lambda c: c.defense.distance, madjax.l2),
+        ("defense.solver.distance=madjax.l2", lambda c: c.defense.solver.distance, madjax.l2),
         ("query_splits=train, test", lambda c: c.query_splits, ("train", "test")),
         ("name = spaced ", lambda c: c.name, "spaced"),
         ("budgets=10,100", lambda c: c.budgets, (10, 100)),
@@ -69,13 +69,19 @@ def test_override_replaces_one_field(assignment, get, want):
         ("attacks.recipe.optimizer=optax.adam", "does not take learning_rate"),
         ("seeds=-1", "seed is -1"),
         ("query_splits=valid", "holds 'valid'"),
-        ("defense.distance=l7", "cannot be imported"),
+        ("defense.solver.distance=l7", "cannot be imported"),
         ("defense=madjax.MAD,madjax.MAD", "each with settings or a variant of its own"),
         ("defense=madjax.jbda", "makes JacobianAugmentation, which is no Defense"),
         ("defense=madjax.ReverseSigmoid", r"epsilon is 1\.1: the strength of reverse_sigmoid"),
         ("defense.strengths=0.5,0.5", "strengths of mad, all, extreme, l1 is .* each once"),
         ("defense.gamma=0.5", "no field 'gamma'; choose one of strengths"),
-        ("defense.distance=madjax.constraints.l7", "cannot be imported"),
+        ("defense.solver.distance=madjax.constraints.l7", "cannot be imported"),
+        (
+            "defense.oracle=madjax.argmax_preserving",
+            "choose one of strengths, variant, layers, solver",
+        ),
+        ("defense.solver=madjax.Knockoff", "makes Knockoff, which is no Solver"),
+        ("defense.solver=ascend", "give the import path of a class that makes one"),
         ("attacks=madjax.Recipe", "makes Recipe, which is no Attack"),
     ],
 )
@@ -213,5 +219,5 @@ def test_hash_sees_every_value_and_survives_json():
 
 
 def test_functions_are_described_by_where_they_live():
-    assert config.describe(BASE)["defense"]["oracle"] == "madjax.mad.extreme"
+    assert config.describe(BASE)["defense"]["solver"]["oracle"] == "madjax.mad.extreme"
     assert config.describe(BASE)["architecture"] == "madjax.models.LeNet"

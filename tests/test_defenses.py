@@ -59,7 +59,7 @@ def test_plain_function_is_perturb(queries):
 
 def test_strength_is_traced_and_zero_is_no_defence(queries):
     w, x, y = queries
-    defense = Jacobian(layers="all", oracle=madjax.argmax_preserving, distance=madjax.l2)
+    defense = Jacobian(solver=madjax.LineSearch(madjax.argmax_preserving, madjax.l2))
     evidence = defense.evidence(apply, w, x)
 
     @jax.jit
@@ -87,11 +87,14 @@ def test_rows_name_the_defence():
     assert MAD(layers="all").describe() == {
         "defense": "mad",
         "layers": "all",
+        "solver": "line_search",
         "oracle": "extreme",
         "distance": "l1",
+        "constraints": "none",
+        "objective": "none",
         "defense_variant": "",
     }
-    described = MAD(oracle=madjax.argmax_preserving, distance=madjax.kl).describe()
+    described = MAD(solver=madjax.LineSearch(madjax.argmax_preserving, madjax.kl)).describe()
     assert described["defense"] == "mad_argmax"
     assert described["distance"] == "kl"
     with pytest.raises(madjax.InputError, match="layers is 'some'"):

@@ -31,7 +31,7 @@ from madjax import (
 from madjax.attacks import Transfer, check_transfer
 from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import Custom, Owner
-from madjax.mad import angle_between
+from madjax.objectives import angle_between
 from madjax.report import read_rows
 from madjax.sweep.rows import after
 from madjax.train import judge, percent, start

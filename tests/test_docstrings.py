@@ -13,7 +13,8 @@ import pytest
 import madjax
 from madjax import InputError, Knockoff, Recipe, defend, fit, gram, perturb, solve, steal
 from madjax.datasets import MNIST_FAMILY
-from madjax.mad import defined, extreme
+from madjax.mad import extreme
+from madjax.objectives import defined
 
 VERBS = {verb.__name__: verb for verb in (gram, solve, perturb, defend, fit, steal)}
 
@@ -143,8 +144,9 @@ def equal_vertices():
 
 def contradiction():
     never = (lambda v, y: jnp.float32(1),)
-    same(solve(Y[0], M, epsilon=1.0, constraints=never), Y[0])
-    assert not madjax.solution(Y[0], M, epsilon=1.0, constraints=never).feasible
+    solver = madjax.LineSearch(constraints=never)
+    same(solve(Y[0], M, epsilon=1.0, solver=solver), Y[0])
+    assert not solver.report(Y[0], M, 1.0)[1].feasible
 
 
 def other_types():

@@ -19,6 +19,7 @@ from madjax import (
     InputError,
     Knockoff,
     LeNet,
+    LineSearch,
     Online,
     Recipe,
     ReverseSigmoid,
@@ -33,7 +34,7 @@ from madjax.attacks.online import begin, lap
 from madjax.cli import main
 from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import answers
-from madjax.mad import angle_between
+from madjax.objectives import angle_between
 from madjax.train import adam, cross_entropy
 
 # --- the angle ------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def gradient(params, x, targets):
     )(params)
 
 
-@partial(jax.jit, static_argnames=("layers", "oracle"))
+@partial(jax.jit, static_argnames=("layers", "solver"))
 def perturbed(known, x, y, **options):
     return madjax.perturb(CLASSIFIER.apply, known, x, y, **options)
 
@@ -143,7 +144,7 @@ class World:
         rate, batch = attack.recipe.learning_rate, attack.recipe.batch_size
         optimizer = optax.adam(rate) if attack.recipe.optimizer is adam else optax.sgd(rate)
         opt_state = optimizer.init(params)
-        options = {"layers": self.defense.layers, "oracle": self.defense.oracle}
+        options = {"layers": self.defense.layers, "solver": self.defense.solver}
 
         trace, handed = [], params
         for t in range(attack.steps):
@@ -182,7 +183,7 @@ ONLINE = Online(
         (ONLINE, MAD(layers="all"), 0.7),
         (ONLINE, MAD(layers="all"), 2.0),
         (ONLINE, MAD(layers="last"), 0.7),
-        (ONLINE, MAD(layers="all", oracle=argmax_preserving), 0.7),
+        (ONLINE, MAD(solver=LineSearch(argmax_preserving)), 0.7),
         (replace(ONLINE, recipe=replace(ONLINE.recipe, batch_size=4)), MAD(layers="all"), 0.7),
         (
             replace(ONLINE, recipe=replace(ONLINE.recipe, optimizer=adam, learning_rate=0.05)),

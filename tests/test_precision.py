@@ -19,6 +19,7 @@ from madjax import (
     Classifier,
     InputError,
     Knockoff,
+    LineSearch,
     Online,
     Recipe,
     Sweep,
@@ -33,10 +34,10 @@ from madjax import (
 )
 from madjax.datasets import MNIST_FAMILY
 from madjax.evaluate import utility
-from madjax.mad import angle_between, defined
+from madjax.objectives import angle_between, defined
 from madjax.train import cross_entropy
 
-jit_solve = jax.jit(solve, static_argnames=("oracle", "distance", "method"))
+jit_solve = jax.jit(solve, static_argnames="solver")
 
 
 class Net(nn.Module):
@@ -76,8 +77,9 @@ def test_the_ball_holds_for_posteriors_of_any_precision(kind, epsilon):
 @pytest.mark.parametrize("oracle", [madjax.extreme, argmax_preserving])
 def test_one_hot_posteriors_may_be_whole_numbers(kind, oracle):
     y = np.eye(4)[[0, 1, 2, 3, 0]]
-    got = surrogate(y.astype(kind), epsilon=0.5, oracle=oracle)
-    np.testing.assert_array_equal(got, surrogate(y.astype(np.float32), epsilon=0.5, oracle=oracle))
+    answer = partial(surrogate, epsilon=0.5, solver=LineSearch(oracle))
+    got = answer(y.astype(kind))
+    np.testing.assert_array_equal(got, answer(y.astype(np.float32)))
     assert np.all(np.abs(spent(got, y) - 0.5) < 1e-6)
 
 
@@ -175,9 +177,9 @@ def test_posteriors_and_losses_are_float32_of_any_network():
 
 OPTIONS = {
     "line search": {},
-    "argmax": {"oracle": argmax_preserving},
+    "argmax": {"solver": LineSearch(argmax_preserving)},
     "grid": {"epsilon": [0.2, 0.5]},
-    "ascend kl": {"method": "ascend", "distance": madjax.kl},
+    "ascend kl": {"solver": madjax.Ascend(madjax.kl)},
     "last": {"layers": "last"},
     "jacrev": {"gram_method": "jacrev"},
 }

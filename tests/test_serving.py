@@ -33,9 +33,10 @@ def networks():
 @pytest.mark.parametrize("oracle", [madjax.extreme, madjax.argmax_preserving])
 def test_defend_is_softmax_then_perturb(networks, layers, oracle):
     victim, surrogate, x = networks
-    predict = madjax.defend(victim, surrogate, epsilon=0.4, layers=layers, oracle=oracle)
+    solver = madjax.LineSearch(oracle)
+    predict = madjax.defend(victim, surrogate, epsilon=0.4, layers=layers, solver=solver)
     y = jax.nn.softmax(victim(x))
-    want = madjax.perturb(*surrogate, x, y, epsilon=0.4, layers=layers, oracle=oracle)
+    want = madjax.perturb(*surrogate, x, y, epsilon=0.4, layers=layers, solver=solver)
     got = jax.jit(predict)(x)
     np.testing.assert_allclose(got, want, atol=1e-6)
     # Label-preserving targets may lie within the budget.
@@ -48,7 +49,8 @@ def test_defend_is_softmax_then_perturb(networks, layers, oracle):
 
 def test_a_file_answers_batches_of_any_size_without_the_models_code(networks, tmp_path):
     victim, surrogate, x = networks
-    predict = madjax.defend(victim, surrogate, epsilon=0.4, oracle=madjax.argmax_preserving)
+    solver = madjax.LineSearch(madjax.argmax_preserving)
+    predict = madjax.defend(victim, surrogate, epsilon=0.4, solver=solver)
     path = tmp_path / "predict.jaxexport"
     madjax.export(predict, path, shape=x.shape[1:])
     loaded = madjax.load(path)

@@ -18,6 +18,7 @@ from madjax import (
     InputError,
     Knockoff,
     LeNet,
+    LineSearch,
     RandomNoise,
     Recipe,
     Sweep,
@@ -638,7 +639,10 @@ def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
     data = write_data(tmp_path)
 
     for change, words in (
-        ({"defense": MAD(oracle=broken_oracle)}, "the defence MAD.*fails on these data"),
+        (
+            {"defense": MAD(solver=LineSearch(broken_oracle))},
+            "the defence MAD.*fails on these data",
+        ),
         ({"architecture": Headless, "defense": MAD(layers="last")}, "layers='last' needs"),
         ({"attacks": (Custom(collect=too_few, architecture=Linear),)}, "makes targets of shape"),
         ({"attacks": (Custom(architecture=Linear),)}, "the attack custom fails on these data"),

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.errors import InputError
-from madjax.mad import angle_between
 from madjax.models import Classifier
+from madjax.objectives import angle_between
 from madjax.train import Recipe, trainable
 
 Array = jax.Array

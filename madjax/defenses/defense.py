@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from madjax.batching import QUERIES, map_chunks, map_within
 from madjax.errors import InputError
+from madjax.mad import NO_SOLVER
 from madjax.models import Classifier
 from madjax.train import Recipe, State, check_converges, fit
 
@@ -24,6 +25,7 @@ Apply = Callable[[Any, Array], Array]
 Fit = Callable[..., State]
 """A training loop with the arguments of `madjax.fit`."""
 
+_LABEL = ("defense", "layers", "oracle", "distance", "defense_variant")
 MAX_STRENGTH = 1e6
 """Beyond any distance that a posterior can have but an infinite KL; small enough for float32."""
 
@@ -90,10 +92,10 @@ class Defense:
 
     @property
     def label(self) -> str:
-        """All of `describe`: what tells the defences of one sweep apart."""
-        return ", ".join(each for each in self.describe().values() if each not in ("", "none")) or (
-            self.name
-        )
+        """What tells the defences of one sweep apart, in messages."""
+        said = self.describe()
+        told = (said[field] for field in _LABEL)
+        return ", ".join(each for each in told if each not in ("", "none")) or self.name
 
     @property
     def strongest(self) -> float:
@@ -142,8 +144,7 @@ class Defense:
         return {
             "defense": self.name,
             "layers": "none",
-            "oracle": "none",
-            "distance": "none",
+            **NO_SOLVER,
             "defense_variant": self.variant,
         }
 

@@ -78,14 +78,21 @@ def temporary(function, *shapes):
     return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("k", [20, 60])
-def test_memory_bounds_the_search_of_mad_argmax(k):
+@pytest.mark.parametrize(
+    ("solver", "k"),
+    [
+        (madjax.LineSearch(madjax.argmax_preserving), 20),
+        (madjax.LineSearch(madjax.argmax_preserving), 60),
+        (madjax.Ascend(), 10),
+    ],
+)
+def test_memory_bounds_the_search(solver, k):
     x, y = jax.ShapeDtypeStruct((300, k), jnp.float32), jax.ShapeDtypeStruct((300, k), jnp.float32)
     grams = 4 * 300 * k * k
-    argmax = {"oracle": madjax.argmax_preserving, "layers": "identity", "epsilon": 0.5}
+    options = {"solver": solver, "layers": "identity", "epsilon": 0.5}
 
     def perturbed(memory, x, y):
-        return madjax.perturb(linear, jnp.eye(k), x, y, memory=memory, **argmax)
+        return madjax.perturb(linear, jnp.eye(k), x, y, memory=memory, **options)
 
     asked = 2**24
     assert temporary(partial(perturbed, asked), x, y) < asked + 3 * grams

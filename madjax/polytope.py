@@ -171,14 +171,24 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
         change = _dot(c, d), _dot(v, md), _dot(lengths, d), _dot(d, md)
         cosine, far = _along(here, change, jnp.where(jnp.isfinite(room), room, 0))
         at = cosine.argmin()
-        onward = jnp.clip(x + far[at] * way, polytope.low, polytope.high)
-        return jnp.where(cosine[at] < _cosine(*here), onward, x)
+        moved = _settled(polytope, jnp.clip(x + far[at] * way, polytope.low, polytope.high))
+        return jnp.where(cosine[at] < _cosine(*here), moved, x)
 
     def goes_on(state: _State) -> Array:
         return (state.count < EXCHANGES) & state.better
 
     start = _State(jnp.zeros((), jnp.int32), x, x, jnp.ones((), bool))
     return jax.lax.while_loop(goes_on, move, start).x
+
+
+def _settled(polytope: Polytope, x: Array) -> Array:
+    """The x [N, K] with what rounding made of its masses put right, where there is most room.
+
+    A long way onward from two tiny exchanges enlarges their rounding errors as well.
+    """
+    room = jnp.minimum(x - polytope.low, polytope.high - x)
+    place = jnp.arange(x.shape[1])[None] == room.argmax(axis=1)[:, None]
+    return x + jnp.where(place, (polytope.mass - x.sum(axis=1))[:, None], 0)
 
 
 def _along(here: tuple, change: tuple, room: Array) -> tuple[Array, Array]:

@@ -1,8 +1,8 @@
 """The defence before a real classifier: batches, one function, and a file that holds it.
 
 `perturb` poisons a batch of posteriors. `defend` joins the victim's forward pass, the Gram matrix
-of the surrogate and the solution into one jit-able function of the queries. `export` lowers it to
-StableHLO, parameters included, for platforms that need not be there; `load` runs such a file
+of the surrogate and the solution into one jit-able function of the queries. `export` lowers either
+to StableHLO, parameters included, for platforms that need not be there; `load` runs such a file
 without the code of the model.
 """
 
@@ -22,7 +22,7 @@ from madjax.mad import LineSearch, as_posterior, check_epsilon, check_gram, chec
 from madjax.taps import as_logits
 
 Array = jax.Array
-Predict = Callable[[Array], Array]
+Predict = Callable[..., Array]
 Solver = Callable[[Array, Array, Array], Array]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -182,9 +182,11 @@ def defend(
     return predict
 
 
-def _no_answers(predict: Predict, x: Array) -> Array:
+def _no_answers(predict: Predict, *given: Array) -> Array:
     """The answers to no queries: networks and exported programs may not take so few."""
-    one = jax.eval_shape(predict, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype))
+    one = jax.eval_shape(
+        predict, *(jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype) for a in given)
+    )
     *budgets, _, classes = one.shape
     return jnp.zeros((*budgets, 0, classes), one.dtype)
 
@@ -195,35 +197,58 @@ def export(
     *,
     shape: Sequence[int],
     dtype: Any = jnp.uint8,
+    posteriors: bool = False,
+    classes: int | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> None:
     """Write predict to a file that `load`, or `jax.export.deserialize`, runs anywhere.
 
-    shape: of one query, [H, W, C] for images; batches may have any size. platforms: what the file
-    runs on; none of them need be here. `madjax.conv.convolution` chooses its form for the platform
-    it is traced on: for others give networks `convolution=jax.lax.conv_general_dilated`.
+    Args:
+        predict: a jit-able function of queries x [B, ...], such as `defend` makes.
+        path: the file.
+        shape: of one query, [H, W, C] for images; batches may have any size.
+        dtype: of the queries.
+        posteriors: whether predict takes the victim's posteriors float32 [B, classes] too, as
+            `partial(perturb, apply, params, epsilon=0.5)` does: the file then serves a victim that
+            is no JAX function, and holds the surrogate alone.
+        classes: K, where posteriors are taken.
+        platforms: what the file runs on; none of them need be here. `madjax.conv.convolution`
+            chooses its form for the platform it is traced on: for others give networks
+            `convolution=jax.lax.conv_general_dilated`.
 
     Raises:
-        InputError: an unknown platform, or a file that cannot be written.
+        InputError: an unknown platform, posteriors without classes, or a file that cannot be
+            written.
     """
     unknown = set(platforms) - {*PLATFORMS, "rocm"}
     if unknown or not platforms:
         raise InputError(
             f"platforms is {','.join(platforms)!r}: choose among {', '.join(PLATFORMS)}, rocm"
         )
+    if posteriors != (classes is not None):
+        raise InputError(
+            f"posteriors is {posteriors} and classes {classes}: a file that takes posteriors needs "
+            "posteriors=True and the number of classes, another neither"
+        )
     check_can_write(Path(path))
-    queries = (*jax.export.symbolic_shape("batch"), *shape)
+    (batch,) = jax.export.symbolic_shape("batch")
+    taken = [jax.ShapeDtypeStruct((batch, *shape), dtype)]
+    if posteriors:
+        taken.append(jax.ShapeDtypeStruct((batch, classes), jnp.float32))
     program = jax.export.export(jax.jit(predict), platforms=tuple(platforms))
-    exported = program(jax.ShapeDtypeStruct(queries, dtype))
+    exported = program(*taken)
     write_atomically(Path(path), lambda draft: draft.write_bytes(exported.serialize()))
 
 
 def load(path: str | Path) -> Predict:
-    """The function in a file that `export` wrote: predict(x[B, ...]) -> y_tilde [B, K].
+    """The function in a file that `export` wrote: predict(x [B, ...]) -> y_tilde [B, K].
+
+    A file with `posteriors=True` has predict(x, y [B, K]), where y may be a NumPy array.
 
     Raises:
         InputError: no such file, not an export, or one for other platforms than the one here; and
-            at a call, queries of another shape or type than the file was made for.
+            at a call, queries of another shape or type than the file was made for, or y that are
+            no posteriors.
     """
     try:
         exported = jax.export.deserialize(bytearray(Path(path).read_bytes()))
@@ -241,16 +266,23 @@ def load(path: str | Path) -> Predict:
             f"{path} runs on {', '.join(exported.platforms)}, not on {here}: export it again with "
             f"--platforms {','.join((*exported.platforms, here))}"
         )
-    (wanted,) = exported.in_avals
+    wanted, *wanted_y = exported.in_avals
     call = jax.jit(exported.call)
 
-    def predict(x: Array) -> Array:
+    def predict(x: Array, *y: Array) -> Array:
         x = jnp.asarray(x)
         if x.shape[1:] != wanted.shape[1:] or x.dtype != wanted.dtype:
             shape = ", ".join(map(str, wanted.shape[1:]))
             raise InputError(
                 f"{path} takes {wanted.dtype} queries [B, {shape}], not {x.dtype} {list(x.shape)}"
             )
-        return call(x) if len(x) else _no_answers(call, x)
+        given = (x, *map(as_posterior, y))
+        shapes = [list(a.shape) for a in given[1:]]
+        if shapes != [[len(x), *a.shape[1:]] for a in wanted_y]:
+            takes = f"posteriors [B, {wanted_y[0].shape[1]}] too" if wanted_y else "queries alone"
+            raise InputError(
+                f"{path} takes {takes}: for {len(x)} queries it was given {shapes or 'no others'}"
+            )
+        return call(*given) if len(x) else _no_answers(call, *given)
 
     return predict

@@ -19,20 +19,23 @@ RESULTS = ROOT / "experiments" / "results"
 
 @pytest.mark.smoke
 def test_the_python_example_runs_and_is_short(capsys):
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     exec(compile(code, "README.md", "exec"), {})
     degrees = float(capsys.readouterr().out.split()[0])
     assert 0 < degrees < 180
 
 
-def test_the_serving_example_runs(tmp_path, monkeypatch):
-    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("which", [1, 2])
+def test_the_serving_examples_run(tmp_path, monkeypatch, which):
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[which]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
     network = madjax.Classifier(madjax.LeNet(10), lambda x: x / 255, (28, 28, 1))
     victim, surrogate = (network.init(jax.random.key(i)) for i in (0, 1))
     images = np.zeros((3, 28, 28, 1), np.uint8)
     names = {"jax": jax, "madjax": madjax, "partial": partial, "network": network}
     names |= {"victim": victim, "surrogate": surrogate, "images": images}
+    names |= {"y": np.full((3, 10), 0.1)}
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), names)
     assert names["y_tilde"].shape == (3, 10)

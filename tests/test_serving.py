@@ -142,3 +142,39 @@ def test_bad_files_and_queries_are_named(networks, tmp_path):
     for wrong in (x[0], x.astype(jnp.float32), x[:, :4]):
         with pytest.raises(InputError, match=r"takes uint8 queries \[B, 8, 8, 1\], not"):
             loaded(wrong)
+
+
+def test_a_file_takes_posteriors_of_a_victim_elsewhere(networks, tmp_path):
+    """A victim in NumPy: the answers are those of perturb, for batches of any size."""
+    victim, surrogate, x = networks
+    path = tmp_path / "poison.jaxexport"
+    poison = partial(madjax.perturb, *surrogate, epsilon=0.4)
+    options = {"posteriors": True, "classes": 5, "platforms": ("cpu",)}
+    madjax.export(poison, path, shape=x.shape[1:], **options)
+    loaded = madjax.load(path)
+    y = np.asarray(jax.nn.softmax(victim(x)), np.float64)
+    for n in (1, 6):
+        np.testing.assert_allclose(
+            loaded(np.asarray(x[:n]), y[:n]), poison(x[:n], y[:n]), atol=1e-5
+        )
+    assert loaded(x[:0], y[:0]).shape == (0, 5)
+    for given, words in (
+        ((x,), r"takes posteriors \[B, 5\] too: for 6 queries it was given no others"),
+        ((x, y[:3]), r"takes posteriors \[B, 5\] too: for 6 queries it was given \[\[3, 5\]\]"),
+        ((x, y[:, :4] / y[:, :4].sum(1, keepdims=True)), r"given \[\[6, 4\]\]"),
+        ((x, np.log(y)), "y is no posterior"),
+    ):
+        with pytest.raises(InputError, match=words):
+            loaded(*given)
+
+
+def test_a_file_that_takes_no_posteriors_says_so(networks, tmp_path):
+    victim, surrogate, x = networks
+    path = tmp_path / "predict.jaxexport"
+    predict = madjax.defend(victim, surrogate, epsilon=0.4, layers="last")
+    for options in ({"posteriors": True}, {"classes": 5}):
+        with pytest.raises(InputError, match="needs posteriors=True and the number of classes"):
+            madjax.export(predict, path, shape=x.shape[1:], **options)
+    madjax.export(predict, path, shape=x.shape[1:], platforms=("cpu",))
+    with pytest.raises(InputError, match=r"takes queries alone: for 6 .* given \[\[6, 5\]\]"):
+        madjax.load(path)(x, jax.nn.softmax(victim(x)))

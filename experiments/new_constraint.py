@@ -1,6 +1,5 @@
 """A constraint, a distance and an objective that madjax does not have: an extension in one file.
 
-Claim: each is a function; nothing in madjax is edited, and the answers obey.
 Command: python experiments/new_constraint.py, with --smoke on fewer queries.
 """
 

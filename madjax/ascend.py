@@ -3,7 +3,8 @@ r"""The best answer within a budget, beyond a line search towards a vertex: `mad
 The answers within a budget are a set of K - 1 dimensions; Algorithm 1 looks at one segment of it.
 Here H, or any other objective, is maximised over all of it from M alone:
 
-- H in an L1 or Linf ball, by exchanges between two classes (`madjax.polytope`).
+- H in an L1 or Linf ball, by exchanges between two classes (`madjax.polytope`), also where the top
+  label has to be kept (`madjax.label`).
 - Another objective there, by conditional gradients (Frank and Wolfe 1956): the linear problem at
   each gradient is solved exactly by sorting, and the segment to its solution is searched.
 - With constraints, or another distance, by an augmented Lagrangian in coordinates in which the
@@ -26,7 +27,8 @@ import numpy as np
 import optax
 
 from madjax.constraints import NORMS, l1
-from madjax.mad import LineSearch, Solver, argmax_preserving, name_of, scaled
+from madjax.label import farthest_keeping_label
+from madjax.mad import LineSearch, Solver, argmax_preserving, label_margin, name_of, scaled
 from madjax.objectives import Objective, deviation
 from madjax.polytope import POLYTOPES, Polytope, best_linear, farthest, parts
 from madjax.steps import Constraint, Distance, holds, reach, residual, step
@@ -62,6 +64,8 @@ class Ascend(Solver):
             degrees, and for K <= 10; `report` says how far from it the answer can be at most.
         the surrogate's posterior p within the budget: H = 4, and of the answers with it one of the
             longest gradient that is found.
+        L1 ball, H, `keep_label`: the best answer on a fine search of the label's probability; never
+            below that of MAD-argmax.
         no point found at which all constraints hold: y, and `report` says so.
     """
 
@@ -81,6 +85,12 @@ class Ascend(Solver):
         found = jnp.stack([solver(y, gram, epsilon) for solver in known])
         inside = partial(step, y, epsilon=epsilon, distance=self.distance)
         points = jnp.append(found, inside(overshoot(y, gram))[None], axis=0)
+        if self.distance is l1 and self.objective is deviation and self.keeps_label:
+            margins = [m for m in map(label_margin, self.constraints) if m is not None]
+            kept = farthest_keeping_label(y, *scaled(y, gram), epsilon, max(margins))
+            if len(margins) == len(self.constraints):
+                return self._best(value, gram, jnp.append(found, kept[None], axis=0), found)
+            points = jnp.append(points, kept[None], axis=0)
         if self.distance in POLYTOPES:
             ball = POLYTOPES[self.distance](y, epsilon)
             ends = self._in_polytope(value, y, gram, ball, points)

@@ -159,7 +159,7 @@ class Solver:
     @property
     def keeps_label(self) -> bool:
         """Whether every answer keeps the top label of y, because a constraint says so."""
-        return any(map(_keeps_label, self.constraints))
+        return any(label_margin(constraint) is not None for constraint in self.constraints)
 
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which solver this was."""
@@ -355,9 +355,10 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _keeps_label(constraint: Constraint) -> bool:
-    """Whether this is `keep_label`, or that with a margin that is known not to be below 0."""
+def label_margin(constraint: Constraint) -> float | None:
+    """The margin of a `keep_label`, where it is known not to be below 0; None for all others."""
     if not isinstance(constraint, partial):
-        return constraint is keep_label
-    margin = constraint.keywords.get("margin", 0)
-    return constraint.func is keep_label and isinstance(margin, int | float) and margin >= 0
+        return 0.0 if constraint is keep_label else None
+    margin = constraint.keywords.get("margin", 0.0)
+    known = constraint.func is keep_label and isinstance(margin, int | float) and margin >= 0
+    return margin if known else None

@@ -52,6 +52,9 @@ class Polytope(NamedTuple):
     """[N, K]."""
     mass: Array
     """[N]."""
+    most: Array | None = None
+    """Where given, of two parts the masses are free, but for their sum and this bound of the second
+    part's."""
 
 
 def l1_ball(y: Array, epsilon: Array | float) -> Polytope:
@@ -102,11 +105,10 @@ def farthest(polytope: Polytope, gram: Array, c: Array, others: Array) -> Array:
     if c.size <= EXHAUSTIVE:
         vertices = jax.lax.map(lambda k: best(_vertices(polytope, k)), jnp.arange(c.size))
     else:
-        vertices = jax.vmap(lambda kept: best(kept[None]))(_prefixes(polytope, gram, c))
+        prefixes = jax.vmap(partial(best_linear, polytope))(slopes(gram, c, ORDERS))[:, 0]
+        vertices = jax.vmap(lambda kept: best(kept[None]))(prefixes)
     starts = jnp.concatenate([vertices, best_linear(polytope, -c)[None], others])
-    v = starts.sum(axis=1)
-    cosine = _cosine(_dot(v, c), (_dot(v, gram) * v).sum(axis=1), _dot(v, _lengths(gram)))
-    starts = starts[jax.lax.top_k(-cosine, STARTS)[1]]
+    starts = starts[jax.lax.top_k(-cosines(starts.sum(axis=1), gram, c), STARTS)[1]]
     return jax.vmap(partial(exchange, polytope, gram, c))(starts).sum(axis=1)
 
 
@@ -140,21 +142,38 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
         giver = jnp.where(can_give > 0, uphill[None], jnp.inf).argmin(axis=1)
         taker = jnp.where(can_take > 0, uphill[None], -jnp.inf).argmax(axis=1)
 
-        def tried(fixed: Array, sign: int, of_fixed: Array, of_others: Array) -> tuple:
+        def tried(fixed: Array, sign: int, room: Array, of_others: Array, most: Array) -> tuple:
             """Of classes fixed [N] with all others: cosines and masses, [2, N, K] each."""
-            room = jnp.minimum(jnp.take_along_axis(of_fixed, fixed[:, None], axis=1), of_others)
+            room = jnp.minimum(jnp.take_along_axis(room, fixed[:, None], axis=1), of_others)
+            room = jnp.minimum(room, most)
             change = [sign * (a[None] - a[fixed][:, None]) for a in (c, mv, lengths)]
             square = diagonal[None] + diagonal[fixed][:, None] - 2 * gram[fixed]
             cosine, mass = _along((n, q, size), (*change, square), room)
             return jnp.where(room[None] > 0, cosine, jnp.inf), mass
 
-        both = (tried(giver, 1, can_give, can_take), tried(taker, -1, can_take, can_give))
-        cosine, mass = map(jnp.stack, zip(*both, strict=True))
+        far = jnp.full((len(giver), 1), jnp.inf, c.dtype)
+        all_tried = [
+            tried(giver, 1, can_give, can_take, far),
+            tried(taker, -1, can_take, can_give, far),
+        ]
+        if polytope.most is not None:
+            # From one part to the other: to the second as long as it may grow.
+            spare = jnp.maximum(polytope.most - x[1].sum(), 0)
+            into_second = jnp.stack([spare, jnp.inf])[:, None]
+            all_tried += [
+                tried(giver, 1, can_give, can_take[::-1], into_second),
+                tried(taker, -1, can_take, can_give[::-1], into_second[::-1]),
+            ]
+        cosine, mass = map(jnp.stack, zip(*all_tried, strict=True))
         at = cosine.argmin()
-        to_taker, _, part, other = jnp.unravel_index(at, cosine.shape)
+        way, _, part, other = jnp.unravel_index(at, cosine.shape)
+        to_taker, elsewhere = way % 2 == 1, jnp.where(way >= 2, 1 - part, part)
         source = jnp.where(to_taker, other, giver[part])
         target = jnp.where(to_taker, taker[part], other)
-        moved = x.at[part, source].add(-mass.ravel()[at]).at[part, target].add(mass.ravel()[at])
+        from_part = jnp.where(to_taker, elsewhere, part)
+        to_part = jnp.where(to_taker, part, elsewhere)
+        moved = mass.ravel()[at]
+        moved = x.at[from_part, source].add(-moved).at[to_part, target].add(moved)
         better = cosine.ravel()[at] < _cosine(n, q, size) - 2 * jnp.finfo(c.dtype).eps
         x = jnp.where(better, moved, x)
         return _State(state.count + 1, onward(x, x - state.before), state.x, better)
@@ -167,6 +186,12 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
             way == 0, 1, jnp.abs(way)
         )
         room = jnp.where(way == 0, jnp.inf, room).min()
+        if polytope.most is not None:
+            grown = way[1].sum()
+            spare = jnp.maximum(polytope.most - x[1].sum(), 0)
+            room = jnp.where(
+                grown > 0, jnp.minimum(room, spare / jnp.where(grown > 0, grown, 1)), room
+            )
         here = _dot(c, v), _dot(v, _dot(gram, v)), _dot(lengths, v)
         change = _dot(c, d), _dot(v, md), _dot(lengths, d), _dot(d, md)
         cosine, far = _along(here, change, jnp.where(jnp.isfinite(room), room, 0))
@@ -187,6 +212,9 @@ def _settled(polytope: Polytope, x: Array) -> Array:
     A long way onward from two tiny exchanges enlarges their rounding errors as well.
     """
     room = jnp.minimum(x - polytope.low, polytope.high - x)
+    if polytope.most is not None:
+        place = jnp.arange(x.size).reshape(x.shape) == room.argmax()
+        return x + jnp.where(place, polytope.mass.sum() - x.sum(), 0)
     place = jnp.arange(x.shape[1])[None] == room.argmax(axis=1)[:, None]
     return x + jnp.where(place, (polytope.mass - x.sum(axis=1))[:, None], 0)
 
@@ -226,15 +254,14 @@ def bound(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
     `SHORTEST` |G'y|.
     """
     found = farthest(polytope, gram, c, x[None])
-    across = _dot(found, gram)
-    squares = (across * found).sum(axis=1)
-    cosines = _cosine(_dot(found, c), squares, _dot(found, _lengths(gram)))
-    at, best = cosines.argmin(), cosines.min()
+    cosine = cosines(found, gram, c)
+    v, best = found[cosine.argmin()], cosine.min()
     reached = jnp.clip(-best, 0, 1)
-    m = across[at] / jnp.sqrt(jnp.where(squares[at] > 0, squares[at], 1))
-    slope = -c - reached * m
+    mv = _dot(gram, v)
+    square = _dot(v, mv)
+    slope = -c - reached * mv / jnp.sqrt(jnp.where(square > 0, square, 1))
     # slope'v is 0, and what it is in float32 is an error that both sides share.
-    gain = _dot(slope, best_linear(polytope, slope).sum(axis=0) - found[at])
+    gain = _dot(slope, best_linear(polytope, slope).sum(axis=0) - v)
     gap = jnp.maximum(gain, 0) / SHORTEST
     past_90 = -(gap + jnp.sqrt(jnp.square(gap) + jnp.square(reached)))
     below_90 = best if c.size <= EXHAUSTIVE else _below_90(polytope, gram, c)
@@ -317,16 +344,21 @@ def _vertices(polytope: Polytope, last: Array) -> Array:
     return jnp.where(known[:, None], x, best_linear(polytope, polytope.low[0])[:1])
 
 
-def _prefixes(polytope: Polytope, gram: Array, c: Array) -> Array:
-    """First parts [ORDERS, K] that are filled in the orders of mixtures of c and diag M."""
+def slopes(gram: Array, c: Array, orders: int) -> Array:
+    """Linear objectives [orders + 1, K]: mixtures of c and diag M, and -c."""
 
     def scaled(v: Array) -> Array:
         v = v - v.mean()
         return v / jnp.maximum(jnp.abs(v).max(), jnp.finfo(v.dtype).tiny)
 
-    turn = (2 * jnp.pi / ORDERS) * jnp.arange(ORDERS, dtype=c.dtype)[:, None]
-    slopes = jnp.cos(turn) * scaled(c)[None] + jnp.sin(turn) * scaled(jnp.diagonal(gram))[None]
-    return jax.vmap(lambda slope: best_linear(polytope, slope)[0])(slopes)
+    turn = (2 * jnp.pi / orders) * jnp.arange(orders, dtype=c.dtype)[:, None]
+    mixed = jnp.cos(turn) * scaled(c)[None] + jnp.sin(turn) * scaled(jnp.diagonal(gram))[None]
+    return jnp.append(mixed, -c[None], axis=0)
+
+
+def cosines(v: Array, gram: Array, c: Array) -> Array:
+    """Cosines c'v / |G'v| [N] of answers v [N, K]; infinity where rounding leaves no |G'v|."""
+    return _cosine(_dot(v, c), (_dot(v, gram) * v).sum(axis=1), _dot(v, _lengths(gram)))
 
 
 def _lengths(gram: Array) -> Array:

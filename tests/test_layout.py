@@ -18,6 +18,7 @@ FLOORS = [
     {"structured"},
     {"gram", "constraints", "subsets", "models", "datasets"},
     {"objectives", "polytope", "steps"},
+    {"label"},
     {"mad", "train"},
     {"ablations", "ascend", "private", "serving"},
     {"defenses"},

@@ -280,10 +280,12 @@ def test_headings_say_what_a_defence_has():
         other("top1", 1.0),
         row(defense_variant="surrogate of 1 epoch"),
         row(layers="identity", oracle=None),
+        row(defense_variant="ascend", oracle="none"),
     ]
     heads = [line.split("5000, ")[1] for line in report.table(rows).split("\n") if "###" in line]
     assert heads == [
         "MAD, G = I (oracle -, distance l1)",
+        "MAD, last layer (ascend; distance l1)",
         "MAD, last layer (surrogate of 1 epoch; oracle extreme, distance l1)",
         "reverse sigmoid (gamma 0.2)",
         "top-1 label",

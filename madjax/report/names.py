@@ -13,7 +13,8 @@ NAMES |= {"extreme_unnormalised": "un-normalised", "extreme_at_budget": "vertice
 NAMES |= {"mnist": "MNIST", "emnist": "EMNIST", "fashion_mnist": "FashionMNIST"}
 NAMES |= {"cifar10": "CIFAR10", "lenet": "LeNet"}
 MAD = ("mad", "mad_argmax")
-ORACLES = ("extreme", "argmax_preserving", None)  # of the defences themselves; null: not recorded
+# Of the defences themselves; null: not recorded; none: the solver has no oracle.
+ORACLES = ("extreme", "argmax_preserving", None, "none")
 
 
 def name(value) -> str:

@@ -61,8 +61,8 @@ def _is_shown(column: tuple[str, str, str], points: list[Summary]) -> bool:
 
 def _heading(curve: Curve) -> str:
     route = f"{curve.dataset} ({curve.victim}) <- {curve.queryset}, {attack(curve)}"
-    fine = f"oracle {curve.oracle or '-'}, distance {curve.distance or '-'}"
-    fine = "" if (curve.oracle, curve.distance) == ("none", "none") else fine
+    given = (("oracle", curve.oracle), ("distance", curve.distance))
+    fine = ", ".join(f"{what} {value or '-'}" for what, value in given if value != "none")
     who = remarked(defence(curve), curve.defense_variant, fine)
     return f"### {route}, budget {curve.budget}, {who}"
 

@@ -128,7 +128,8 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
     gram [K, K], c [K] as for `farthest` -> x [N, K]. In each part the class that the gradient
     drains most is tried with every taker, and the one that it fills most with every giver. After
     each exchange, x goes on along what the last two have moved (Hooke and Jeeves 1961): two that
-    undo each other in part, again and again, become one long step.
+    undo each other in part, again and again, become one long step. Where the parts' masses are
+    free (`Polytope.most`), mass moves from one part to the other as well.
     """
     diagonal, lengths = jnp.diagonal(gram), _lengths(gram)
 

@@ -45,8 +45,8 @@ STARTS, FEW = 12, 4
 """How many starts, the best of all, go through each of the two."""
 PAIRS = 16
 """Up to so many classes the moves between any two of them are starts too."""
-EQUAL = 2e-4
-"""Values of H so near to each other count as one: the answer with the longer gradient is taken."""
+EQUAL = 5e-5
+"""H within such a part of the best counts as the best: the answer of longest gradient is taken."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Ascend(Solver):
         values = jax.vmap(value)(points)
         if self.objective is not deviation:
             return points[values.argmax()]
-        least = jnp.maximum(values.max() - EQUAL, jax.vmap(value)(found).max())
+        least = jnp.maximum((1 - EQUAL) * values.max(), jax.vmap(value)(found).max())
         lengths = (jnp.matmul(points, gram, precision="highest") * points).sum(axis=1)
         return points[jnp.where(values >= least, lengths, -jnp.inf).argmax()]
 

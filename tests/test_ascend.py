@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import madjax
 from madjax import Ascend, InputError, LineSearch, angle, deviation, extreme_at_budget, solve, sweep
-from madjax.ascend import overshoot
+from madjax.ascend import EQUAL, overshoot
 from madjax.batching import map_chunks
 from madjax.constraints import (
     bound_confidence,
@@ -140,7 +140,7 @@ def test_never_worse_than_the_line_search_and_always_within(seed, epsilon, sharp
     value = partial(deviation, y=y, gram=gram)
     by = three_ways(y, gram, epsilon)
     assert by["line"].value <= by["budget"].value + 1e-5
-    assert by["budget"].value <= by["ascend"].value + 1e-5
+    assert by["budget"].value <= by["ascend"].value / (1 - EQUAL) + 1e-5
     for found in by.values():
         v = found.y_tilde
         assert found.feasible

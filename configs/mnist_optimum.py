@@ -3,7 +3,7 @@
 Claim: an answer that turns the surrogate's gradient farther at equal L1 distance
 takes more from the attacker. (The rows bear it out only where the label must be kept: README.)
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_optimum.py
-Cost: about 25 minutes on 2 CPU cores.
+Cost: about 40 minutes on 2 CPU cores.
 
 The victim, the queries and the attacker are those of configs/mnist_defenses.py, which says what
 differs from the paper, and whose rows are the line search's.

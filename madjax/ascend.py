@@ -12,9 +12,9 @@ Here H, or any other objective, is maximised over all of it from M alone:
   where all constraints hold the result is then pulled back to where they do. (The angle grows along
   any ray from y, so to bring a point to the ball's surface loses nothing.)
 
-All start from what the line search found, and from beyond the surrogate's own posterior p: as M p =
-0, the answer p + t (p - y) has the gradient -t G'y, the opposite of the true one, whatever the
-network. The answer is never worse than any start.
+All start from what the line search found, from every vertex at the budget, and from beyond the
+surrogate's own posterior p: as M p = 0, the answer p + t (p - y) has the gradient -t G'y, the
+opposite of the true one, whatever the network.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,12 +84,13 @@ class Ascend(Solver):
             known.append(LineSearch(argmax_preserving, self.distance, self.constraints))
         found = jnp.stack([solver(y, gram, epsilon) for solver in known])
         inside = partial(step, y, epsilon=epsilon, distance=self.distance)
-        points = jnp.append(found, inside(overshoot(y, gram))[None], axis=0)
+        far = jnp.append(jnp.eye(y.size, dtype=y.dtype), overshoot(y, gram)[None], axis=0)
+        points = jnp.append(found, jax.vmap(inside)(far), axis=0)
         if self.distance is l1 and self.objective is deviation and self.keeps_label:
             margins = [m for m in map(label_margin, self.constraints) if m is not None]
             kept = farthest_keeping_label(y, *scaled(y, gram), epsilon, max(margins))
             if len(margins) == len(self.constraints):
-                return self._best(value, gram, jnp.append(found, kept[None], axis=0), found)
+                return self._chosen(value, gram, jnp.append(found, kept[None], axis=0), found)
             points = jnp.append(points, kept[None], axis=0)
         if self.distance in POLYTOPES:
             ball = POLYTOPES[self.distance](y, epsilon)
@@ -97,10 +98,8 @@ class Ascend(Solver):
             # Rounding may leave the ball.
             points = jnp.append(jax.vmap(inside)(ends), points, axis=0)
             if not self.constraints:
-                return self._best(value, gram, points, found)
-        vertices = jax.vmap(inside)(jnp.eye(y.size, dtype=y.dtype))
-        starts = jnp.append(vertices, points, axis=0)
-        return constrained(value, y, starts, found, epsilon, self.distance, self.constraints)
+                return self._chosen(value, gram, points, found)
+        return constrained(value, y, points, found, epsilon, self.distance, self.constraints)
 
     def _in_polytope(
         self, value: Value, y: Array, gram: Array, ball: Polytope, starts: Array
@@ -118,7 +117,7 @@ class Ascend(Solver):
         starts = _best(value, jnp.concatenate([jax.vmap(best)(slopes), starts]), STARTS)
         return jax.vmap(partial(conditional_gradient, value, best))(starts)
 
-    def _best(self, value: Value, gram: Array, points: Array, found: Array) -> Array:
+    def _chosen(self, value: Value, gram: Array, points: Array, found: Array) -> Array:
         """The best of points [N, K], by H the longest of those that are as good; never below found.
 
         found [M, K].

@@ -15,6 +15,7 @@ import madjax
 from madjax import Ascend, LineSearch, deviation, l1, linf, polytope
 from madjax.ascend import overshoot
 from madjax.constraints import keep_label
+from madjax.mad import scaled
 from madjax.objectives import defined
 from madjax.polytope import best_linear, l1_ball, linf_ball
 
@@ -153,6 +154,32 @@ def test_with_many_classes_the_search_is_near_and_the_bound_holds(distance, monk
     below = best < 1.9
     assert below.sum() > 25
     assert np.median((info.bound - best)[below]) < 0.2
+
+
+@pytest.mark.parametrize("distance", [l1, linf])
+def test_a_bound_holds_though_the_search_stops_at_its_start(distance, monkeypatch):
+    """So it is no repetition of what was found, below 90 degrees and past them."""
+    for name, value in (("EXHAUSTIVE", 0), ("ORDERS", 1), ("EXCHANGES", 0)):
+        monkeypatch.setattr(polytope, name, value)
+    cases, y, gram = problems(60, 5, seed=2)
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    def both(y, gram, epsilon):
+        ball = polytope.POLYTOPES[distance](y, epsilon)
+        gram, c = scaled(y, gram)
+        ends = polytope.farthest(ball, gram, c, polytope.parts(ball, y)[None])
+        found = jax.vmap(lambda v: deviation(v, y, gram))(ends).max()
+        return found, polytope.bound(ball, gram, c, polytope.parts(ball, y))
+
+    for epsilon, past in ((0.15, False), (0.8, True)):
+        found, bounds = both(y, gram, epsilon)
+        forced = [best_by_force(vertices(distance, yi, epsilon), yi, g) for yi, g in cases]
+        best, length = np.array(forced).T
+        known = (length > 0.03) & ((best > 2) == past)
+        assert known.sum() > 15
+        assert (found < best - 1e-2)[known].sum() > 5
+        assert (bounds >= best - 1e-3)[known].all()
 
 
 def test_of_equally_good_answers_the_one_of_longest_gradient_is_given():

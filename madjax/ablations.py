@@ -8,6 +8,7 @@ in place of `madjax.extreme`. The ablation G = I is no oracle but a Gram matrix:
 import jax
 import jax.numpy as jnp
 
+from madjax.linear import dot
 from madjax.objectives import defined
 
 Array = jax.Array
@@ -20,7 +21,7 @@ def extreme_unnormalised(y: Array, gram: Array) -> Array:
     last-layer gradients the surrogate drops out of it, and it is `argmin`. y [K], gram [K, K] ->
     one-hot [K]; the first of equal vertices; y where G'y vanishes, as with `madjax.extreme`.
     """
-    square = jnp.diagonal(gram) - 2 * jnp.matmul(gram, y, precision="highest")
+    square = jnp.diagonal(gram) - 2 * dot(gram, y)
     return jnp.where(defined(y, gram), _vertex(square.argmax(), y), y)
 
 

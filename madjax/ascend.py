@@ -28,6 +28,7 @@ import optax
 
 from madjax.constraints import NORMS, l1
 from madjax.label import farthest_keeping_label
+from madjax.linear import dot, solved
 from madjax.mad import LineSearch, Solver, argmax_preserving, label_margin, name_of, scaled
 from madjax.objectives import Objective, deviation
 from madjax.polytope import POLYTOPES, Polytope, best_linear, farthest, parts
@@ -90,15 +91,16 @@ class Ascend(Solver):
             margins = [m for m in map(label_margin, self.constraints) if m is not None]
             kept = farthest_keeping_label(y, *scaled(y, gram), epsilon, max(margins))
             if len(margins) == len(self.constraints):
-                return self._chosen(value, gram, jnp.append(found, kept[None], axis=0), found)
+                points = jnp.append(found, kept[None], axis=0)
+                return self._chosen(value, gram, points, len(found))
             points = jnp.append(points, kept[None], axis=0)
         if self.distance in POLYTOPES:
             ball = POLYTOPES[self.distance](y, epsilon)
             ends = self._in_polytope(value, y, gram, ball, points)
             # Rounding may leave the ball.
-            points = jnp.append(jax.vmap(inside)(ends), points, axis=0)
+            points = jnp.append(points, jax.vmap(inside)(ends), axis=0)
             if not self.constraints:
-                return self._chosen(value, gram, points, found)
+                return self._chosen(value, gram, points, len(found))
         return constrained(value, y, points, found, epsilon, self.distance, self.constraints)
 
     def _in_polytope(
@@ -117,16 +119,17 @@ class Ascend(Solver):
         starts = _best(value, jnp.concatenate([jax.vmap(best)(slopes), starts]), STARTS)
         return jax.vmap(partial(conditional_gradient, value, best))(starts)
 
-    def _chosen(self, value: Value, gram: Array, points: Array, found: Array) -> Array:
-        """The best of points [N, K], by H the longest of those that are as good; never below found.
+    def _chosen(self, value: Value, gram: Array, points: Array, known: int) -> Array:
+        """The best of points [N, K], by H the longest of those that are as good.
 
-        found [M, K].
+        Never below the first `known` of them.
         """
         values = jax.vmap(value)(points)
         if self.objective is not deviation:
             return points[values.argmax()]
-        least = jnp.maximum((1 - EQUAL) * values.max(), jax.vmap(value)(found).max())
-        lengths = (jnp.matmul(points, gram, precision="highest") * points).sum(axis=1)
+        # Of one and the same point another program may know another value.
+        least = jnp.maximum((1 - EQUAL) * values.max(), values[:known].max())
+        lengths = (dot(points, gram) * points).sum(axis=1)
         return points[jnp.where(values >= least, lengths, -jnp.inf).argmax()]
 
     def describe(self) -> dict[str, str]:
@@ -200,7 +203,7 @@ def overshoot(y: Array, gram: Array) -> Array:
     scale = jnp.trace(gram) / y.size
     ones = jnp.ones_like(y)
     safe = jnp.where(scale > 0, scale, 1)
-    p = _solved(gram / safe + jnp.outer(ones, ones), ones)
+    p = solved(gram / safe + jnp.outer(ones, ones), ones)
     away = p - y
     room = jnp.where(away < 0, -p / jnp.where(away < 0, away, 1), jnp.inf).min()
     far = p + jnp.where(jnp.isfinite(room), room, 0) * away
@@ -208,21 +211,6 @@ def overshoot(y: Array, gram: Array) -> Array:
     far = jnp.maximum(far, 0)
     far = far / far.sum()
     return jnp.where(jnp.isfinite(far).all() & (scale > 0), far, y)
-
-
-def _solved(a: Array, b: Array) -> Array:
-    """The x with a x = b, a [K, K] positive definite, by Gauss and Jordan's elimination.
-
-    In place of `jnp.linalg.solve`, whose LAPACK call waits for ever when several CPU devices share
-    few threads (jaxlib 0.10), and which an exported file would have to carry.
-    """
-    k = b.size
-
-    def eliminate(i: Array, rows: Array) -> Array:
-        pivot = rows[i] / rows[i, i]
-        return (rows - rows[:, i][:, None] * pivot[None]).at[i].set(pivot)
-
-    return jax.lax.fori_loop(0, k, eliminate, jnp.concatenate([a, b[:, None]], axis=1))[:, -1]
 
 
 def conditional_gradient(

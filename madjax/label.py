@@ -3,7 +3,8 @@
 Where the label's probability is fixed, v_k = h, "no other class is above h - margin" is a bound of
 each class, so that what is kept of y and what is given are boxes again (`madjax.polytope`), and
 `exchange` finds the best answer. h is searched on a line. Past 90 degrees the best H is a
-quasi-concave function of h, with one maximum; below, a grid is to find the highest of several.
+quasi-concave function of h, with one maximum; below, a grid is to find the highest of several, and
+narrow ones are where the label ties with n other classes that share all there is.
 """
 
 from functools import partial
@@ -11,12 +12,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from madjax.polytope import Polytope, best_linear, cosines, exchange, slopes
+from madjax.polytope import Polytope, best_linear, cosines, exchange, rounded, slopes
 
 Array = jax.Array
 
-GRID, ROUNDS = 20, 3
-"""Values of h in each round; each after the first is between the neighbours of the best."""
+GRID, ROUNDS = 20, 2
+"""Values of h at a time; and how often they are taken anew between the neighbours of the best."""
 ORDERS = 8
 """Orders of the classes, whose prefixes are kept and given: starts of `exchange` at each h."""
 
@@ -28,22 +29,28 @@ def farthest_keeping_label(
 
     y [K]; gram [K, K], c [K] as for `madjax.polytope.farthest`. y where there is no such answer.
     """
+    gram = rounded(gram)
     top, given = y.max(), jnp.minimum(epsilon / 2, y.sum())
     low = jnp.maximum(top - given, (y.sum() + (y.size - 1) * margin) / y.size)
     high = jnp.minimum(top + given, y.sum())
     at = jax.vmap(partial(_best_at, y, gram, c, given, margin))
 
-    def look(found: tuple, width: Array) -> tuple[tuple, None]:
+    def look(found: tuple, around: tuple) -> tuple[tuple, None]:
+        width, places = around
         near = found[2] + width * jnp.linspace(-1, 1, GRID, dtype=y.dtype)
-        h = jnp.append(jnp.clip(near, low, high), top)
+        h = jnp.append(jnp.clip(jnp.where(width > 0, near, places), low, high), top)
         cosine, points = at(h)
         i = cosine.argmin()
         new = (cosine[i], points[i], h[i])
         return jax.tree.map(partial(jnp.where, cosine[i] < found[0]), new, found), None
 
-    widths = (high - low) / 2 * (2 / (GRID - 1)) ** jnp.arange(ROUNDS, dtype=y.dtype)
-    begin = (jnp.full((), jnp.inf, y.dtype), y, (low + high) / 2)
-    return jax.lax.scan(look, begin, widths)[0][1]
+    n = jnp.arange(1, GRID + 1, dtype=y.dtype)
+    ties = (y.sum() + n * margin) / (n + 1)
+    places = jnp.stack([ties, jnp.linspace(low, high, GRID, dtype=y.dtype)])
+    closer = (high - low) / 2 * (2 / (GRID - 1)) ** jnp.arange(1, ROUNDS + 1, dtype=y.dtype)
+    rounds = (jnp.append(jnp.zeros(2, y.dtype), closer), jnp.pad(places, ((0, ROUNDS), (0, 0))))
+    begin = (jnp.full((), jnp.inf, y.dtype), y, top)
+    return jax.lax.scan(look, begin, rounds)[0][1]
 
 
 def _best_at(

@@ -21,13 +21,13 @@ import numpy as np
 
 from madjax.constraints import keep_label, l1, off_the_simplex
 from madjax.errors import InputError
+from madjax.linear import dot
 from madjax.objectives import defined, deviation, norm, unit
 from madjax.polytope import POLYTOPES, bound, parts
 from madjax.steps import Constraint, Distance, holds, reach, step
 from madjax.subsets import best_subset, cone_bound
 
 Array = jax.Array
-_dot = partial(jnp.matmul, precision="highest")
 Oracle = Callable[[Array, Array], Array]
 """(y [K], gram [K, K]) -> the target y* [K] of the step, or several, [N, K], of which the one that
 is best where the budget ends is taken."""
@@ -42,7 +42,7 @@ def extreme(y: Array, gram: Array) -> Array:
     the simplex only while the best angle is below 90 degrees.
     """
     square = jnp.diagonal(gram)
-    cosine = _dot(gram, y) / jnp.sqrt(jnp.where(square > 0, square, jnp.inf))
+    cosine = dot(gram, y) / jnp.sqrt(jnp.where(square > 0, square, jnp.inf))
     cosine = jnp.where(square > 0, cosine, jnp.inf)
     vertex = jax.nn.one_hot(jnp.argmin(cosine), y.size, dtype=y.dtype)
     return jnp.where(defined(y, gram), vertex, y)
@@ -62,7 +62,7 @@ def argmax_preserving(y: Array, gram: Array) -> Array:
     """
     k = y.argmax()
     turned = jnp.roll(gram, (-k, -k), axis=(0, 1))
-    best = best_subset(turned, _dot(turned, jnp.roll(y, -k)))
+    best = best_subset(turned, dot(turned, jnp.roll(y, -k)))
     weights = jnp.roll(best.members, k) + 1e-5 * jax.nn.one_hot(k, y.size, dtype=y.dtype)
     return jnp.where(defined(y, gram), weights / weights.sum(), y)
 
@@ -78,7 +78,7 @@ def argmax_bound(y: Array, gram: Array) -> Array:
     k = y.argmax()
     turned, first = jnp.roll(gram, (-k, -k), axis=(0, 1)), jnp.roll(y, -k)
     (direction, known) = unit(first, turned)
-    cosine = cone_bound(turned, _dot(turned, direction))
+    cosine = cone_bound(turned, dot(turned, direction))
     return jnp.where(known, jnp.clip(2 - 2 * cosine, 2, 4), 0)
 
 
@@ -285,7 +285,7 @@ def scaled(y: Array, gram: Array) -> tuple[Array, Array]:
     """The Gram matrix scaled so that |G'y| = 1, and c = M y: the cosine is c'v / |G'v|."""
     length = norm(y, gram)
     gram = gram / jnp.square(jnp.where(length > 0, length, 1))
-    return gram, _dot(gram, y)
+    return gram, dot(gram, y)
 
 
 def _guarded(y_tilde: Array, y: Array, gram: Array, epsilon: Array) -> Array:

@@ -5,18 +5,16 @@
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from madjax.linear import dot
+
 Array = jax.Array
 Objective = Callable[[Array, Array, Array], Array]
 """(y_tilde [K], y [K], gram [K, K]) -> scalar, to be maximised."""
-
-# Products with M are K x K work: full float32, where TPUs and recent GPUs would round to bf16/TF32.
-_dot = partial(jnp.matmul, precision="highest")
 
 
 def norm(v: Array, gram: Array) -> Array:
@@ -27,9 +25,9 @@ def norm(v: Array, gram: Array) -> Array:
     products and of M itself, and eps^2 max_k M_kk |v|_1^2 of G, whose rows e_k - p have the error
     of a p near 1. The factors are twice what was found for y = p (`test_noise_is_bounded`).
     """
-    square, size = _dot(v, _dot(gram, v)), jnp.abs(v)
+    square, size = dot(v, dot(gram, v)), jnp.abs(v)
     eps = jnp.finfo(gram.dtype).eps
-    noise = 8 * eps * _dot(size, _dot(jnp.abs(gram), size))
+    noise = 8 * eps * dot(size, dot(jnp.abs(gram), size))
     noise += jnp.square(4 * eps * size.sum()) * jnp.diagonal(gram).max()
     return _root(jnp.where(square > noise, square, 0))
 
@@ -63,7 +61,7 @@ def deviation(y_tilde: Array, y: Array, gram: Array) -> Array:
     y_tilde, y, gram = _at_least_float32(y_tilde, y, gram)
     (a, a_known), (u, u_known) = unit(y_tilde, gram), unit(y, gram)
     d = a - u
-    return jnp.where(a_known & u_known, jnp.clip(_dot(d, _dot(gram, d)), 0, 4), 0)
+    return jnp.where(a_known & u_known, jnp.clip(dot(d, dot(gram, d)), 0, 4), 0)
 
 
 def angle(y_tilde: Array, y: Array, gram: Array) -> Array:
@@ -76,7 +74,7 @@ def angle(y_tilde: Array, y: Array, gram: Array) -> Array:
     y_tilde, y, gram = _at_least_float32(y_tilde, y, gram)
     (a, a_known), (u, u_known) = unit(y_tilde, gram), unit(y, gram)
     known = a_known & u_known
-    difference, total = (_root(_dot(d, _dot(gram, d))) for d in (a - u, a + u))
+    difference, total = (_root(dot(d, dot(gram, d))) for d in (a - u, a + u))
     # atan2 has no gradient at (0, 0).
     return _angle(jnp.where(known, difference, 0), jnp.where(known, total, 1))
 
@@ -125,12 +123,12 @@ def angle_between(a: Any, u: Any) -> Array:
 def unnormalised(y_tilde: Array, y: Array, gram: Array) -> Array:
     """|G'(y~ - y)|^2, Eq. 4 without the two norms, as the authors' code has it by default."""
     moved = y_tilde - y
-    return _dot(moved, _dot(gram, moved))
+    return dot(moved, dot(gram, moved))
 
 
 def opposition(y_tilde: Array, y: Array, gram: Array) -> Array:
     """-<G'y~, G'y>: how far the attacker's step goes against the true one, not its angle alone."""
-    return -_dot(y_tilde, _dot(gram, y))
+    return -dot(y_tilde, dot(gram, y))
 
 
 def towards(y_tilde: Array, y: Array, gram: Array, *, target: Sequence[float]) -> Array:
@@ -142,6 +140,6 @@ def towards(y_tilde: Array, y: Array, gram: Array, *, target: Sequence[float]) -
     del y
     t = jnp.asarray(target, y_tilde.dtype)
     known = defined(y_tilde, gram) & defined(t, gram)
-    size = _dot(t, _dot(gram, t)) * _dot(y_tilde, _dot(gram, y_tilde))
-    cosine = _dot(y_tilde, _dot(gram, t)) / jnp.sqrt(jnp.where(known, size, 1))
+    size = dot(t, dot(gram, t)) * dot(y_tilde, dot(gram, y_tilde))
+    cosine = dot(y_tilde, dot(gram, t)) / jnp.sqrt(jnp.where(known, size, 1))
     return jnp.where(known, jnp.clip(cosine, -1, 1), 0)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madjax.constraints import l1, linf
+from madjax.linear import dot
 
 Array = jax.Array
 
@@ -36,11 +37,13 @@ STARTS = 2
 """How many of the best points known are starts of `exchange`."""
 EXCHANGES = 200
 """At most so many from a start; on real queries 4 on average, 36 in 99 of 100."""
+ROUNDING = float(np.finfo(np.float32).eps)
+"""The error of |G'v|^2, as a part of (sum_k v_k |G_k|)^2."""
+ENOUGH = 1e-4
+"""What can give or take so much is as good as all that can more."""
 
 SHORTEST = 0.01
 """What `bound` takes as the least |G'v| / |G'y|: of much shorter ones float32 knows no angle."""
-
-_dot = partial(jnp.matmul, precision="highest")
 
 
 class Polytope(NamedTuple):
@@ -101,6 +104,7 @@ def farthest(polytope: Polytope, gram: Array, c: Array, others: Array) -> Array:
     gram [K, K], scaled so that |G'y| = 1, and c = M y [K]. The best of them is the best of all, up
     to rounding, where some answer is past 90 degrees, and for K <= `EXHAUSTIVE`.
     """
+    gram = rounded(gram)
     best = partial(_best, polytope=polytope, gram=gram, c=c)
     if c.size <= EXHAUSTIVE:
         vertices = jax.lax.map(lambda k: best(_vertices(polytope, k)), jnp.arange(c.size))
@@ -110,6 +114,15 @@ def farthest(polytope: Polytope, gram: Array, c: Array, others: Array) -> Array:
     starts = jnp.concatenate([vertices, best_linear(polytope, -c)[None], others])
     starts = starts[jax.lax.top_k(-cosines(starts.sum(axis=1), gram, c), STARTS)[1]]
     return jax.vmap(partial(exchange, polytope, gram, c))(starts).sum(axis=1)
+
+
+class Kind(NamedTuple):
+    """What an exchange is: of one class with all others."""
+
+    to_taker: bool
+    """All others give to the best taker; else the best giver gives to all others."""
+    across: bool
+    """From one part to the other."""
 
 
 class _State(NamedTuple):
@@ -131,58 +144,62 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
     undo each other in part, again and again, become one long step. Where the parts' masses are
     free (`Polytope.most`), mass moves from one part to the other as well.
     """
-    diagonal, lengths = jnp.diagonal(gram), _lengths(gram)
+    diagonal = jnp.diagonal(gram)
 
     def move(state: _State) -> _State:
         x = state.x
         v = x.sum(axis=0)
-        mv = _dot(gram, v)
-        n, q, size = _dot(c, v), _dot(v, mv), _dot(lengths, v)
+        mv = dot(gram, v)
+        n, q = dot(c, v), dot(v, mv)
         uphill = n * mv - q * c  # along the gradient of -c'v / |G'v|
         can_give, can_take = x - polytope.low, polytope.high - x
-        giver = jnp.where(can_give > 0, uphill[None], jnp.inf).argmin(axis=1)
-        taker = jnp.where(can_take > 0, uphill[None], -jnp.inf).argmax(axis=1)
+        # A class that has almost nothing to give, or to take, would stop it all.
+        gain = jnp.stack([uphill.max() - uphill, uphill - uphill.min()])[:, None]
+        rooms = jnp.minimum(jnp.stack([can_give, can_take]), ENOUGH)
+        giver, taker = (gain * rooms).argmax(axis=2)
 
         def tried(fixed: Array, sign: int, room: Array, of_others: Array, most: Array) -> tuple:
             """Of classes fixed [N] with all others: cosines and masses, [2, N, K] each."""
             room = jnp.minimum(jnp.take_along_axis(room, fixed[:, None], axis=1), of_others)
             room = jnp.minimum(room, most)
-            change = [sign * (a[None] - a[fixed][:, None]) for a in (c, mv, lengths)]
+            change = [sign * (a[None] - a[fixed][:, None]) for a in (c, mv)]
             square = diagonal[None] + diagonal[fixed][:, None] - 2 * gram[fixed]
-            cosine, mass = _along((n, q, size), (*change, square), room)
+            cosine, mass = _along((n, q), (*change, square), room)
             return jnp.where(room[None] > 0, cosine, jnp.inf), mass
 
         far = jnp.full((len(giver), 1), jnp.inf, c.dtype)
-        all_tried = [
-            tried(giver, 1, can_give, can_take, far),
-            tried(taker, -1, can_take, can_give, far),
-        ]
+        kinds = {
+            Kind(to_taker=False, across=False): tried(giver, 1, can_give, can_take, far),
+            Kind(to_taker=True, across=False): tried(taker, -1, can_take, can_give, far),
+        }
         if polytope.most is not None:
-            # From one part to the other: to the second as long as it may grow.
+            # To the second part as long as it may grow.
             spare = jnp.maximum(polytope.most - x[1].sum(), 0)
             into_second = jnp.stack([spare, jnp.inf])[:, None]
-            all_tried += [
-                tried(giver, 1, can_give, can_take[::-1], into_second),
-                tried(taker, -1, can_take, can_give[::-1], into_second[::-1]),
-            ]
-        cosine, mass = map(jnp.stack, zip(*all_tried, strict=True))
+            across = can_give[::-1], can_take[::-1]
+            kinds |= {
+                Kind(False, True): tried(giver, 1, can_give, across[1], into_second),
+                Kind(True, True): tried(taker, -1, can_take, across[0], into_second[::-1]),
+            }
+        cosine, mass = map(jnp.stack, zip(*kinds.values(), strict=True))
         at = cosine.argmin()
-        way, _, part, other = jnp.unravel_index(at, cosine.shape)
-        to_taker, elsewhere = way % 2 == 1, jnp.where(way >= 2, 1 - part, part)
+        kind, _, part, other = jnp.unravel_index(at, cosine.shape)
+        to_taker, across = jnp.array(list(kinds))[kind]
+        elsewhere = jnp.where(across, 1 - part, part)
         source = jnp.where(to_taker, other, giver[part])
         target = jnp.where(to_taker, taker[part], other)
         from_part = jnp.where(to_taker, elsewhere, part)
         to_part = jnp.where(to_taker, part, elsewhere)
         moved = mass.ravel()[at]
         moved = x.at[from_part, source].add(-moved).at[to_part, target].add(moved)
-        better = cosine.ravel()[at] < _cosine(n, q, size) - 2 * jnp.finfo(c.dtype).eps
+        better = cosine.ravel()[at] < _cosine(n, q) - 2 * jnp.finfo(c.dtype).eps
         x = jnp.where(better, moved, x)
         return _State(state.count + 1, onward(x, x - state.before), state.x, better)
 
     def onward(x: Array, way: Array) -> Array:
         """From x further along a way [N, K], as far as is best."""
         v, d = x.sum(axis=0), way.sum(axis=0)
-        md = _dot(gram, d)
+        md = dot(gram, d)
         room = jnp.where(way > 0, polytope.high - x, x - polytope.low) / jnp.where(
             way == 0, 1, jnp.abs(way)
         )
@@ -193,8 +210,8 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
             room = jnp.where(
                 grown > 0, jnp.minimum(room, spare / jnp.where(grown > 0, grown, 1)), room
             )
-        here = _dot(c, v), _dot(v, _dot(gram, v)), _dot(lengths, v)
-        change = _dot(c, d), _dot(v, md), _dot(lengths, d), _dot(d, md)
+        here = dot(c, v), dot(v, dot(gram, v))
+        change = dot(c, d), dot(v, md), dot(d, md)
         cosine, far = _along(here, change, jnp.where(jnp.isfinite(room), room, 0))
         at = cosine.argmin()
         moved = _settled(polytope, jnp.clip(x + far[at] * way, polytope.low, polytope.high))
@@ -223,18 +240,17 @@ def _settled(polytope: Polytope, x: Array) -> Array:
 def _along(here: tuple, change: tuple, room: Array) -> tuple[Array, Array]:
     """The two best points v + t d, 0 <= t <= room [...]: cosines and t, [2, ...] each.
 
-    here = (n, q, size) = (c'v, v'Mv, sum_k v_k |G_k|); change = (n', s, size', r) = (c'd, d'Mv,
-    sum_k d_k |G_k|, d'Md). The cosine (n + n' t) / sqrt(q + 2 s t + r t^2) has one stationary
-    point, t = (n s - n' q) / (n' s - n r); it is best there or at an end.
+    here = (n, q) = (c'v, v'Mv); change = (n', s, r) = (c'd, d'Mv, d'Md). The cosine
+    (n + n' t) / sqrt(q + 2 s t + r t^2) has one stationary point, t = (n s - n' q) / (n' s - n r);
+    it is best there or at an end.
     """
-    (n, q, size), (slope, s, longer, r) = here, change
+    (n, q), (slope, s, r) = here, change
     below = slope * s - n * r
     t = (n * s - slope * q) / jnp.where(below == 0, 1, below)
     t = jnp.where(below == 0, room, jnp.clip(t, 0, room))
 
     def at(t: Array) -> Array:
-        square = q + 2 * s * t + r * jnp.square(t)
-        return _cosine(n + slope * t, square, size + longer * t)
+        return _cosine(n + slope * t, q + 2 * s * t + r * jnp.square(t))
 
     return jnp.stack([at(t), at(room)]), jnp.stack([t, room])
 
@@ -255,18 +271,18 @@ def bound(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
     `SHORTEST` |G'y|.
     """
     found = farthest(polytope, gram, c, x[None])
-    cosine = cosines(found, gram, c)
-    v, best = found[cosine.argmin()], cosine.min()
+    v = found[cosines(found, rounded(gram), c).argmin()]
+    mv = dot(gram, v)
+    length = jnp.sqrt(jnp.maximum(dot(v, mv), jnp.finfo(c.dtype).tiny))
+    best = dot(c, v) / length
     reached = jnp.clip(-best, 0, 1)
-    mv = _dot(gram, v)
-    square = _dot(v, mv)
-    slope = -c - reached * mv / jnp.sqrt(jnp.where(square > 0, square, 1))
+    slope = -c - reached * mv / length
     # slope'v is 0, and what it is in float32 is an error that both sides share.
-    gain = _dot(slope, best_linear(polytope, slope).sum(axis=0) - v)
+    gain = dot(slope, best_linear(polytope, slope).sum(axis=0) - v)
     gap = jnp.maximum(gain, 0) / SHORTEST
     past_90 = -(gap + jnp.sqrt(jnp.square(gap) + jnp.square(reached)))
     below_90 = best if c.size <= EXHAUSTIVE else _below_90(polytope, gram, c)
-    all_below = _dot(c, best_linear(polytope, -c).sum(axis=0)) > 0
+    all_below = dot(c, best_linear(polytope, -c).sum(axis=0)) > 0
     return jnp.clip(2 - 2 * jnp.where(all_below, below_90, past_90), 0, 4)
 
 
@@ -287,17 +303,17 @@ def _below_90(polytope: Polytope, gram: Array, c: Array) -> Array:
     def ratio(given: Array, end: Array, moved: Array) -> Array:
         """The largest of the sum over c'v, where v = end + given + sum_i g_i sign e_i."""
         base = end + given
-        square = _dot(base, _dot(gram, base)) + 2 * moved * _dot(gram, base)
+        square = dot(base, dot(gram, base)) + 2 * moved * dot(gram, base)
         square += jnp.square(moved) * jnp.diagonal(gram)
         lengths = jnp.sqrt(jnp.maximum(square, 0))
-        inner = _dot(c, base) + moved * c
+        inner = dot(c, base) + moved * c
         shares = Polytope(
             jnp.zeros((1, k), c.dtype), ((high - low) / jnp.abs(moved))[None], jnp.ones(1, c.dtype)
         )
 
         def improve(_: int, most: Array) -> Array:
             g = best_linear(shares, lengths - most * inner)[0]
-            return jnp.maximum(_dot(g, lengths) / _dot(g, inner), most)
+            return jnp.maximum(dot(g, lengths) / dot(g, inner), most)
 
         return jax.lax.fori_loop(0, 12, improve, jnp.zeros((), c.dtype))
 
@@ -313,15 +329,14 @@ def _below_90(polytope: Polytope, gram: Array, c: Array) -> Array:
 
 def _best(firsts: Array, polytope: Polytope, gram: Array, c: Array) -> Array:
     """The best x [N, K] of all first parts [n, K], where the second is given to one class."""
-    k, lengths = c.size, _lengths(gram)
+    k = c.size
     given = jnp.zeros((1, k), c.dtype)
     if len(polytope.mass) > 1:
         given = polytope.mass[1] * jnp.eye(k, dtype=c.dtype)
-    across = _dot(firsts, gram)
-    square = (across * firsts).sum(axis=1)[:, None] + 2 * _dot(across, given.T)
-    square += (_dot(given, gram) * given).sum(axis=1)[None]
-    inner, size = (_dot(firsts, a)[:, None] + _dot(given, a)[None] for a in (c, lengths))
-    cosine = _cosine(inner, square, size).ravel()
+    across = dot(firsts, gram)
+    square = (across * firsts).sum(axis=1)[:, None] + 2 * dot(across, given.T)
+    square += (dot(given, gram) * given).sum(axis=1)[None]
+    cosine = _cosine(dot(firsts, c)[:, None] + dot(given, c)[None], square).ravel()
     # In place of argmin, which takes one number at a time on CPUs.
     places = jnp.arange(cosine.size)
     at = jnp.where(cosine == cosine.min(), places, cosine.size - 1).min()
@@ -338,7 +353,7 @@ def _vertices(polytope: Polytope, last: Array) -> Array:
     full = (np.arange(2 ** (k - 1))[:, None] << 1 >> np.arange(k)) & 1
     full = jnp.asarray(full, polytope.low.dtype)
     low, high = (jnp.roll(a[0], -last) for a in (polytope.low, polytope.high))
-    left = polytope.mass[0] - low.sum() - _dot(full, high - low)
+    left = polytope.mass[0] - low.sum() - dot(full, high - low)
     x = low[None] + full * (high - low)[None]
     x = jnp.roll(x.at[:, 0].add(left), last, axis=1)
     known = (left >= 0) & (left <= high[0] - low[0])
@@ -359,17 +374,20 @@ def slopes(gram: Array, c: Array, orders: int) -> Array:
 
 def cosines(v: Array, gram: Array, c: Array) -> Array:
     """Cosines c'v / |G'v| [N] of answers v [N, K]; infinity where rounding leaves no |G'v|."""
-    return _cosine(_dot(v, c), (_dot(v, gram) * v).sum(axis=1), _dot(v, _lengths(gram)))
+    return _cosine(dot(v, c), (dot(v, gram) * v).sum(axis=1))
 
 
-def _lengths(gram: Array) -> Array:
-    return jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+def rounded(gram: Array) -> Array:
+    """M with rounding as one more parameter: v'Mv is |G'v|^2 + ROUNDING (sum_k v_k |G_k|)^2.
 
-
-def _cosine(inner: Array, square: Array, size: Array) -> Array:
-    """Inner / sqrt(square), and infinity where rounding leaves nothing of |G'v|^2 = square.
-
-    size: sum_k v_k |G_k|, which |G'v| is at most.
+    So of a gradient that is short by cancellation, whose angle float32 does not know, the cosine is
+    taken as smaller than it is, and as smaller the less it is known.
     """
-    known = square > 8 * jnp.finfo(square.dtype).eps * jnp.square(size)
+    lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    return gram + ROUNDING * jnp.outer(lengths, lengths)
+
+
+def _cosine(inner: Array, square: Array) -> Array:
+    """Inner / sqrt(square); infinity where the square is 0, or below by rounding."""
+    known = square > 0
     return jnp.where(known, inner / jnp.sqrt(jnp.where(known, square, 1)), jnp.inf)

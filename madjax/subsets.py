@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from madjax.linear import dot
+
 Array = jax.Array
 
 EXHAUSTIVE = 16
@@ -53,8 +55,8 @@ def exhaustive(gram: Array, u: Array) -> Subset:
 
     def compare(best: tuple[Array, Array], codes: Array) -> tuple[tuple[Array, Array], None]:
         members = subsets(codes)
-        square = _dot(members[:, left] * members[:, right], triangle)
-        cosine = _cosine(_dot(members, u), square, _noise(gram, members.sum(axis=1)))
+        square = dot(members[:, left] * members[:, right], triangle)
+        cosine = _cosine(dot(members, u), square, _noise(gram, members.sum(axis=1)))
         at = cosine.argmin()
         better = cosine[at] < best[0]
         return jax.tree.map(partial(jnp.where, better), (cosine[at], codes[at]), best), None
@@ -116,7 +118,7 @@ def cone_bound(gram: Array, u: Array, steps: int = 400) -> Array:
 
     def step(carry: tuple[Array, Array, Array], _: None) -> tuple[Any, None]:
         v, ahead, t = carry
-        new = _project(ahead - rate * (_dot(gram, ahead) + u))
+        new = _project(ahead - rate * (dot(gram, ahead) + u))
         backwards = jnp.vdot(ahead - new, new - v) > 0
         t = jnp.where(backwards, 1.0, t)
         grown = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
@@ -126,7 +128,7 @@ def cone_bound(gram: Array, u: Array, steps: int = 400) -> Array:
     zero = jnp.zeros_like(u)
     (v, _, _), _ = jax.lax.scan(step, (zero, zero, jnp.ones((), u.dtype)), length=steps)
     # At the minimum u'v = -v'Mv; this is the larger of the two ways to say so.
-    return -jnp.sqrt(jnp.maximum(_dot(v, _dot(gram, v)), -_dot(u, v)).clip(0))
+    return -jnp.sqrt(jnp.maximum(dot(v, dot(gram, v)), -dot(u, v)).clip(0))
 
 
 def _project(z: Array) -> Array:
@@ -137,10 +139,6 @@ def _project(z: Array) -> Array:
     # The level of n capped entries is right where the n-th is above it and the next is not.
     level = jnp.max(levels).clip(0)
     return jnp.clip(z, 0, level).at[0].set(level)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")
 
 
 def _cosine(inner: Array, square: Array, noise: Array) -> Array:
@@ -154,8 +152,8 @@ def _noise(gram: Array, size: Array) -> Array:
 
 
 def _judge(members: Array, gram: Array, u: Array) -> Subset:
-    square = _dot(members, _dot(gram, members))
-    return Subset(members, _cosine(_dot(members, u), square, _noise(gram, members.sum())))
+    square = dot(members, dot(gram, members))
+    return Subset(members, _cosine(dot(members, u), square, _noise(gram, members.sum())))
 
 
 def _better(a: Subset, b: Subset) -> Subset:
@@ -164,18 +162,18 @@ def _better(a: Subset, b: Subset) -> Subset:
 
 def _toggled(members: Array, gram: Array, u: Array) -> Array:
     """Cosines [K] of the subsets with class j added, or removed if it is in; class 0 stays."""
-    sign, m = 1 - 2 * members, _dot(gram, members)
-    square = _dot(members, m) + 2 * sign * m + jnp.diagonal(gram)
-    cosine = _cosine(_dot(members, u) + sign * u, square, _noise(gram, members.sum() + sign))
+    sign, m = 1 - 2 * members, dot(gram, members)
+    square = dot(members, m) + 2 * sign * m + jnp.diagonal(gram)
+    cosine = _cosine(dot(members, u) + sign * u, square, _noise(gram, members.sum() + sign))
     return cosine.at[0].set(jnp.inf)
 
 
 def _exchanged(members: Array, gram: Array, u: Array) -> Array:
     """Cosines [K, K] of the subsets with class i taken out and class j put in."""
-    m, d = _dot(gram, members), jnp.diagonal(gram)
+    m, d = dot(gram, members), jnp.diagonal(gram)
     change = (d - 2 * m)[:, None] + (d + 2 * m)[None, :] - 2 * gram
-    inner = _dot(members, u) - u[:, None] + u[None, :]
-    cosine = _cosine(inner, _dot(members, m) + change, _noise(gram, members.sum()))
+    inner = dot(members, u) - u[:, None] + u[None, :]
+    cosine = _cosine(inner, dot(members, m) + change, _noise(gram, members.sum()))
     leaves = members.astype(bool).at[0].set(False)
     return jnp.where(leaves[:, None] & (members == 0)[None, :], cosine, jnp.inf)
 

@@ -133,7 +133,7 @@ def three_ways(y, gram, epsilon):
     seed=st.integers(0, 2**31),
     epsilon=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 0.99, 1.5, 2.0]),
     sharp=st.sampled_from([0.1, 3.0, 30.0]),
-    k=st.sampled_from([2, 5, 20]),
+    k=st.sampled_from([2, 12]),  # all vertices compared, and searched
 )
 def test_never_worse_than_the_line_search_and_always_within(seed, epsilon, sharp, k):
     y, gram = problem(jax.random.key(seed), k, sharp)
@@ -165,18 +165,30 @@ def test_one_answer_for_a_query_alone_in_a_batch_and_on_a_grid_of_budgets():
         np.testing.assert_allclose(values, values[0], atol=1e-4)
 
 
+def test_the_best_is_taken_though_the_next_program_knows_another_value():
+    """Rounding differs from program to program: here by more, at each use of the objective."""
+    drift = itertools.count()
+
+    def value(v):
+        return v[0] + 0.1 * next(drift)
+
+    points = jnp.array([[0.2, 0.8], [0.7, 0.3], [0.5, 0.5]])
+    best = Ascend()._chosen(value, jnp.eye(2), points, 2)
+    np.testing.assert_array_equal(best, points[1])
+
+
 @pytest.mark.parametrize("solver", [LineSearch, Ascend])
 def test_renaming_the_classes_renames_the_answer(solver):
-    y, gram = problem(jax.random.key(3), 6)
-    turn = jnp.array([3, 1, 5, 0, 2, 4])
+    y, gram = problem(jax.random.key(3), 5)
+    turn = jnp.array([3, 1, 4, 0, 2])
     found = answered(y, gram, epsilon=0.7, solver=solver())
     turned = answered(y[turn], gram[turn][:, turn], epsilon=0.7, solver=solver())
     np.testing.assert_allclose(found.value, turned.value, atol=1e-4)
 
 
 def test_the_surrogates_own_posterior_comes_back():
-    _, gram = problem(jax.random.key(0), 4)
-    p = jnp.linalg.solve(gram + 1, jnp.ones(4))
+    _, gram = problem(jax.random.key(0), 5)
+    p = jnp.linalg.solve(gram + 1, jnp.ones(5))
     p = p / p.sum()
     assert (answered(p, gram, epsilon=0.5, solver=Ascend()).y_tilde == p).all()
 
@@ -192,9 +204,9 @@ def test_beyond_the_surrogates_posterior_the_gradient_is_the_opposite():
     np.testing.assert_allclose(found.value, 4, atol=1e-3)
 
 
-@pytest.mark.parametrize("gram", [jnp.zeros((3, 3)), jnp.eye(3), jnp.ones((3, 3))])
+@pytest.mark.parametrize("gram", [jnp.zeros((5, 5)), jnp.eye(5), jnp.ones((5, 5))])
 def test_a_gram_matrix_without_one_null_direction_does_no_harm(gram):
-    y = jnp.array([0.7, 0.2, 0.1])
+    y = jnp.array([0.6, 0.2, 0.1, 0.1, 0.0])
     found = answered(y, gram, epsilon=0.6, solver=Ascend())
     assert jnp.isfinite(found.y_tilde).all()
     assert found.value >= answered(y, gram, epsilon=0.6).value - 1e-6
@@ -310,7 +322,7 @@ def check_constraint(constraint, solver, y, gram, epsilon=0.8):
     assert np.mean(far > 0.01) > 0.2  # it does something
 
 
-FAST = ("keep_label", "cap", "learned")  # of the longer programs; the others are among the slow
+FAST = ("cap", "learned")  # of the longer programs; the others are among the slow
 
 
 @pytest.mark.parametrize(
@@ -428,7 +440,7 @@ def test_perturb_takes_a_solver():
     x = jax.random.normal(jax.random.key(0), (6, 3))
     w = module.init(jax.random.key(1), x)
     y = jax.nn.softmax(3 * jax.random.normal(jax.random.key(2), (6, 5)))
-    solver = Ascend(constraints=(EXAMPLES["keep_label"],))
+    solver = LineSearch(extreme_at_budget, constraints=(EXAMPLES["keep_label"],))
     got = madjax.perturb(module.apply, w, x, y, epsilon=0.7, solver=solver)
     gram = madjax.gram(module.apply, w, x)
     want = answered(y, gram, epsilon=0.7, solver=solver)
@@ -517,7 +529,7 @@ def test_what_is_no_solver_is_named(solver):
 
 def test_cells_that_ascend_run_on_several_devices():
     """LAPACK calls, as in `jnp.linalg.solve`, may never return there: nothing may need one."""
-    y, gram = problems(100, 10)
+    y, gram = problems(100, 5)
 
     def cell(epsilon, shared):
         solver = jax.vmap(partial(solve, epsilon=epsilon, solver=Ascend()))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.smoke
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors"},
-    {"files", "conv", "batching"},
+    {"files", "conv", "batching", "linear"},
     {"layers"},
     {"taps"},
     {"structured"},
@@ -65,7 +65,19 @@ def test_imports_point_downwards(path):
 
 @pytest.mark.parametrize(
     "name",
-    ["mad", "gram", "constraints", "steps", "ascend", "subsets", "ablations", "layers", "taps"],
+    [
+        "mad",
+        "gram",
+        "constraints",
+        "steps",
+        "ascend",
+        "subsets",
+        "ablations",
+        "polytope",
+        "label",
+        "layers",
+        "taps",
+    ],
 )
 def test_the_mathematics_needs_no_data_and_no_checkpoints(name):
     tops = {each.split(".")[0] for each in imports(PACKAGE / f"{name}.py")}

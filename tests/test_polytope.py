@@ -64,14 +64,19 @@ def vertices(distance, y, epsilon):
     return (kept[:, None] + given * np.eye(len(y))[None]).reshape(-1, len(y))
 
 
-def best_by_force(v, y, g):
-    """The best H in the hull of the points v, and the largest |G'v| / |G'y| with which it is had.
+KNOWN = 0.02
+"""Of gradients that are shorter, as parts of the longest, float32 does not know H to 1e-3."""
 
-    Past 90 degrees -G'y / |G'y| is projected to the cone of all their gradients (SciPy's nnls).
+
+def best_by_force(v, y, g):
+    """The best H in the hull of the points v, and the largest |G'v| with which it is had.
+
+    As a part of the longest |G_k|. Past 90 degrees -G'y / |G'y| is projected to the cone of all
+    gradients (SciPy's nnls).
     """
     u = g.T @ y
-    a = v @ g / np.linalg.norm(u)
     u /= np.linalg.norm(u)
+    a = v @ g / np.linalg.norm(g, axis=1).max()
     lengths = np.linalg.norm(a, axis=1)
     turned = -a @ u / np.where(lengths > 1e-7, lengths, np.inf)
     at = turned.argmax()
@@ -86,25 +91,26 @@ def best_by_force(v, y, g):
 
 
 def check_optimum(n, k, epsilon, seed, distance=l1):
-    """Within 1e-3 of the best wherever that is defined, and no bound is below it."""
+    """Within 1e-3 of the best wherever float32 knows that, and no bound is below it."""
     cases, y, gram = problems(n, k, seed)
     y_tilde, info = report(Ascend(distance), y, gram, epsilon)
     line = report(LineSearch(distance=distance), y, gram, epsilon)[1]
     assert jax.vmap(distance)(y_tilde, y).max() <= epsilon + 1e-6
     assert abs(np.asarray(y_tilde, float).sum(1) - 1).max() <= 2e-6
     assert y_tilde.min() >= 0
-    assert (info.deviation >= line.deviation).all()
+    assert (info.deviation >= line.deviation - 1e-6).all()
     assert (line.length > 0).all()
-    compared = 0
+    gaps = []
     for i in np.flatnonzero(jax.vmap(defined)(y, gram)):
         best, length = best_by_force(vertices(distance, cases[i][0], epsilon), *cases[i])
         assert info.deviation[i] <= best + 1e-3
-        if length > 0.03:  # float32 does not know the angle of a shorter gradient to 1e-3
+        if length > KNOWN:
             assert info.deviation[i] >= best - 1e-3, (i, best, length)
-            assert best - 1e-3 <= info.bound[i] <= best + 0.05
             assert line.bound[i] >= best - 1e-3
-            compared += 1
-    assert compared > 0.8 * n
+            gaps.append(info.bound[i] - best)
+    assert len(gaps) > 0.8 * n
+    assert min(gaps) >= -1e-3
+    assert np.quantile(gaps, 0.98) < 0.05
     return np.mean(info.deviation > line.deviation + 1e-3)
 
 
@@ -127,6 +133,18 @@ def test_ascend_finds_the_best_of_all_in_a_thousand_problems(k, epsilon):
     check_optimum(1000, k, epsilon, seed=int(1000 * epsilon) + k)
 
 
+def test_classes_with_almost_nothing_to_give_do_not_stop_the_search():
+    """Of a class with 1e-8 nothing is gained that float32 sees; one of 1,000 stopped there."""
+    cases, y, gram = problems(1000, 6, seed=996)
+    tiny = np.flatnonzero((np.sort(y)[:, 1] < 1e-7) & (np.arange(1000) > 600))
+    assert 657 in tiny
+    info = report(Ascend(), y[tiny], gram[tiny], 0.99)[1]
+    for i, reached in zip(tiny, info.deviation, strict=True):
+        best, length = best_by_force(vertices(l1, cases[i][0], 0.99), *cases[i])
+        if length > KNOWN / 4:
+            assert reached >= best - 1e-3
+
+
 def test_many_exchanges_do_not_lose_mass():
     """Long ways onward enlarge rounding errors: those of 9,000 problems in which they did."""
     found = {0: (819, 1165), 1: (471, 1121, 2604), 2: (321, 1008, 1253, 2045, 2639)}
@@ -147,7 +165,7 @@ def test_with_many_classes_the_search_is_near_and_the_bound_holds(distance, monk
     info = jax.jit(jax.vmap(partial(solver.report, epsilon=epsilon)))(y, gram)[1]
     forced = [best_by_force(vertices(distance, yi, epsilon), yi, g) for yi, g in cases]
     best, length = np.array(forced).T
-    known = length > 0.03
+    known = length > KNOWN
     assert (info.bound >= best - 1e-3)[known].all()
     assert np.mean((info.deviation >= best - 1e-3)[known]) >= 0.95
     # It says something: a bound of 4, or of 2 below 90 degrees, would hold as well.
@@ -176,7 +194,7 @@ def test_a_bound_holds_though_the_search_stops_at_its_start(distance, monkeypatc
         found, bounds = both(y, gram, epsilon)
         forced = [best_by_force(vertices(distance, yi, epsilon), yi, g) for yi, g in cases]
         best, length = np.array(forced).T
-        known = (length > 0.03) & ((best > 2) == past)
+        known = (length > KNOWN) & ((best > 2) == past)
         assert known.sum() > 15
         assert (found < best - 1e-2)[known].sum() > 5
         assert (bounds >= best - 1e-3)[known].all()
@@ -251,7 +269,7 @@ def vertices_that_keep_the_label(y, epsilon, margin):
     return np.unique(v[(v @ rows.T <= ends + 1e-9).all(axis=1)].round(12), axis=0)
 
 
-@pytest.mark.parametrize("epsilon", [0.3, 0.99])
+@pytest.mark.parametrize("epsilon", [0.3, 0.99, 1.5])
 def test_with_the_label_kept_ascend_is_near_the_best_of_all(epsilon):
     margin, k = 0.02, 4
     cases, y, gram = problems(60, k, seed=k)
@@ -271,7 +289,7 @@ def test_with_the_label_kept_ascend_is_near_the_best_of_all(epsilon):
         points = vertices_that_keep_the_label(cases[i][0], epsilon, margin)
         assert holds[i] == (len(points) > 0)
         best, length = best_by_force(points, *cases[i]) if holds[i] else (0, 0)
-        if length > 0.03:
+        if length > KNOWN:
             missed.append(best - info.deviation[i])
             gained.append(info.deviation[i] - argmax.deviation[i])
     assert len(missed) > 50
@@ -279,6 +297,23 @@ def test_with_the_label_kept_ascend_is_near_the_best_of_all(epsilon):
     assert np.mean(missed) < 5e-3
     assert np.mean(np.array(missed) < 1e-3) > 0.85
     assert np.mean(gained) > 0.05
+
+
+def test_where_the_label_ties_with_others_the_best_is_not_passed_over():
+    """There H has a narrow peak: a budget that reaches it."""
+    cases, y, gram = (a[340:] for a in problems(400, 4, seed=44))
+    margin, epsilon = 0.02, 1.5
+    solver = Ascend(constraints=(partial(keep_label, margin=margin),))
+    info = report(solver, y, gram, epsilon)[1]
+    missed = []
+    for i in np.flatnonzero(jax.vmap(defined)(y, gram)):
+        points = vertices_that_keep_the_label(cases[i][0], epsilon, margin)
+        best, length = best_by_force(points, *cases[i])
+        if length > KNOWN:
+            missed.append(best - info.deviation[i])
+    assert len(missed) > 50
+    assert max(missed) < 0.3
+    assert np.mean(np.array(missed) < 1e-3) > 0.92
 
 
 @settings(deadline=None, max_examples=30)

@@ -10,6 +10,7 @@ import optax
 
 from madjax.defenses.defense import Defense
 from madjax.errors import InputError
+from madjax.linear import dot
 
 Array = jax.Array
 
@@ -20,7 +21,7 @@ def logit(y: Array) -> Array:
     1 - y_k is summed up from the other entries: as a difference it has no digits where y_k is
     nearly 1, which is what the victim's top class mostly is.
     """
-    others = jnp.matmul(1 - jnp.eye(y.size, dtype=y.dtype), y, precision="highest")
+    others = dot(1 - jnp.eye(y.size, dtype=y.dtype), y)
     return jnp.log(y) - jnp.log(others)
 
 

@@ -18,6 +18,7 @@ from madjax.config import Sweep
 from madjax.constraints import l1
 from madjax.defenses import answers
 from madjax.evaluate import utility
+from madjax.linear import dot
 from madjax.sweep.campaign import Campaign
 from madjax.sweep.cells import Cell, Program, Shared
 from madjax.sweep.rows import after, number, numbers, which
@@ -198,7 +199,7 @@ def _products(origin: Any, params: Any) -> Array:
     total = jnp.zeros(())
     for old, new in zip(*map(jax.tree.leaves, (origin, params)), strict=True):
         way = (new - old).reshape(len(new), -1)
-        total += jnp.matmul(way, way.T, precision="highest")
+        total += dot(way, way.T)
     return total
 
 

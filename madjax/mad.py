@@ -31,6 +31,8 @@ Array = jax.Array
 Oracle = Callable[[Array, Array], Array]
 """(y [K], gram [K, K]) -> the target y* [K] of the step, or several, [N, K], of which the one that
 is best where the budget ends is taken."""
+AnySolver = Callable[[Array, Array, Array], Array]
+"""(y [K], gram [K, K], epsilon) -> y_tilde [K]."""
 
 
 def extreme(y: Array, gram: Array) -> Array:
@@ -112,8 +114,8 @@ class Info(NamedTuple):
 class Solver:
     """What LineSearch and Ascend share: checks before, and y where there is nothing to be done.
 
-    A subclass is a frozen dataclass with the fields distance and constraints. Any other function
-    (y [K], gram [K, K], epsilon) -> y_tilde [K] is a solver too.
+    A subclass is a frozen dataclass with the fields distance and constraints. A plain function is a
+    solver too (`AnySolver`), without a report.
     """
 
     distance: Distance
@@ -222,7 +224,7 @@ def solve(
     gram: Array,
     *,
     epsilon: Array | float,
-    solver: Callable[[Array, Array, Array], Array] = LineSearch(),
+    solver: AnySolver = LineSearch(),
 ) -> Array:
     """The MAD answer to one query: the farthest angle within the budget, by Algorithm 1.
 
@@ -340,7 +342,7 @@ NO_SOLVER = dict.fromkeys(("solver", "oracle", "distance", "constraints", "objec
 """The fields of a row that a solver fills, of a defence that has none."""
 
 
-def describe_solver(solver: Callable) -> dict[str, str]:
+def describe_solver(solver: AnySolver) -> dict[str, str]:
     """The fields of a row that say which solver this was; of a plain function, its name."""
     if isinstance(solver, Solver):
         return solver.describe()

@@ -18,12 +18,19 @@ from madjax.batching import map_within
 from madjax.errors import InputError
 from madjax.files import check_can_write, write_atomically
 from madjax.gram import gram
-from madjax.mad import LineSearch, as_posterior, check_epsilon, check_gram, check_solver, solve
+from madjax.mad import (
+    AnySolver,
+    LineSearch,
+    as_posterior,
+    check_epsilon,
+    check_gram,
+    check_solver,
+    solve,
+)
 from madjax.taps import as_logits
 
 Array = jax.Array
 Predict = Callable[..., Array]
-Solver = Callable[[Array, Array, Array], Array]
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -35,7 +42,7 @@ def perturb(
     y: Array,
     *,
     epsilon: Array | float,
-    solver: Solver = LineSearch(),
+    solver: AnySolver = LineSearch(),
     layers: str = "all",
     gram_method: str = "auto",
     chunk: int | None = None,
@@ -101,7 +108,9 @@ def perturb(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _solve_all(solver: Solver, memory: int | None, y: Array, gram: Array, epsilon: Array) -> Array:
+def _solve_all(
+    solver: AnySolver, memory: int | None, y: Array, gram: Array, epsilon: Array
+) -> Array:
     """Queries [B, ...] at one budget or at E of them: [B, K] or [E, B, K]."""
 
     def answer(query: tuple[Array, Array]) -> Array:
@@ -119,7 +128,7 @@ def defend(
     surrogate: tuple[Callable[[Any, Array], Array], Any],
     *,
     epsilon: Array | float,
-    solver: Solver = LineSearch(),
+    solver: AnySolver = LineSearch(),
     layers: str = "all",
     gram_method: str = "auto",
     chunk: int | None = None,

@@ -1,6 +1,5 @@
 """MAD as a defence: the surrogate's Gram matrix is the evidence, epsilon the strength."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from madjax.constraints import l1
 from madjax.defenses.defense import Apply, Defense, Owner
 from madjax.errors import InputError
 from madjax.gram import check_layers, gram
-from madjax.mad import LineSearch, check_solver, describe_solver, solve
+from madjax.mad import AnySolver, LineSearch, check_solver, describe_solver, solve
 from madjax.steps import Distance
 
 Array = jax.Array
@@ -29,7 +28,7 @@ class MAD(Defense):
     """
 
     layers: str = "all"
-    solver: Callable[[Array, Array, Array], Array] = LineSearch()
+    solver: AnySolver = LineSearch()
     surrogate_epochs: int = 0
 
     def __post_init__(self) -> None:

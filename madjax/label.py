@@ -3,8 +3,9 @@
 Where the label's probability is fixed, v_k = h, "no other class is above h - margin" is a bound of
 each class, so that what is kept of y and what is given are boxes again (`madjax.polytope`), and
 `exchange` finds the best answer. h is searched on a line. Past 90 degrees the best H is a
-quasi-concave function of h, with one maximum; below, a grid is to find the highest of several, and
-narrow ones are where the label ties with n other classes that share all there is.
+quasi-concave function of h, with one maximum. Below there may be several. A grid finds the wide
+ones; the narrow ones lie where the label and n other classes, equal but for the margin, share all
+mass, and these h are looked at first.
 """
 
 from functools import partial

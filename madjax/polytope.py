@@ -36,11 +36,11 @@ ORDERS = 32
 STARTS = 2
 """How many of the best points known are starts of `exchange`."""
 EXCHANGES = 200
-"""At most so many from a start; on real queries 4 on average, 36 in 99 of 100."""
+"""At most so many from a start."""
 ROUNDING = float(np.finfo(np.float32).eps)
 """The error of |G'v|^2, as a part of (sum_k v_k |G_k|)^2."""
 ENOUGH = 1e-4
-"""What can give or take so much is as good as all that can more."""
+"""Room beyond this does not count when `exchange` chooses a class; less counts in proportion."""
 
 SHORTEST = 0.01
 """What `bound` takes as the least |G'v| / |G'y|: of much shorter ones float32 knows no angle."""
@@ -138,8 +138,9 @@ class _State(NamedTuple):
 def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
     """From x [N, K], move mass from one class to another, as is best, until nothing turns farther.
 
-    gram [K, K], c [K] as for `farthest` -> x [N, K]. In each part the class that the gradient
-    drains most is tried with every taker, and the one that it fills most with every giver. After
+    gram [K, K], `rounded`, and c [K] as for `farthest` -> x [N, K]. In each part the class that the
+    gradient drains most is tried with every taker, and the one that it fills most with every giver:
+    of those with room, as one that has almost nothing to give or to take would stop it all. After
     each exchange, x goes on along what the last two have moved (Hooke and Jeeves 1961): two that
     undo each other in part, again and again, become one long step. Where the parts' masses are
     free (`Polytope.most`), mass moves from one part to the other as well.
@@ -153,7 +154,6 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
         n, q = dot(c, v), dot(v, mv)
         uphill = n * mv - q * c  # along the gradient of -c'v / |G'v|
         can_give, can_take = x - polytope.low, polytope.high - x
-        # A class that has almost nothing to give, or to take, would stop it all.
         gain = jnp.stack([uphill.max() - uphill, uphill - uphill.min()])[:, None]
         rooms = jnp.minimum(jnp.stack([can_give, can_take]), ENOUGH)
         giver, taker = (gain * rooms).argmax(axis=2)
@@ -173,13 +173,17 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
             Kind(to_taker=True, across=False): tried(taker, -1, can_take, can_give, far),
         }
         if polytope.most is not None:
-            # To the second part as long as it may grow.
+            # The second part may grow by so much only: limits by the part of giver and of taker.
             spare = jnp.maximum(polytope.most - x[1].sum(), 0)
-            into_second = jnp.stack([spare, jnp.inf])[:, None]
-            across = can_give[::-1], can_take[::-1]
+            of_giver = jnp.stack([spare, jnp.inf])[:, None]
+            of_taker = of_giver[::-1]
             kinds |= {
-                Kind(False, True): tried(giver, 1, can_give, across[1], into_second),
-                Kind(True, True): tried(taker, -1, can_take, across[0], into_second[::-1]),
+                Kind(to_taker=False, across=True): tried(
+                    giver, 1, can_give, can_take[::-1], of_giver
+                ),
+                Kind(to_taker=True, across=True): tried(
+                    taker, -1, can_take, can_give[::-1], of_taker
+                ),
             }
         cosine, mass = map(jnp.stack, zip(*kinds.values(), strict=True))
         at = cosine.argmin()

@@ -30,7 +30,7 @@ from madjax.constraints import NORMS, l1
 from madjax.label import farthest_keeping_label
 from madjax.linear import dot, solved
 from madjax.mad import LineSearch, Solver, argmax_preserving, label_margin, name_of, scaled
-from madjax.objectives import Objective, deviation
+from madjax.objectives import Objective, deviation, norm
 from madjax.polytope import POLYTOPES, Polytope, best_linear, farthest, parts
 from madjax.steps import Constraint, Distance, holds, reach, residual, step
 
@@ -46,6 +46,8 @@ STARTS, FEW = 12, 4
 """How many starts, the best of all, go through each of the two."""
 PAIRS = 16
 """Up to so many classes the moves between any two of them are starts too."""
+SURE = 2
+"""`margin` of `norm`: of answers with shorter gradients H counts as 0."""
 EQUAL = 5e-5
 """H within such a part of the best counts as the best: the answer of longest gradient is taken."""
 
@@ -78,7 +80,11 @@ class Ascend(Solver):
         """The best answer found within the budget; y where none was found."""
 
         def value(y_tilde: Array) -> Array:
-            return self.objective(y_tilde, y, gram)
+            reached = self.objective(y_tilde, y, gram)
+            if self.objective is not deviation:
+                return reached
+            # H is up to 4 on one side of where float32 knows the angle, and 0 on the other.
+            return jnp.where(norm(y_tilde, gram, margin=SURE) > 0, reached, 0)
 
         known = [LineSearch(distance=self.distance, constraints=self.constraints)]
         if self.keeps_label:
@@ -92,7 +98,7 @@ class Ascend(Solver):
             kept = farthest_keeping_label(y, *scaled(y, gram), epsilon, max(margins))
             if len(margins) == len(self.constraints):
                 points = jnp.append(found, kept[None], axis=0)
-                return self._chosen(value, gram, points, len(found))
+                return self._chosen(jax.vmap(value)(points), gram, points, len(found))
             points = jnp.append(points, kept[None], axis=0)
         if self.distance in POLYTOPES:
             ball = POLYTOPES[self.distance](y, epsilon)
@@ -100,8 +106,13 @@ class Ascend(Solver):
             # Rounding may leave the ball.
             points = jnp.append(points, jax.vmap(inside)(ends), axis=0)
             if not self.constraints:
-                return self._chosen(value, gram, points, len(found))
-        return constrained(value, y, points, found, epsilon, self.distance, self.constraints)
+                return self._chosen(jax.vmap(value)(points), gram, points, len(found))
+        known = jnp.append(found, y[None], axis=0)
+        values, points = constrained(
+            value, y, points, known, epsilon, self.distance, self.constraints
+        )
+        best = self._chosen(values, gram, points, len(known))
+        return jnp.where(values.max() > -jnp.inf, best, y)
 
     def _in_polytope(
         self, value: Value, y: Array, gram: Array, ball: Polytope, starts: Array
@@ -119,12 +130,11 @@ class Ascend(Solver):
         starts = _best(value, jnp.concatenate([jax.vmap(best)(slopes), starts]), STARTS)
         return jax.vmap(partial(conditional_gradient, value, best))(starts)
 
-    def _chosen(self, value: Value, gram: Array, points: Array, known: int) -> Array:
-        """The best of points [N, K], by H the longest of those that are as good.
+    def _chosen(self, values: Array, gram: Array, points: Array, known: int) -> Array:
+        """The best of points [N, K] with values [N], by H the longest of those that are as good.
 
         Never below the first `known` of them.
         """
-        values = jax.vmap(value)(points)
         if self.objective is not deviation:
             return points[values.argmax()]
         # Of one and the same point another program may know another value.
@@ -141,14 +151,14 @@ def constrained(
     value: Value,
     y: Array,
     starts: Array,
-    found: Array,
+    known: Array,
     epsilon: Array | float,
     distance: Distance,
     constraints: Sequence[Constraint],
-) -> Array:
-    """The best answer [K] found by `value` where all constraints hold, from starts [N, K].
+) -> tuple[Array, Array]:
+    """Answers known [M, K], then others found from starts [N, K]: values, and answers [.., K].
 
-    At least as good as the best of found [M, K] where they hold; y where no such point was found.
+    A value of -infinity where not all constraints hold.
     """
 
     def within(y_tilde: Array, y: Array) -> Array:
@@ -173,11 +183,8 @@ def constrained(
     brought = partial(_bring, y=y, epsilon=epsilon, distance=distance)
     climb = partial(augmented_lagrangian, value, brought, y=y, constraints=constraints)
     ends, end_values = allowed(jax.vmap(climb)(best))
-    known = jnp.append(found, y[None], axis=0)
-    points = jnp.concatenate([points, ends, known])
-    values = jnp.concatenate([values, end_values, judged(known)])
-    at = values.argmax()
-    return jnp.where(values[at] > -jnp.inf, points[at], y)
+    values = jnp.concatenate([judged(known), values, end_values])
+    return values, jnp.concatenate([known, points, ends])
 
 
 def _best(value: Value, points: Array, count: int) -> Array:

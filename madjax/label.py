@@ -21,6 +21,9 @@ GRID, ROUNDS = 20, 2
 """Values of h at a time; and how often they are taken anew between the neighbours of the best."""
 ORDERS = 8
 """Orders of the classes, whose prefixes are kept and given: starts of `exchange` at each h."""
+PER_CLASS = 5
+"""At most so many exchanges for each class: a batch waits for the few that would go on, and gains
+nothing by them."""
 
 
 def farthest_keeping_label(
@@ -74,7 +77,7 @@ def _ascended(polytope: Polytope, gram: Array, c: Array) -> Array:
     kept, others = (jnp.broadcast_to(a, (n, n, k)) for a in (x[:, None, 0], x[None, :, 1]))
     starts = jnp.stack([kept, others], axis=2).reshape(n * n, 2, k)
     start = starts[cosines(starts.sum(axis=1), gram, c).argmin()]
-    return exchange(polytope, gram, c, start).sum(axis=0)
+    return exchange(polytope, gram, c, start, PER_CLASS * c.size).sum(axis=0)
 
 
 def _slices(y: Array, given: Array, margin: Array | float, h: Array) -> tuple[Polytope, Array]:

@@ -322,7 +322,7 @@ def as_posterior(y: Array) -> Array:
 
 def check_gram(gram: Array) -> None:
     """Refuse a Gram matrix that is not finite, where it is not traced."""
-    if not isinstance(gram, jax.core.Tracer) and not jnp.isfinite(gram).all():
+    if not isinstance(gram, jax.core.Tracer) and not np.isfinite(np.asarray(gram)).all():
         raise InputError(
             "the Gram matrix is not finite: the surrogate's parameters are NaN, or its gradients "
             "leave float32; give another surrogate, or scale its inputs"

@@ -17,8 +17,11 @@ Objective = Callable[[Array, Array, Array], Array]
 """(y_tilde [K], y [K], gram [K, K]) -> scalar, to be maximised."""
 
 
-def norm(v: Array, gram: Array) -> Array:
+def norm(v: Array, gram: Array, *, margin: float = 1) -> Array:
     """|G'v|, with 0 where rounding leaves nothing of it.
+
+    With a margin above 1, 0 also where |G'v|^2 is at most that many times its rounding errors:
+    another program, which rounds otherwise, may find nothing left there.
 
     G'p = 0 at the surrogate's posterior p (score identity), so near it v'Mv is a difference of
     larger numbers, and holds no information below their rounding errors: eps |v|'|M||v| of the
@@ -29,7 +32,7 @@ def norm(v: Array, gram: Array) -> Array:
     eps = jnp.finfo(gram.dtype).eps
     noise = 8 * eps * dot(size, dot(jnp.abs(gram), size))
     noise += jnp.square(4 * eps * size.sum()) * jnp.diagonal(gram).max()
-    return _root(jnp.where(square > noise, square, 0))
+    return _root(jnp.where(square > margin * noise, square, 0))
 
 
 def unit(v: Array, gram: Array) -> tuple[Array, Array]:

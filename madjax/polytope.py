@@ -135,7 +135,7 @@ class _State(NamedTuple):
     better: Array
 
 
-def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
+def exchange(polytope: Polytope, gram: Array, c: Array, x: Array, most: int = EXCHANGES) -> Array:
     """From x [N, K], move mass from one class to another, as is best, until nothing turns farther.
 
     gram [K, K], `rounded`, and c [K] as for `farthest` -> x [N, K]. In each part the class that the
@@ -143,8 +143,10 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
     of those with room, as one that has almost nothing to give or to take would stop it all. After
     each exchange, x goes on along what the last two have moved (Hooke and Jeeves 1961): two that
     undo each other in part, again and again, become one long step. Where the parts' masses are
-    free (`Polytope.most`), mass moves from one part to the other as well.
+    free (`Polytope.most`), mass moves from one part to the other as well. It ends after `most`
+    exchanges, or `EXCHANGES` if that is less.
     """
+    most = min(most, EXCHANGES)
     diagonal = jnp.diagonal(gram)
 
     def move(state: _State) -> _State:
@@ -222,7 +224,7 @@ def exchange(polytope: Polytope, gram: Array, c: Array, x: Array) -> Array:
         return jnp.where(cosine[at] < _cosine(*here), moved, x)
 
     def goes_on(state: _State) -> Array:
-        return (state.count < EXCHANGES) & state.better
+        return (state.count < most) & state.better
 
     start = _State(jnp.zeros((), jnp.int32), x, x, jnp.ones((), bool))
     return jax.lax.while_loop(goes_on, move, start).x

@@ -30,7 +30,7 @@ from madjax.constraints import (
     l2,
     linf,
 )
-from madjax.objectives import opposition, towards, unnormalised
+from madjax.objectives import norm, opposition, towards, unnormalised
 from madjax.steps import reach
 
 
@@ -77,15 +77,15 @@ def _answered(solver, y, gram, epsilon):
 BLOCK = 50
 
 
-def answered(y, gram, *, epsilon, solver=LineSearch()):  # noqa: B008, it is frozen
+def answered(y, gram, *, epsilon, solver=LineSearch(), block=BLOCK):  # noqa: B008, it is frozen
     """The report of one query or of a batch, in blocks of one size, compiled once for each kind."""
     if y.ndim == 1:
         return jax.tree.map(
             lambda a: a[0], answered(y[None], gram[None], epsilon=epsilon, solver=solver)
         )
     blocks = []
-    for start in range(0, len(y), BLOCK):
-        at = np.minimum(np.arange(start, start + BLOCK), len(y) - 1)
+    for start in range(0, len(y), block):
+        at = np.minimum(np.arange(start, start + block), len(y) - 1)
         blocks.append(_answered(solver, np.asarray(y)[at], np.asarray(gram)[at], epsilon))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(y)], *blocks)
 
@@ -165,16 +165,15 @@ def test_one_answer_for_a_query_alone_in_a_batch_and_on_a_grid_of_budgets():
         np.testing.assert_allclose(values, values[0], atol=1e-4)
 
 
-def test_the_best_is_taken_though_the_next_program_knows_another_value():
-    """Rounding differs from program to program: here by more, at each use of the objective."""
-    drift = itertools.count()
-
-    def value(v):
-        return v[0] + 0.1 * next(drift)
-
-    points = jnp.array([[0.2, 0.8], [0.7, 0.3], [0.5, 0.5]])
-    best = Ascend()._chosen(value, jnp.eye(2), points, 2)
-    np.testing.assert_array_equal(best, points[1])
+@pytest.mark.parametrize("constraints", [(), (partial(cap, most=1.0),)])
+def test_no_answer_lies_where_the_next_program_may_know_no_angle(constraints):
+    """Budgets that end about the surrogate's own posterior: H is 4 beyond it, and 0 at it."""
+    y, gram = problem(jax.random.split(jax.random.key(6), 100_000)[28061], 5)
+    p = jnp.linalg.solve(gram + 1, jnp.ones(5))
+    epsilons = l1(p / p.sum(), y) + jnp.linspace(-2e-3, 2e-3, 200)
+    solver = Ascend(constraints=constraints)
+    answers = jax.jit(jax.vmap(partial(solve, y, gram, solver=solver)))(epsilon=epsilons)
+    assert (jax.vmap(partial(norm, gram=gram, margin=1.5))(answers) > 0).all()
 
 
 @pytest.mark.parametrize("solver", [LineSearch, Ascend])
@@ -303,15 +302,22 @@ def test_constraints_by_hand():
     close(cap(v, y, most=0.4), [0, 0.05, -0.4, -0.25])
 
 
-def check_constraint(constraint, solver, y, gram, epsilon=0.8):
+def check_constraint(constraint, solver, y, gram, block=BLOCK):
+    """The answers, after what has to hold of each."""
+    epsilon = 0.8
+
     @jax.jit
     @jax.vmap
     def worst(v, y):
         return jnp.max(constraint(v, y))
 
-    y = np.asarray(y)
-    found = answered(y, gram, epsilon=epsilon, solver=solver(constraints=(constraint,)))
-    line = answered(y, gram, epsilon=epsilon, solver=LineSearch(constraints=(constraint,)))
+    def by(solver):
+        return answered(
+            y, gram, epsilon=epsilon, solver=solver(constraints=(constraint,)), block=block
+        )
+
+    y, gram = np.asarray(y), np.asarray(gram)
+    found, line = by(solver), by(LineSearch)
     far = np.abs(found.y_tilde - y).sum(axis=1)
     assert np.isfinite(found.y_tilde).all()
     assert np.asarray(worst(found.y_tilde, y))[found.feasible].max() <= 1e-5
@@ -320,6 +326,7 @@ def check_constraint(constraint, solver, y, gram, epsilon=0.8):
     assert (found.y_tilde == y)[~found.feasible].all()
     assert (found.value >= line.value - 1e-5).all()
     assert np.mean(far > 0.01) > 0.2  # it does something
+    return found
 
 
 FAST = ("cap", "learned")  # of the longer programs; the others are among the slow
@@ -339,9 +346,12 @@ def test_an_answer_meets_its_constraint_or_is_y_and_says_so(name, solver):
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("solver", [LineSearch, Ascend])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_hundred_thousand_answers_meet_each_constraint(name, solver):
+def test_a_hundred_thousand_answers_meet_each_constraint(name, solver, record_property):
+    """For JAX_DISABLE_MOST_OPTIMIZATIONS=0: minutes each with XLA's optimisations."""
     y, gram = problems(100_000, 5, seed=6)
-    check_constraint(EXAMPLES[name], solver, y, gram)
+    found = check_constraint(EXAMPLES[name], solver, y, gram, block=1000)
+    for said in ("feasible", "defended", "deviation"):
+        record_property(said, float(np.mean(getattr(found.info, said))))
 
 
 @partial(jax.jit, static_argnames="solver")

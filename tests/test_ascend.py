@@ -165,15 +165,15 @@ def test_one_answer_for_a_query_alone_in_a_batch_and_on_a_grid_of_budgets():
         np.testing.assert_allclose(values, values[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("constraints", [(), (partial(cap, most=1.0),)])
-def test_no_answer_lies_where_the_next_program_may_know_no_angle(constraints):
+def test_no_answer_lies_where_the_next_program_may_know_no_angle():
     """Budgets that end about the surrogate's own posterior: H is 4 beyond it, and 0 at it."""
     y, gram = problem(jax.random.split(jax.random.key(6), 100_000)[28061], 5)
     p = jnp.linalg.solve(gram + 1, jnp.ones(5))
     epsilons = l1(p / p.sum(), y) + jnp.linspace(-2e-3, 2e-3, 200)
-    solver = Ascend(constraints=constraints)
-    answers = jax.jit(jax.vmap(partial(solve, y, gram, solver=solver)))(epsilon=epsilons)
-    assert (jax.vmap(partial(norm, gram=gram, margin=1.5))(answers) > 0).all()
+    for constraints in ((), (partial(cap, most=1.0),)):
+        solver = Ascend(constraints=constraints)
+        answers = jax.jit(jax.vmap(partial(solve, y, gram, solver=solver)))(epsilon=epsilons)
+        assert (jax.vmap(partial(norm, gram=gram, margin=1.5))(answers) > 0).all()
 
 
 @pytest.mark.parametrize("solver", [LineSearch, Ascend])
@@ -422,6 +422,14 @@ def test_constraints_add_up():
     assert first.max() <= 0.6 + 1e-5
     np.testing.assert_array_equal(answers.argmax(1), y[found.feasible].argmax(1))
     assert (found.value <= free.value + 1e-4).all()
+
+
+def test_of_opposite_gradients_the_longest_is_taken_with_constraints_too():
+    y, gram = problems(50, 5, seed=1)
+    free, found = answered(y, gram, epsilon=1.5, solver=Ascend()), kept(y, gram, 1.5)
+    opposite = (free.value > 3.999) & (found.value > 3.999)
+    assert opposite.sum() > 25
+    np.testing.assert_array_less(0.98, (found.info.length / free.info.length)[opposite])
 
 
 def test_a_label_kept_by_constraint_beats_the_vertices_of_mad_argmax():

@@ -156,9 +156,9 @@ def constrained(
     distance: Distance,
     constraints: Sequence[Constraint],
 ) -> tuple[Array, Array]:
-    """Answers known [M, K], then others found from starts [N, K]: values, and answers [.., K].
+    """Answers and their values: first those known [M, K], then what is found from starts [N, K].
 
-    A value of -infinity where not all constraints hold.
+    Returns values [A] and answers [A, K]. The value is -infinity where not all constraints hold.
     """
 
     def within(y_tilde: Array, y: Array) -> Array:

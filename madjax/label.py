@@ -22,8 +22,8 @@ GRID, ROUNDS = 20, 2
 ORDERS = 8
 """Orders of the classes, whose prefixes are kept and given: starts of `exchange` at each h."""
 PER_CLASS = 5
-"""At most so many exchanges for each class: a batch waits for the few that would go on, and gains
-nothing by them."""
+"""At most so many exchanges for each class. Few starts would go on longer, by ever smaller gains,
+and the whole batch would wait for them."""
 
 
 def farthest_keeping_label(

@@ -18,9 +18,11 @@ from madjax import (
     MAD,
     MLP,
     AdaptiveKnockoff,
+    Defended,
     Knockoff,
     Recipe,
     Sweep,
+    Task,
     jbda,
     jbself,
     jbtop,
@@ -68,10 +70,13 @@ def config() -> Sweep:
     )
     return Sweep(
         name="all_attacks",
-        dataset="embedded:mnist",
-        queryset="embedded:fashion_mnist",
-        victim=Recipe(epochs=8, weight_decay=5e-4),
-        defense=MAD(layers="last"),
-        epsilons=(0.0, 0.99),
+        tasks=(
+            Task(
+                dataset="embedded:mnist",
+                queryset="embedded:fashion_mnist",
+                victim=Recipe(epochs=8, weight_decay=5e-4),
+            ),
+        ),
+        defenses=(Defended(MAD(layers="last"), (0.0, 0.99)),),
         attacks=(*knockoffs, *adaptive, *jacobian),
     )

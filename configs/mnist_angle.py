@@ -12,19 +12,22 @@ Kassel letters stand in for EMNIST letters; the victim trains for 15 epochs, its
 after 10. Epsilon 0 is the clean path.
 """
 
-from madjax import MAD, Online, Recipe, Sweep
+from madjax import MAD, Defended, Online, Recipe, Sweep, Task
 
 
 def config() -> Sweep:
     """Seven epsilons and the clean path x three seeds, gradients over all parameters."""
     return Sweep(
         name="mnist_angle",
-        dataset="mnist",
-        queryset="kassel_letters",
-        query_splits=("train", "test"),
-        victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
-        defense=MAD(layers="all"),
-        epsilons=(0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0),
+        tasks=(
+            Task(
+                dataset="mnist",
+                queryset="kassel_letters",
+                query_splits=("train", "test"),
+                victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
+            ),
+        ),
+        defenses=(Defended(MAD(layers="all"), (0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0)),),
         seeds=(0, 1, 2),
         attacks=(Online(budget=10_000, images=5_000, every=500, judged=1_000),),
     )

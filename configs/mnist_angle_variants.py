@@ -12,8 +12,10 @@ all parameters whatever the defence's gradients are. See configs/mnist_angle.py.
 
 from dataclasses import replace
 
-from madjax import MAD, LineSearch, Online, Recipe, Sweep, argmax_preserving
+from madjax import MAD, Defended, LineSearch, Online, Recipe, Sweep, Task, argmax_preserving
 from madjax.train import adam
+
+STRENGTHS = (0.0, 0.99, 2.0)
 
 
 def config() -> Sweep:
@@ -23,16 +25,19 @@ def config() -> Sweep:
     by_adam = replace(online, variant="Adam", recipe=replace(online.recipe, optimizer=adam))
     return Sweep(
         name="mnist_angle_variants",
-        dataset="mnist",
-        queryset="kassel_letters",
-        query_splits=("train", "test"),
-        victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
-        defense=(
-            MAD(layers="all"),
-            MAD(layers="last"),
-            MAD(solver=LineSearch(argmax_preserving)),
+        tasks=(
+            Task(
+                dataset="mnist",
+                queryset="kassel_letters",
+                query_splits=("train", "test"),
+                victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
+            ),
         ),
-        epsilons=(0.0, 0.99, 2.0),
+        defenses=(
+            Defended(MAD(layers="all"), STRENGTHS),
+            Defended(MAD(layers="last"), STRENGTHS),
+            Defended(MAD(solver=LineSearch(argmax_preserving)), STRENGTHS),
+        ),
         attacks=(
             online,
             replace(online, refresh=100),

@@ -13,7 +13,7 @@ code's too (learning rate 0.01, momentum 0.9, weight decay 5e-4) but for its 100
 is that of configs/mnist_knockoff.py.
 """
 
-from madjax import MAD, Knockoff, Recipe, Sweep, jbda, jbself, jbtop
+from madjax import MAD, Defended, Knockoff, Recipe, Sweep, Task, jbda, jbself, jbtop
 
 PAPER = {"budget": 10_000, "recipe": Recipe(epochs=20)}
 CODE = {
@@ -27,12 +27,15 @@ def config() -> Sweep:
     """Seven attacks x two epsilons x two seeds, last-layer gradients."""
     return Sweep(
         name="mnist_attacks",
-        dataset="mnist",
-        queryset="kassel_letters",
-        query_splits=("train", "test"),
-        victim=Recipe(epochs=30, weight_decay=5e-4, decay_epochs=20),
-        defense=MAD(layers="last"),
-        epsilons=(0.0, 0.99),
+        tasks=(
+            Task(
+                dataset="mnist",
+                queryset="kassel_letters",
+                query_splits=("train", "test"),
+                victim=Recipe(epochs=30, weight_decay=5e-4, decay_epochs=20),
+            ),
+        ),
+        defenses=(Defended(MAD(layers="last"), (0.0, 0.99)),),
         seeds=(0, 1),
         attacks=(
             Knockoff(**PAPER),

@@ -16,6 +16,7 @@ its random noise is projected to: here the L1 ball, as it cites Duchi et al. (20
 from madjax import (
     DPSGD,
     MAD,
+    Defended,
     Knockoff,
     LineSearch,
     RandomNoise,
@@ -23,6 +24,7 @@ from madjax import (
     ReverseSigmoid,
     Rounding,
     Sweep,
+    Task,
     TopK,
     Undefended,
     argmax_preserving,
@@ -32,31 +34,36 @@ from madjax.ablations import argmin, extreme_unnormalised, random_vertex
 
 def config() -> Sweep:
     """Fifteen defences with strengths of their own x three seeds."""
-    ablated = {"strengths": (0.8, 0.99)}
+    ablations = (
+        MAD(layers="identity"),
+        MAD(layers="last", solver=LineSearch(random_vertex)),
+        MAD(layers="last", solver=LineSearch(argmin)),
+        MAD(layers="all", solver=LineSearch(extreme_unnormalised)),
+        MAD(layers="last", surrogate_epochs=1),
+        MAD(layers="last", surrogate_epochs=5),
+    )
     return Sweep(
         name="mnist_defenses",
-        dataset="mnist",
-        queryset="kassel_letters",
-        query_splits=("train", "test"),
-        victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
-        defense=(
-            Undefended(),
-            MAD(layers="last", strengths=(0.5, 0.8, 0.99, 1.5)),
-            MAD(layers="all", strengths=(0.5, 0.8, 0.99, 1.5)),
-            MAD(layers="last", solver=LineSearch(argmax_preserving), strengths=(0.5, 1.0, 1.5)),
-            ReverseSigmoid(gamma=0.2, strengths=(0.1, 0.25, 1.0)),
-            RandomNoise(strengths=(50.0, 100.0, 200.0)),
-            TopK(k=1),
-            Rounding(strengths=(0.1,)),
-            MAD(layers="identity", **ablated),
-            MAD(layers="last", solver=LineSearch(random_vertex), **ablated),
-            MAD(layers="last", solver=LineSearch(argmin), **ablated),
-            MAD(layers="all", solver=LineSearch(extreme_unnormalised), **ablated),
-            MAD(layers="last", surrogate_epochs=1, **ablated),
-            MAD(layers="last", surrogate_epochs=5, **ablated),
-            DPSGD(
-                recipe=Recipe(epochs=5, batch_size=600, learning_rate=0.5),
-                strengths=(0.7, 2.0, 8.0),
+        tasks=(
+            Task(
+                dataset="mnist",
+                queryset="kassel_letters",
+                query_splits=("train", "test"),
+                victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
+            ),
+        ),
+        defenses=(
+            Defended(Undefended()),
+            Defended(MAD(layers="last"), (0.5, 0.8, 0.99, 1.5)),
+            Defended(MAD(layers="all"), (0.5, 0.8, 0.99, 1.5)),
+            Defended(MAD(layers="last", solver=LineSearch(argmax_preserving)), (0.5, 1.0, 1.5)),
+            Defended(ReverseSigmoid(gamma=0.2), (0.1, 0.25, 1.0)),
+            Defended(RandomNoise(), (50.0, 100.0, 200.0)),
+            Defended(TopK(k=1)),
+            Defended(Rounding(), (0.1,)),
+            *(Defended(rule, (0.8, 0.99)) for rule in ablations),
+            Defended(
+                DPSGD(recipe=Recipe(epochs=5, batch_size=600, learning_rate=0.5)), (0.7, 2.0, 8.0)
             ),
         ),
         seeds=(0, 1, 2),

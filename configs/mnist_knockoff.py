@@ -13,19 +13,22 @@ still swinging between 98.9 and 99.3 %, and where the authors pick the best epoc
 this takes the last.
 """
 
-from madjax import MAD, Knockoff, Recipe, Sweep
+from madjax import MAD, Defended, Knockoff, Recipe, Sweep, Task
 
 
 def config() -> Sweep:
     """Eight epsilons x two seeds, last-layer gradients as in the authors' code."""
     return Sweep(
         name="mnist_knockoff",
-        dataset="mnist",
-        queryset="kassel_letters",
-        query_splits=("train", "test"),
-        victim=Recipe(epochs=30, weight_decay=5e-4, decay_epochs=20),
-        defense=MAD(layers="last"),
-        epsilons=(0.0, 0.1, 0.3, 0.5, 0.8, 0.99, 1.1, 1.5),
+        tasks=(
+            Task(
+                dataset="mnist",
+                queryset="kassel_letters",
+                query_splits=("train", "test"),
+                victim=Recipe(epochs=30, weight_decay=5e-4, decay_epochs=20),
+            ),
+        ),
+        defenses=(Defended(MAD(layers="last"), (0.0, 0.1, 0.3, 0.5, 0.8, 0.99, 1.1, 1.5)),),
         seeds=(0, 1),
         attacks=(Knockoff(budget=50_000, recipe=Recipe(epochs=10)),),
     )

@@ -11,7 +11,17 @@ differs from the paper, and whose rows are the line search's.
 
 from functools import partial
 
-from madjax import MAD, Ascend, Knockoff, LineSearch, Recipe, Sweep, extreme_at_budget
+from madjax import (
+    MAD,
+    Ascend,
+    Defended,
+    Knockoff,
+    LineSearch,
+    Recipe,
+    Sweep,
+    Task,
+    extreme_at_budget,
+)
 from madjax.constraints import keep_label
 
 
@@ -20,18 +30,24 @@ def config() -> Sweep:
     kept = partial(keep_label, margin=0.01)
     return Sweep(
         name="mnist_optimum",
-        dataset="mnist",
-        queryset="kassel_letters",
-        query_splits=("train", "test"),
-        victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
-        defense=(
-            MAD(layers="last", solver=LineSearch(extreme_at_budget)),
-            MAD(layers="last", solver=Ascend()),
-            MAD(layers="all", solver=LineSearch(extreme_at_budget)),
-            MAD(layers="all", solver=Ascend()),
-            MAD(layers="last", solver=Ascend(constraints=(kept,))),
+        tasks=(
+            Task(
+                dataset="mnist",
+                queryset="kassel_letters",
+                query_splits=("train", "test"),
+                victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
+            ),
         ),
-        epsilons=(0.5, 0.99),
+        defenses=tuple(
+            Defended(rule, (0.5, 0.99))
+            for rule in (
+                MAD(layers="last", solver=LineSearch(extreme_at_budget)),
+                MAD(layers="last", solver=Ascend()),
+                MAD(layers="all", solver=LineSearch(extreme_at_budget)),
+                MAD(layers="all", solver=Ascend()),
+                MAD(layers="last", solver=Ascend(constraints=(kept,))),
+            )
+        ),
         seeds=(0, 1, 2),
         attacks=(Knockoff(budget=10_000, recipe=Recipe(epochs=10)),),
     )

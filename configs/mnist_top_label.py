@@ -11,11 +11,13 @@ configs/mnist_defenses.py, which says what differs from the paper.
 
 from madjax import (
     MAD,
+    Defended,
     Knockoff,
     LineSearch,
     Recipe,
     ReverseSigmoid,
     Sweep,
+    Task,
     Undefended,
     argmax_preserving,
     top_label,
@@ -26,15 +28,19 @@ def config() -> Sweep:
     """Four defences x three seeds."""
     return Sweep(
         name="mnist_top_label",
-        dataset="mnist",
-        queryset="kassel_letters",
-        query_splits=("train", "test"),
-        victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
-        defense=(
-            Undefended(),
-            MAD(layers="last", strengths=(0.99,)),
-            MAD(layers="last", solver=LineSearch(argmax_preserving), strengths=(1.0, 1.5)),
-            ReverseSigmoid(gamma=0.2, strengths=(0.25, 1.0)),
+        tasks=(
+            Task(
+                dataset="mnist",
+                queryset="kassel_letters",
+                query_splits=("train", "test"),
+                victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
+            ),
+        ),
+        defenses=(
+            Defended(Undefended()),
+            Defended(MAD(layers="last"), (0.99,)),
+            Defended(MAD(layers="last", solver=LineSearch(argmax_preserving)), (1.0, 1.5)),
+            Defended(ReverseSigmoid(gamma=0.2), (0.25, 1.0)),
         ),
         seeds=(0, 1, 2),
         attacks=(

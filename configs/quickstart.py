@@ -8,18 +8,21 @@ Not the paper's protocol: 10,000 of MNIST's 60,000 training images, Fashion-MNIS
 queries in place of EMNIST letters, 10,000 queries in place of 50,000, 6 epochs in place of 30.
 """
 
-from madjax import MAD, Knockoff, Recipe, Sweep
+from madjax import MAD, Defended, Knockoff, Recipe, Sweep, Task
 
 
 def config() -> Sweep:
     """Six epsilons x two seeds, last-layer gradients."""
     return Sweep(
         name="quickstart",
-        dataset="embedded:mnist",
-        queryset="embedded:fashion_mnist",
-        victim=Recipe(epochs=8, weight_decay=5e-4),
-        defense=MAD(layers="last"),
-        epsilons=(0.0, 0.5, 0.8, 0.99, 1.1, 1.5),
+        tasks=(
+            Task(
+                dataset="embedded:mnist",
+                queryset="embedded:fashion_mnist",
+                victim=Recipe(epochs=8, weight_decay=5e-4),
+            ),
+        ),
+        defenses=(Defended(MAD(layers="last"), (0.0, 0.5, 0.8, 0.99, 1.1, 1.5)),),
         seeds=(0, 1),
         attacks=(Knockoff(budget=10_000, recipe=Recipe(epochs=6)),),
     )

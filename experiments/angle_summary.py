@@ -21,7 +21,7 @@ from madjax.report.names import attack, defence
 
 def mean(points, field):
     """The mean over seeds of a field at each point, without a spread."""
-    return {p.epsilon: getattr(p, field).mean for p in points}
+    return {p.strength: getattr(p, field).mean for p in points}
 
 
 def said(stat, digits=1):
@@ -36,7 +36,7 @@ def angles(points):
     head += ["test loss", "attacker %", "defender %", "direction kept"]
     fields = ("angle_std", "angle_p05", "angle_p50", "angle_p95", "angle_max")
     lines = [
-        [f"{p.epsilon:g}", said(p.angle_mean)]
+        [f"{p.strength:g}", said(p.angle_mean)]
         + [f"{getattr(p, field).mean:.1f}" for field in fields]
         + [said(p.test_loss, 2), said(p.attacker_accuracy), said(p.defender_accuracy)]
         + [said(p.direction_kept, 2)]
@@ -51,7 +51,7 @@ def claims(points, rows):
         mean(points, field) for field in ("angle_max", "angle_mean", "test_loss")
     )
     useful = [e for e in means if 0.95 <= e <= 0.99]
-    flipped = [row for row in rows if row["epsilon"] == 2]
+    flipped = [row for row in rows if row["strength"] == 2]
     first = fmean(row["test_losses"][0] for row in flipped)
     clean = losses[0.0]
     lines = [
@@ -76,8 +76,8 @@ def variants(points):
     """A line for every defence and attacker, with the angle and test loss at each epsilon."""
     curves = {}
     for point in points:
-        curves.setdefault(point.curve, {})[point.epsilon] = point
-    epsilons = sorted({p.epsilon for p in points} - {0})
+        curves.setdefault(point.curve, {})[point.strength] = point
+    epsilons = sorted({p.strength for p in points} - {0})
     head = ["defence", "attacker", "clean: test loss"]
     head += [f"{what} at {e:g}" for e in epsilons for what in ("angle", "test loss", "kept")]
     lines = []

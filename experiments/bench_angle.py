@@ -43,7 +43,7 @@ def grid(mapping, steps):
     shared = sweep.Shared(victim, None, x, nothing, None, None, x, nothing, None, None)
     mesh = sweep.make_mesh()
     size = -(-len(EPSILONS) // mesh.size) * mesh.size
-    cells = [sweep.Cell(np.float32(e), np.uint32(0), np.int32(0)) for e in EPSILONS]
+    cells = [sweep.Point(np.float32(e), np.uint32(0), np.int32(0)) for e in EPSILONS]
     ((_, stacked),) = sweep.waves(cells, size)
     state = sweep.over_cells(program.start, mesh, mapping)(stacked, shared)
     advance = sweep.over_cells(program.advance, mesh, mapping)

@@ -209,7 +209,7 @@ def ours(weights, surrogate, seeds, test, budget, final_epochs, threads):
     # Undefended is MAD at an epsilon of 0, so the surrogate's forward pass is paid for.
     epsilon, params, layers = (0.5, surrogate, "all") if surrogate else (0.0, weights, "last")
     begin, advance, start, learn, attack = compiled(budget, final_epochs, seeds.shape[1:], layers)
-    cell = sweep.Cell(np.float32([epsilon]), np.uint32([0]), np.int32([0]))
+    cell = sweep.Point(np.float32([epsilon]), np.uint32([0]), np.int32([0]))
     shared = sweep.Shared(
         weights,
         jax.tree.map(lambda a: a[None], params),

@@ -46,7 +46,7 @@ def strongest(points):
         lines.append(
             [
                 called(curve),
-                f"{best.epsilon:g}",
+                f"{best.strength:g}",
                 said(best.defender_accuracy),
                 said(best.attacker_accuracy),
                 said(best.l1_mean, 2),
@@ -87,14 +87,14 @@ def distance(point):
 
 def top_label(points, posteriors):
     """A line for every defence and strength: attackers of posteriors and of the top label."""
-    same = {(called(p.curve), p.epsilon): p for p in posteriors}
+    same = {(called(p.curve), p.strength): p for p in posteriors}
     lines = []
     for point in points:
-        other = same[called(point.curve), point.epsilon]
+        other = same[called(point.curve), point.strength]
         lines.append(
             [
                 called(point.curve),
-                f"{point.epsilon:g}",
+                f"{point.strength:g}",
                 said(point.defender_accuracy),
                 said(other.attacker_accuracy),
                 said(point.attacker_accuracy),

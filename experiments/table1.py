@@ -31,7 +31,7 @@ def said(stat):
 
 def table(rows):
     """Markdown: a line for every attack and variant, a column for every epsilon."""
-    points = {(p.curve.attack, p.curve.variant, p.epsilon): p for p in summarise(rows)}
+    points = {(p.curve.attack, p.curve.variant, p.strength): p for p in summarise(rows)}
     epsilons = sorted({epsilon for *_, epsilon in points})
     attacks = dict.fromkeys((row["attack"], row["variant"]) for row in rows)
     (dataset,) = {row["dataset"] for row in rows}

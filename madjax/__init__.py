@@ -13,7 +13,7 @@ from madjax.attacks import (
     steal,
     top_label,
 )
-from madjax.config import Sweep
+from madjax.config import Defended, Sweep, Task
 from madjax.constraints import kl, l1, l2, linf
 from madjax.datasets import Dataset, open_dataset
 from madjax.defenses import (
@@ -51,6 +51,7 @@ __all__ = [
     "Attack",
     "Classifier",
     "Dataset",
+    "Defended",
     "Defense",
     "InputError",
     "JacobianAugmentation",
@@ -64,6 +65,7 @@ __all__ = [
     "ReverseSigmoid",
     "Rounding",
     "Sweep",
+    "Task",
     "TopK",
     "Undefended",
     "angle",

@@ -64,7 +64,8 @@ def _angle(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, chosen: config.Sweep, out: Path) -> None:
-    sweep.split_cpu(max(len(sweep.grid(chosen, defense)) for defense in chosen.defenses))
+    abreast = max(len(each.strengths) for each in chosen.defenses) * len(chosen.seeds)
+    sweep.split_cpu(abreast)
     sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume)
     print(report.write_report(out))
     print(f"rows, table and figures: {out}/{', '.join(report.files(out))}")
@@ -87,6 +88,7 @@ def _export(options: argparse.Namespace) -> None:
         chosen,
         out,
         strength=options.epsilon,
+        task=options.task,
         defense=options.defense,
         seed=options.seed,
         data_dir=options.data_dir,
@@ -135,9 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--epsilon", type=_epsilon, required=True, help="the defence's strength, any number >= 0"
     )
-    command.add_argument(
-        "--defense", metavar="LABEL", help="which defence, where the config has several"
-    )
+    for what in ("task", "defense"):
+        command.add_argument(
+            f"--{what}",
+            metavar="LABEL",
+            help=f"which {what}, by its label or position, where the config has several",
+        )
     command.add_argument(
         "--seed", type=int, help="the surrogate of which seed; default: the run's first"
     )
@@ -187,8 +192,9 @@ def _name_a_run(command: argparse.ArgumentParser, default: str = "quickstart") -
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="replace one field of the config, e.g. epsilons=0,0.5 or attacks.recipe.epochs=5; "
-        "several go in order, and each must leave a config that can be followed",
+        help="replace one field of the config, e.g. defenses.strengths=0,0.5 or "
+        "attacks.jbda.budget=500; several go in order, and each must leave a config that can be "
+        "followed",
     )
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/CONFIG")
     command.add_argument(

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from madjax.config import digest
 from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
 
@@ -33,16 +32,22 @@ ROWS = "rows.jsonl"
 TRACES = "traces"
 
 
-def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> list[dict[str, Any]]:
+def open_run(
+    directory: Path, description: dict[str, Any], cells: list[str], *, resume: bool
+) -> list[dict[str, Any]]:
     """Make a run's directory, or reopen it, and return the rows it already holds.
 
-    A half-written last row is cut off.
+    cells are the ids of the run's cells. A run may be resumed with more of them, so that a grid
+    can grow; the directory then holds the larger config. A half-written last row is cut off.
 
     Raises:
         InputError: the directory cannot be written, holds something else, holds a run and resume
-            was not asked for, or holds a run of another config.
+            was not asked for, or holds a run with cells that are not among these.
     """
     path = directory / CONFIG
+    # As JSON has it, so that what is read can be compared.
+    description = json.loads(json.dumps(description | {"cells": cells}))
+    rows: list[dict[str, Any]] = []
     if path.is_file():
         if not resume:
             raise InputError(
@@ -52,9 +57,11 @@ def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> l
             old = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"{path} is damaged ({error}): give another --out") from error
-        _check_same(directory, old, description)
-        return _repair(directory / ROWS)
-    if directory.exists() and (not directory.is_dir() or _has_content(directory)):
+        _check_contains(directory, old, description)
+        rows = _repair(directory / ROWS)
+        if old == description:
+            return rows
+    elif directory.exists() and (not directory.is_dir() or _has_content(directory)):
         raise InputError(f"{directory} exists and holds no run: give another --out")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -64,7 +71,7 @@ def open_run(directory: Path, description: dict[str, Any], *, resume: bool) -> l
         raise InputError(
             f"{directory} cannot be written ({error.strerror}): give another --out"
         ) from error
-    return []
+    return rows
 
 
 def _has_content(directory: Path) -> bool:
@@ -72,14 +79,28 @@ def _has_content(directory: Path) -> bool:
     return any(path.name != f".{CONFIG}.part" for path in directory.iterdir())
 
 
-def _check_same(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    if digest(old) == digest(new):
+def _check_contains(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to go on with a run that has a cell which the new one has not."""
+    if "cells" not in old:
+        raise InputError(
+            f"{directory} holds a run of an older madjax, which this one cannot go on with: give "
+            "another --out (madjax report reads it)"
+        )
+    if set(old["cells"]) <= set(new["cells"]):
         return
-    before, after = (dict(_flatten(value)) for value in (old, json.loads(json.dumps(new))))
-    field = next(k for k in sorted({*before, *after}) if before.get(k) != after.get(k))
+    before, after = (dict(_flatten(value)) for value in (old, new))
+    absent = object()
+    differing = [k for k in before if before[k] != after.get(k, absent) and k != "cells"]
+    if not differing:
+        raise InputError(
+            f"{directory} holds a run of the same config by another madjax: give another --out"
+        )
+    field = differing[0]
+    now = after.get(field, "there")
     raise InputError(
-        f"{directory} holds a run with {field} = {before.get(field)}, not {after.get(field)}: "
-        "resume with the same config, or give another --out"
+        f"{directory} holds a run with {field} = {before[field]}, not {now}: resume with that "
+        "config, to which tasks, defences, strengths, attacks, budgets and seeds may be added, or "
+        "give another --out"
     )
 
 
@@ -111,13 +132,13 @@ def _repair(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def append_row(directory: Path, row: dict[str, Any]) -> None:
-    """Add one row: a single write of a whole line, on disk when this returns."""
-    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+def append_rows(directory: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows: a single write of whole lines, on disk when this returns."""
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
     handle = os.open(directory / ROWS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         before = os.fstat(handle).st_size
-        if os.write(handle, line) != len(line):
+        if os.write(handle, lines) != len(lines):
             os.ftruncate(handle, before)
             raise OSError(errno.ENOSPC, "the disk is full", str(directory / ROWS))
         os.fsync(handle)

@@ -508,10 +508,10 @@ def test_any_function_is_a_solver():
         "none",
     )
     changed = madjax.config.override(
-        madjax.Sweep("s", "embedded:mnist", "embedded:mnist"),
-        "defense.solver=madjax.ablations.argmin",
+        madjax.Sweep("s", (madjax.Task("a", "b"),), (madjax.Defended(madjax.MAD()),)),
+        "defenses.rule.solver=madjax.ablations.argmin",
     )
-    assert changed.defense.solver is madjax.ablations.argmin
+    assert changed.defenses[0].rule.solver is madjax.ablations.argmin
 
 
 @pytest.mark.parametrize(

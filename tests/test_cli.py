@@ -20,18 +20,22 @@ from madjax.cli import main
 from madjax.datasets import base_name
 
 QUICK = (
-    "dataset=embedded:mnist[:200,:100]",
-    "queryset=embedded:fashion_mnist[:200]",
-    "victim.epochs=1",
+    "tasks.dataset=embedded:mnist[:200,:100]",
+    "tasks.queryset=embedded:fashion_mnist[:200]",
+    "tasks.victim.epochs=1",
     "attacks.recipe.epochs=1",
     "attacks.budget=150",
-    "epsilons=0,0.99",
+    "defenses.strengths=0,0.99",
     "seeds=0",
 )
 
 
 def sets(*assignments):
     return [word for each in assignments for word in ("--set", each)]
+
+
+def on(dataset, queryset):
+    return f"tasks.dataset={dataset}", f"tasks.queryset={queryset}"
 
 
 def test_the_main_job_and_its_report_from_any_directory(tmp_path, monkeypatch, capsys):
@@ -50,7 +54,7 @@ def test_the_main_job_and_its_report_from_any_directory(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     out = Path("runs/quickstart")
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert [(row["epsilon"], row["seed"]) for row in rows] == [(0.0, 0), (0.99, 0)]
+    assert [(row["strength"], row["seed"]) for row in rows] == [(0.0, 0), (0.99, 0)]
     assert rows[0]["victim"] == "lenet"
     assert (rows[0]["dataset"], rows[0]["queryset"]) == ("mnist", "fashion_mnist")
     np.testing.assert_allclose(rows[1]["l1_mean"], 0.99, atol=1e-5)
@@ -112,30 +116,41 @@ def data(tmp_path):
     ("arguments", "words"),
     [
         (["no_such_config"], "config 'no_such_config' does not exist"),
-        (sets("dataset=no_such_set"), "no data set 'no_such_set'"),
-        (sets("dataset=npz:absent.npz"), "absent.npz"),
-        (sets("dataset=embedded:mnits"), "mnits"),
-        (sets("dataset=broken"), "broken.npz"),
-        (sets("queryset=colour", "dataset=grey"), "colour"),
-        (sets("queryset=tiny", "dataset=grey"), "tiny"),
-        (sets("queryset=tiny", "dataset=tiny", "attacks.budget=2"), "cannot take images"),
-        (sets("dataset=untested", "queryset=grey", "attacks.budget=2"), "no test images"),
-        (sets("dataset=grey", "queryset=grey", "attacks.budget=9"), "budget is 9"),
-        (sets("dataset=grey", "queryset=grey", "attacks.budget=0"), "budget is 0"),
-        (sets("epsilons=-0.5"), "epsilon is -0.5"),
-        (sets("epsilons"), "write it as field=value"),
+        (sets("tasks.dataset=no_such_set"), "no data set 'no_such_set'"),
+        (sets("tasks.dataset=npz:absent.npz"), "absent.npz"),
+        (sets("tasks.dataset=embedded:mnits"), "mnits"),
+        (sets("tasks.dataset=broken"), "broken.npz"),
+        (sets("tasks.queryset=colour", "tasks.dataset=grey"), "colour"),
+        (sets("tasks.queryset=tiny", "tasks.dataset=grey"), "tiny"),
+        (
+            sets("tasks.queryset=tiny", "tasks.dataset=tiny", "attacks.budget=2"),
+            "cannot take images",
+        ),
+        (
+            sets("tasks.dataset=untested", "tasks.queryset=grey", "attacks.budget=2"),
+            "no test images",
+        ),
+        (sets(*on("grey", "grey"), "attacks.budget=9"), "budget is 9"),
+        (sets(*on("grey", "grey"), "attacks.budget=0"), "budget is 0"),
+        (sets("defenses.strengths=-0.5"), "strength is -0.5"),
+        (sets("defenses.strengths"), "write it as field=value"),
         (sets("nonsense=1"), "no field 'nonsense'"),
-        (sets("defense.layers=middle"), "layers is 'middle'"),
+        (sets("defenses.rule.layers=middle"), "layers is 'middle'"),
         (sets("attacks=madjax.jbda", "attacks.budget=99"), "jbda needs at least its 100 seeds"),
         (
-            sets("dataset=grey", "queryset=grey", "attacks=madjax.jbtop", "attacks.seeds=4"),
+            sets(
+                "tasks.dataset=grey",
+                "tasks.queryset=grey",
+                "attacks=madjax.jbtop",
+                "attacks.seeds=4",
+            ),
             "aims at 3 classes besides the top one of 2",
         ),
         (
             sets(
-                "dataset=tiny",
-                "queryset=tiny",
-                "architecture=madjax.MLP",
+                "tasks.dataset=tiny",
+                "tasks.queryset=tiny",
+                "tasks.architecture=madjax.MLP",
                 "attacks.architecture=madjax.MLP",
                 "attacks.budget=2",
                 "attacks.augment=madjax.attacks.crop_and_flip",
@@ -151,11 +166,11 @@ def data(tmp_path):
             "import path of a class that makes one, such as madjax.attacks.jbda",
         ),
         (sets("budgets=20000"), "budgets holds 20000: knockoff spends 10000"),
-        (sets("victim=madjax.MAD"), "makes MAD, which is no Recipe: give what makes one"),
+        (sets("tasks.victim=madjax.MAD"), "makes MAD, which is no Recipe: give what makes one"),
         (sets("attacks.recipe=madjax.MAD"), "makes MAD, which is no Recipe"),
-        (sets("defense=madjax.Recipe"), "makes Recipe, which is no Defense"),
+        (sets("defenses=madjax.Recipe"), "makes Recipe, which is no Defended"),
         (sets("attacks=madjax.MAD"), "makes MAD, which is no Attack"),
-        (sets("dataset=pets]"), "malformed subset rule"),
+        (sets("tasks.dataset=pets]"), "malformed subset rule"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -205,7 +220,7 @@ CONFIG_OF_THEIRS = """import madjax
 
 
 def helper():
-    return madjax.Sweep(name="a", dataset="grey", queryset="grey", colour=1)
+    return madjax.Sweep(name="a", colour=1)
 
 
 def config():
@@ -216,10 +231,13 @@ def config():
 @pytest.mark.parametrize(
     ("assignment", "cause"),
     [
-        ("defense.solver.oracle=theirs_oracle.oracle", "NameError: name 'undefined_name'"),
-        ("defense.solver.oracle=theirs_zero.oracle", "ZeroDivisionError: division by zero"),
-        ("defense.solver.oracle=theirs_unfinished.oracle", "SyntaxError: '(' was never closed"),
-        ("architecture=theirs_net.Net", "AttributeError: "),
+        ("defenses.rule.solver.oracle=theirs_oracle.oracle", "NameError: name 'undefined_name'"),
+        ("defenses.rule.solver.oracle=theirs_zero.oracle", "ZeroDivisionError: division by zero"),
+        (
+            "defenses.rule.solver.oracle=theirs_unfinished.oracle",
+            "SyntaxError: '(' was never closed",
+        ),
+        ("tasks.architecture=theirs_net.Net", "AttributeError: "),
         ("config", "TypeError: Sweep.__init__() got an unexpected keyword argument 'colour'"),
     ],
 )
@@ -235,7 +253,7 @@ def test_an_error_of_the_users_code_keeps_its_cause_and_place(
     which = assignment.split("theirs_")[-1].split(".")[0]
     file = tmp_path / ("theirs.py" if which == "config" else f"theirs_{which}.py")
     words = [str(file)] if which == "config" else sets(assignment)
-    grey = sets("dataset=grey", "queryset=grey", "attacks.budget=2")
+    grey = sets(*on("grey", "grey"), "attacks.budget=2")
     words = ["sweep", *words, *(grey if which != "config" else [])]
     words += ["--data-dir", str(data), "--out", str(tmp_path / "out")]
     assert main(words) == 2
@@ -252,7 +270,7 @@ def test_an_error_of_the_users_code_keeps_its_cause_and_place(
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
-    words = sets(*QUICK, "epsilons=0.99", "architecture=madjax.MLP")
+    words = sets(*QUICK, "defenses.strengths=0.99", "tasks.architecture=madjax.MLP")
     assert main(["sweep", *words, "--out", str(out)]) == 0
     return out, words
 
@@ -260,7 +278,7 @@ def small_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--epsilon", "inf"], "epsilon is inf: the strength of mad is a number from 0"),
+        (["--epsilon", "inf"], "strength is inf: the strength of mad is a number from 0"),
         (["--epsilon", "0.5", "--seed", "7"], "seed is 7: the run has 0, choose one of them"),
         (["--epsilon", "0.5", "--file", "{out}/none/a.jx"], "there is no directory"),
         (["--epsilon", "0.5", "--file", "{out}"], "is a directory: give the name of a file"),
@@ -374,7 +392,7 @@ def test_a_warning_is_one_line(data, tmp_path):
     for name in ("0.txt", "1.txt"):
         (data / "pets" / "train" / "a" / name).write_text("no image")
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(data / "pets" / "train" / "a" / "0.png")
-    words = sets("dataset=grey", "queryset=pets", "attacks.budget=2")
+    words = sets("tasks.dataset=grey", "tasks.queryset=pets", "attacks.budget=2")
     words = [sys.executable, "-m", "madjax", "sweep", *words, "--data-dir", str(data)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     warned, error = done.stderr.splitlines()

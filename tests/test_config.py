@@ -1,35 +1,61 @@
 """Configs: overrides, loading, and the hash that guards a resumed run."""
 
+import importlib
 import json
+import re
 from dataclasses import replace
 from functools import partial, reduce
 
+import numpy as np
 import pytest
 
 import madjax
-from madjax import InputError, Sweep, config, store
+from madjax import (
+    MAD,
+    Defended,
+    InputError,
+    Knockoff,
+    ReverseSigmoid,
+    Sweep,
+    Task,
+    Undefended,
+    config,
+    jbda,
+    store,
+)
 
 pytestmark = pytest.mark.smoke
 
-BASE = Sweep(name="base", dataset="embedded:mnist", queryset="embedded:fashion_mnist")
+TASK = Task("embedded:mnist", "embedded:fashion_mnist")
+BASE = Sweep("base", (TASK,), (Defended(MAD()),))
+SEVERAL = Sweep(
+    "several",
+    (TASK, replace(TASK, dataset="embedded:fashion_mnist", victim_seed=1)),
+    (Defended(Undefended()), Defended(MAD(), (0.5,)), Defended(MAD(layers="last"), (0.5,))),
+    (Knockoff(budget=100), jbda(budget=200)),
+)
 
 
 @pytest.mark.parametrize(
     ("assignment", "get", "want"),
     [
-        ("dataset=mnist[:5000]", lambda c: c.dataset, "mnist[:5000]"),
-        ("epsilons=0,0.5", lambda c: c.epsilons, (0.0, 0.5)),
-        ("epsilons=(1,)", lambda c: c.epsilons, (1.0,)),
+        ("tasks.dataset=mnist[:5000]", lambda c: c.tasks[0].dataset, "mnist[:5000]"),
+        ("defenses.strengths=0,0.5", lambda c: c.defenses[0].strengths, (0.0, 0.5)),
+        ("defenses.strengths=(1,)", lambda c: c.defenses[0].strengths, (1.0,)),
         ("seeds=3", lambda c: c.seeds, (3,)),
         ("attacks.recipe.epochs=5", lambda c: c.attacks[0].recipe.epochs, 5),
         ("attacks.recipe.learning_rate=1", lambda c: c.attacks[0].recipe.learning_rate, 1.0),
-        ("defense.layers=last", lambda c: c.defense.layers, "last"),
-        ("defense.solver.distance=madjax.l2", lambda c: c.defense.solver.distance, madjax.l2),
-        ("query_splits=train, test", lambda c: c.query_splits, ("train", "test")),
+        ("defenses.rule.layers=last", lambda c: c.defenses[0].rule.layers, "last"),
+        (
+            "defenses.rule.solver.distance=madjax.l2",
+            lambda c: c.defenses[0].rule.solver.distance,
+            madjax.l2,
+        ),
+        ("tasks.query_splits=train, test", lambda c: c.tasks[0].query_splits, ("train", "test")),
+        ("tasks.0.victim_seed=3", lambda c: c.tasks[0].victim_seed, 3),
         ("name = spaced ", lambda c: c.name, "spaced"),
         ("budgets=10,100", lambda c: c.budgets, (10, 100)),
         ("attacks.targets=madjax.top_label", lambda c: c.attacks[0].targets, madjax.top_label),
-        ("defense.strengths=0.3,1", lambda c: c.defense.strengths, (0.3, 1.0)),
     ],
 )
 def test_override_replaces_one_field(assignment, get, want):
@@ -38,50 +64,50 @@ def test_override_replaces_one_field(assignment, get, want):
     assert type(get(changed)) is type(want)
     before, after = (dict(store._flatten(config.describe(c))) for c in (BASE, changed))
     differing = [k for k, v in before.items() if after[k] != v]
-    assert differing == [assignment.split("=")[0].strip().replace("attacks.", "attacks.0.")]
+    wanted = re.sub(r"^(\w+s)\.(?=[a-z])", r"\1.0.", assignment.split("=")[0].strip())
+    assert differing == [wanted]
 
 
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
-        ("epsilons", "write it as field=value"),
+        ("seeds", "write it as field=value"),
         ("=3", "write it as field=value"),
-        ("epsilon=0.5", "no field 'epsilon'; choose one of name, dataset"),
+        ("epsilon=0.5", "no field 'epsilon'; choose one of name, tasks"),
         ("attacks.recipe.speed=1", "no field 'speed'; choose one of epochs"),
         ("seeds.first=1", "the field before it has no parts"),
         ("seeds=0.5", "the field takes int"),
-        ("victim=5", "holds a section"),
+        ("tasks.victim=5", "holds a section"),
         ("attacks=madjax.MAD", "makes MAD, which is no Attack"),
         ("attacks=madjax.attacks.draw", "cannot be called without arguments"),
-        ("attacks=madjax.Knockoff,madjax.Knockoff", "a name and variant of its own"),
+        ("attacks=madjax.Knockoff,madjax.Knockoff", "a variant of its own"),
         ("attacks=madjax.jbda,madjax.jbxx", "'madjax.jbxx' cannot be imported"),
         ("budgets=0.5", "the field takes int"),
         ("budgets=0", "budget is 0"),
         ("attacks.recipe.epochs=many", "the field takes int"),
         ("attacks.recipe.epochs=True", "the field takes int"),
         ("attacks.recipe.epochs=0", "epochs is 0"),
-        ("epsilons=0,-0.5", r"epsilon is -0\.5"),
-        ("epsilons=", "the field takes float"),
-        ("epsilons=0.5,0.5", "each once"),
-        ("epsilons=0.99,0.99000000001", "each once"),
-        ("epsilons=1e39", r"epsilon is 1e\+39"),
+        ("defenses.strengths=0,-0.5", r"strength is -0\.5"),
+        ("defenses.strengths=", "the field takes float"),
+        ("defenses.strengths=0.5,0.5", "each once"),
+        ("defenses.strengths=0.99,0.99000000001", "each once"),
+        ("defenses.strengths=1e39", r"strength is 1e\+39"),
         ("seeds=4294967296", "seed is 4294967296"),
         ("attacks.recipe.optimizer=optax.adam", "does not take learning_rate"),
         ("seeds=-1", "seed is -1"),
-        ("query_splits=valid", "holds 'valid'"),
-        ("defense.solver.distance=l7", "cannot be imported"),
-        ("defense=madjax.MAD,madjax.MAD", "each with settings or a variant of its own"),
-        ("defense=madjax.jbda", "makes JacobianAugmentation, which is no Defense"),
-        ("defense=madjax.ReverseSigmoid", r"epsilon is 1\.1: the strength of reverse_sigmoid"),
-        ("defense.strengths=0.5,0.5", "strengths of mad, all, extreme, l1 is .* each once"),
-        ("defense.gamma=0.5", "no field 'gamma'; choose one of strengths"),
-        ("defense.solver.distance=madjax.constraints.l7", "cannot be imported"),
+        ("tasks.query_splits=valid", "holds 'valid'"),
+        ("defenses.rule.solver.distance=l7", "cannot be imported"),
+        ("defenses=madjax.MAD,madjax.MAD", "with settings or a variant of its own"),
+        ("defenses=madjax.jbda", "makes JacobianAugmentation, which is no Defended"),
+        ("defenses.rule=madjax.ReverseSigmoid", r"strength is 1\.1: .* of reverse_sigmoid"),
+        ("defenses.rule.gamma=0.5", "no field 'gamma'; choose one of variant"),
+        ("defenses.rule.solver.distance=madjax.constraints.l7", "cannot be imported"),
         (
-            "defense.oracle=madjax.argmax_preserving",
-            "choose one of strengths, variant, layers, solver",
+            "defenses.rule.oracle=madjax.argmax_preserving",
+            "choose one of variant, layers, solver",
         ),
-        ("defense.solver=madjax.Knockoff", "makes Knockoff, which is no Solver"),
-        ("defense.solver=ascend", "give the import path of a class that makes one"),
+        ("defenses.rule.solver=madjax.Knockoff", "makes Knockoff, which is no Solver"),
+        ("defenses.rule.solver=ascend", "give the import path of a class that makes one"),
         ("attacks=madjax.Recipe", "makes Recipe, which is no Attack"),
     ],
 )
@@ -95,18 +121,61 @@ def test_several_defences_from_the_command_line():
     chosen = reduce(
         config.override,
         (
-            "epsilons=0,0.5",
-            "defense=madjax.Undefended,madjax.MAD,madjax.ReverseSigmoid",
-            "defense.gamma=0.4",  # of those that have it
-            "defense.layers=last",
+            "defenses=madjax.Undefended,madjax.MAD,madjax.ReverseSigmoid",
+            "defenses.mad.strengths=0,0.5",
+            "defenses.rule.gamma=0.4",  # of those that have it
+            "defenses.1.rule.layers=last",
         ),
         BASE,
     )
     none, mad, reverse = chosen.defenses
-    assert (mad.layers, reverse.gamma) == ("last", 0.4)
-    assert [chosen.strengths_of(d) for d in (none, mad, reverse)] == [(0.0,), (0, 0.5), (0, 0.5)]
+    assert (mad.rule.layers, reverse.rule.gamma) == ("last", 0.4)
+    assert [each.strengths for each in (none, mad, reverse)] == [
+        (0.0,),
+        (0.0, 0.5),
+        ReverseSigmoid().usual,
+    ]
     with pytest.raises(InputError, match="no field 'speed'"):
-        config.override(chosen, "defense.speed=1")
+        config.override(chosen, "defenses.rule.speed=1")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "get", "want"),
+    [
+        ("tasks.1.victim.epochs=3", lambda c: [t.victim.epochs for t in c.tasks], [30, 3]),
+        ("tasks.mnist.victim_seed=7", lambda c: [t.victim_seed for t in c.tasks], [7, 1]),
+        ("tasks.queryset=a", lambda c: [t.queryset for t in c.tasks], ["a", "a"]),
+        ("attacks.jbda.budget=500", lambda c: [a.budget for a in c.attacks], [100, 500]),
+        ("attacks.1=madjax.jbself", lambda c: [a.title for a in c.attacks], ["knockoff", "jbself"]),
+        ("attacks.seeds=20", lambda c: c.attacks[1].seeds, 20),
+        # a name stands for all that have it
+        ("defenses.mad.strengths=1", lambda c: [d.strengths for d in c.defenses[1:]], [(1.0,)] * 2),
+        ("defenses.2=madjax.TopK", lambda c: [d.name for d in c.defenses], ["none", "mad", "top1"]),
+        ("defenses.1.rule=madjax.Rounding", lambda c: c.defenses[1].strengths, (0.5,)),
+    ],
+)
+def test_one_of_several_is_meant_by_position_or_name(assignment, get, want):
+    assert get(config.override(SEVERAL, assignment)) == want
+
+
+def test_a_field_goes_before_a_name():
+    chosen = replace(SEVERAL, attacks=(Knockoff(name="recipe"), jbda()))
+    chosen = config.override(chosen, "attacks.recipe.epochs=3")
+    assert [attack.recipe.epochs for attack in chosen.attacks] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("tasks.2.victim_seed=1", "no number 2: give one from 0 to 1"),
+        ("attacks.jbself.budget=9", "no field 'jbself'; choose one of budget"),
+        ("attacks.seeds.0=1", "the field before it has no parts"),
+        ("defenses.0.rule.layers=all", "no field 'layers'; choose one of variant"),
+    ],
+)
+def test_what_is_not_there_is_named(assignment, words):
+    with pytest.raises(InputError, match=words):
+        config.override(SEVERAL, assignment)
 
 
 def test_an_attack_by_its_import_path_keeps_the_budget_and_the_training():
@@ -138,7 +207,7 @@ def test_an_attack_by_its_import_path_keeps_the_budget_and_the_training():
 @pytest.mark.parametrize(
     ("attacks", "words"),
     [
-        (madjax.Knockoff(), r"attacks is Knockoff.*give a tuple, such as \(Knockoff\(\),\)"),
+        (madjax.Knockoff(), r"attacks is Knockoff.*give a tuple, such as \(madjax.Knockoff\(\),\)"),
         ((madjax.MAD(),), r"attacks holds MAD.*not a madjax\.Attack"),
         ((), "attacks holds nothing"),
     ],
@@ -146,6 +215,23 @@ def test_an_attack_by_its_import_path_keeps_the_budget_and_the_training():
 def test_attacks_are_a_tuple_of_attacks(attacks, words):
     with pytest.raises(InputError, match=words):
         replace(BASE, attacks=attacks)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tasks": TASK}, r"tasks is Task.*give a tuple, such as \(madjax.Task"),
+        ({"tasks": (TASK, TASK)}, "tasks holds mnist <- fashion_mnist; mnist <- .* each once"),
+        ({"tasks": ()}, "tasks holds nothing"),
+        ({"defenses": (MAD(),)}, "defenses holds MAD.*not a madjax.Defended: give one such as"),
+        ({"defenses": (Defended(MAD(), (0.5,)), Defended(MAD(), (0.9,)))}, "defenses holds mad, "),
+        ({"attacks": (Knockoff(variant=["a"]),)}, "cannot be told from others .unhashable type"),
+        ({"seeds": (1, 1)}, "seeds holds 1; 1: give at least one, each once$"),
+    ],
+)
+def test_the_parts_of_a_sweep_are_tuples_of_different_values(change, words):
+    with pytest.raises(InputError, match=words):
+        replace(BASE, **change)
 
 
 def test_shipped_configs_load_and_say_their_claim_command_and_cost():
@@ -163,9 +249,9 @@ def test_shipped_configs_load_and_say_their_claim_command_and_cost():
 def test_a_users_own_file_loads(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from madjax import Sweep\n"
+        "from madjax import MAD, Defended, Sweep, Task\n"
         "def config():\n"
-        "    return Sweep(name='mine', dataset='a', queryset='b')\n"
+        "    return Sweep('mine', (Task('a', 'b'),), (Defended(MAD()),))\n"
     )
     assert config.load(str(path)).name == "mine"
 
@@ -177,9 +263,8 @@ def test_a_users_own_file_loads(tmp_path):
         ("x = 1", "AttributeError"),
         ("def config(:", "SyntaxError"),
         (
-            "from madjax import Sweep\n"
-            "def config(): return Sweep(name='a', dataset='a', queryset='b', epsilons=(-1.0,))",
-            r"epsilon is -1\.0",
+            "from madjax import MAD, Defended\ndef config(): return Defended(MAD(), (-1.0,))",
+            r"strength is -1\.0",
         ),
     ],
 )
@@ -198,7 +283,7 @@ def test_a_missing_config_lists_the_shipped_ones():
 
 def test_a_function_without_an_import_path_is_refused():
     with pytest.raises(InputError, match="no import path"):
-        config.describe(replace(BASE, architecture=lambda classes: madjax.LeNet(classes)))
+        config.describe(replace(TASK, architecture=lambda classes: madjax.LeNet(classes)))
 
 
 def test_partial_functions_are_described_whole():
@@ -214,10 +299,56 @@ def test_partial_functions_are_described_whole():
 def test_hash_sees_every_value_and_survives_json():
     description = config.describe(BASE)
     assert config.digest(json.loads(json.dumps(description))) == config.digest(description)
-    for change in ({"seeds": (1,)}, {"name": "other"}, {"defense": madjax.MAD(layers="last")}):
+    last = (Defended(MAD(layers="last")),)
+    for change in ({"seeds": (1,)}, {"name": "other"}, {"defenses": last}):
         assert config.digest(config.describe(replace(BASE, **change))) != config.digest(description)
 
 
 def test_functions_are_described_by_where_they_live():
-    assert config.describe(BASE)["defense"]["solver"]["oracle"] == "madjax.mad.extreme"
-    assert config.describe(BASE)["architecture"] == "madjax.models.LeNet"
+    described = config.describe(BASE)
+    assert described["defenses"][0]["rule"]["solver"]["oracle"] == "madjax.mad.extreme"
+    assert described["tasks"][0]["architecture"] == "madjax.models.LeNet"
+
+
+class Mix:
+    """An object whose attributes decide what it does."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, y, gram):
+        return y * self.weight
+
+
+class Plain(MAD):
+    """A rule without fields of its own, told from MAD by its class alone."""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Mix(0.1), Mix(0.9)),
+        (MAD(), Plain()),
+        (partial(madjax.kl, weights=np.arange(3)), partial(madjax.kl, weights=np.arange(3) * 1.0)),
+        (partial(madjax.kl, weights=np.arange(3)), partial(madjax.kl, weights=np.arange(3)[::-1])),
+    ],
+)
+def test_values_of_one_class_or_without_fields_are_told_apart(one, other):
+    first, second = (config.digest(config.describe(each)) for each in (one, other))
+    assert first != second
+
+
+def test_a_users_function_is_described_with_its_source(tmp_path, monkeypatch):
+    """Another body of the same name is another function; that of madjax has its path alone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    said = []
+    for module, body in (("theirs_a", "y"), ("theirs_b", "2 * y"), ("theirs_c", "y")):
+        (tmp_path / f"{module}.py").write_text(f"def oracle(y, gram):\n    return {body}\n")
+        said.append(config.describe(importlib.import_module(module).oracle)["source"])
+    assert said[0] == said[2] != said[1]
+    assert config.describe(madjax.extreme) == "madjax.mad.extreme"
+
+
+def test_what_cannot_be_described_is_named():
+    with pytest.raises(InputError, match=r"is a object, .* use numbers, text, tuples"):
+        config.describe({"a": object()})

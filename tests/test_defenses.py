@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import madjax
+from madjax import Defended
 from madjax.batching import bytes_made, map_chunks
 from madjax.defenses import (
     DPSGD,
@@ -87,6 +88,7 @@ def test_rows_name_the_defence():
     assert MAD(layers="all").describe() == {
         "defense": "mad",
         "layers": "all",
+        "surrogate": "random",
         "solver": "line_search",
         "oracle": "extreme",
         "distance": "l1",
@@ -343,8 +345,8 @@ def test_every_query_has_its_own_noise_and_the_key_decides():
 
 def test_dp_sgd_answers_with_the_victim_of_its_noise(queries):
     w, x, y = queries
-    defense = DPSGD(strengths=(0.5, 2.0))
-    known = jnp.stack([w, -w])
+    defense = DPSGD()
+    known = jnp.array([0.5, 2.0]), jnp.stack([w, -w])
     got = [as_function(defense, apply, known, s)(jax.random.key(0), x, y) for s in (0.5, 2.0, 0.0)]
     np.testing.assert_allclose(got[0], jax.nn.softmax(x @ w), atol=1e-6)
     np.testing.assert_allclose(got[1], jax.nn.softmax(-x @ w), atol=1e-6)
@@ -365,21 +367,36 @@ def test_a_defence_of_ones_own_is_a_function(queries):
     ("make", "words"),
     [
         (lambda: TopK(k=0), "k of TopK is 0"),
-        (lambda: Rounding(strengths=(2.0,)), "epsilon is 2.0: .* rounding is a number from 0 to 1"),
+        (
+            lambda: Defended(Rounding(), (2.0,)),
+            "strength is 2.0: .* rounding is a number from 0 to 1",
+        ),
         (lambda: ReverseSigmoid(gamma=0.0), "gamma of ReverseSigmoid is 0.0"),
-        (lambda: ReverseSigmoid(strengths=(1.5,)), "epsilon is 1.5: .* reverse_sigmoid"),
+        (lambda: Defended(ReverseSigmoid(), (1.5,)), "strength is 1.5: .* reverse_sigmoid"),
         (lambda: RandomNoise(ball=max), "give madjax.defenses.l1_ball or l2_ball"),
-        (lambda: DPSGD(strengths=()), "strengths of DPSGD is"),
-        (lambda: DPSGD(strengths=(0.0, 1.0)), "each above 0"),
+        (lambda: Defended(DPSGD(), (0.0, 1.0)), "strength is 0: .* give a number above 0"),
+        (lambda: Defended(Custom(function=max)), "strengths of custom holds nothing"),
+        (lambda: Defended(madjax.jbda()), "rule is JacobianAug.*not a madjax.Defense"),
+        (lambda: Defended(MAD(), 0.5), r"strengths is 0.5: give a tuple, such as \(0.5, 0.99\)"),
+        (lambda: Defended(MAD(), np.ones(2)), r"strengths is array.*: give a tuple"),
+        (lambda: Defended(MAD(), ("much",)), "strengths holds 'much': give numbers"),
+        (lambda: Defended(MAD(), (0.5, 0.50000000001)), "strengths of mad, .* each once"),
         (lambda: DPSGD(clip=0.0), "clip of DPSGD is 0.0"),
-        (lambda: DPSGD().check_strength(3.0), "one of its noise multipliers 0.7, 2.0, 8.0"),
         (lambda: MAD(surrogate_epochs=-1), "surrogate_epochs is -1"),
-        (lambda: MAD(strengths=(-0.1,)), "epsilon is -0.1: the strength of mad"),
+        (lambda: Defended(MAD(), (-0.1,)), "strength is -0.1: the strength of mad"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(make, words):
     with pytest.raises(madjax.InputError, match=words):
         make()
+
+
+def test_a_defence_without_strengths_is_tried_at_its_usual_ones():
+    for rule in (MAD(), Undefended(), TopK(k=2), Rounding(), ReverseSigmoid(), RandomNoise()):
+        assert Defended(rule).strengths == rule.usual
+        assert len(rule.usual) > 0
+    assert Defended(MAD(), (1,)).strengths == (1.0,)
+    assert (MAD().is_budgeted, ReverseSigmoid().is_budgeted) == (True, False)
 
 
 def test_rows_tell_settings_apart():

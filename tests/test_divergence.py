@@ -16,11 +16,13 @@ from madjax import (
     MAD,
     AdaptiveKnockoff,
     Classifier,
+    Defended,
     InputError,
     Knockoff,
     Online,
     Recipe,
     Sweep,
+    Task,
     fit,
     jbda,
     private,
@@ -73,13 +75,11 @@ def test(images):
 
 
 KNOCKOFF = Knockoff(budget=40, architecture=Linear, recipe=RECIPE)
+TASK = Task("tiny", "tiny", architecture=Linear, victim=RECIPE)
 CONFIG = Sweep(
     name="tiny",
-    dataset="tiny",
-    queryset="tiny",
-    architecture=Linear,
-    victim=RECIPE,
-    epsilons=(0.0, 0.99),
+    tasks=(TASK,),
+    defenses=(Defended(MAD(), (0.0, 0.99)),),
     seeds=(0, 1),
     attacks=(KNOCKOFF,),
 )
@@ -147,7 +147,7 @@ def test_the_angle_to_a_gradient_that_is_not_finite_is_none(bad):
 
 
 def test_a_victim_that_diverges_is_an_error_that_names_the_learning_rate(folder, tmp_path):
-    config = replace(CONFIG, victim=BROKEN)
+    config = replace(CONFIG, tasks=(replace(TASK, victim=BROKEN),))
     for resume in (False, True):
         with pytest.raises(InputError, match=r"the victim diverged .*learning_rate is 1e\+38"):
             run(config, tmp_path / "out", folder, resume=resume)
@@ -156,7 +156,7 @@ def test_a_victim_that_diverges_is_an_error_that_names_the_learning_rate(folder,
 
 
 def test_a_victim_that_diverges_late_is_an_error_at_that_epoch(folder, tmp_path):
-    config = replace(CONFIG, victim=replace(RECIPE, optimizer=late))
+    config = replace(CONFIG, tasks=(replace(TASK, victim=replace(RECIPE, optimizer=late)),))
     with pytest.raises(InputError, match="the victim diverged within 2 of 3 epochs"):
         run(config, tmp_path, folder)
 
@@ -317,13 +317,14 @@ def odd(key, x, y, strength):
 
 
 def test_a_defence_that_answers_nan_is_an_error_that_names_it(folder, tmp_path):
-    config = replace(CONFIG, defense=Custom(rotten, title="rotten"), epsilons=(0.0, 0.2, 0.99))
+    defended = Defended(Custom(rotten, title="rotten"), (0.0, 0.2, 0.99))
+    config = replace(CONFIG, defenses=(defended,))
     with pytest.raises(InputError, match="answers NaN to the attack knockoff"):
         run(config, tmp_path / "asked", folder)
     online = Online(budget=8, images=20, every=8, judged=20, architecture=Linear)
     with pytest.raises(InputError, match="rotten answers NaN on the test set at strength"):
         run(replace(config, attacks=(online,)), tmp_path / "online", folder)
-    config = replace(CONFIG, defense=Custom(odd, title="odd"))
+    config = replace(CONFIG, defenses=(Defended(Custom(odd, title="odd"), (0.99,)),))
     with pytest.raises(InputError, match=r"odd answers NaN .* strength 0\.99, seed 0"):
         run(config, tmp_path / "judged", folder)
 
@@ -349,7 +350,7 @@ ROWS = Path(__file__).parents[1] / "experiments" / "results" / "quickstart" / "r
 
 
 def test_one_diverged_seed_is_in_no_mean():
-    base = json.loads(ROWS.read_text().splitlines()[0])
+    base = read_rows(ROWS.parent)[0]
     rows = [
         base | {"seed": 0, "attacker_accuracy": 90.0, "status": "ok"},
         base | {"seed": 1, "attacker_accuracy": 80.0},

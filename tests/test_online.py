@@ -16,6 +16,7 @@ from madjax import (
     MAD,
     MLP,
     Classifier,
+    Defended,
     InputError,
     Knockoff,
     LeNet,
@@ -24,6 +25,7 @@ from madjax import (
     Recipe,
     ReverseSigmoid,
     Sweep,
+    Task,
     argmax_preserving,
     report,
     sweep,
@@ -260,12 +262,15 @@ def small(num_classes):
 
 STUDY = Sweep(
     name="study",
-    dataset="mnist",
-    queryset="letters",
-    architecture=small,
-    victim=Recipe(epochs=2, batch_size=16, learning_rate=0.1),
-    defense=MAD(layers="all"),
-    epsilons=(0.0, 0.7, 2.0),
+    tasks=(
+        Task(
+            "mnist",
+            "letters",
+            architecture=small,
+            victim=Recipe(epochs=2, batch_size=16, learning_rate=0.1),
+        ),
+    ),
+    defenses=(Defended(MAD(layers="all"), (0.0, 0.7, 2.0)),),
     seeds=(0, 1),
     attacks=(replace(ONLINE, architecture=small, judged=20),),
 )
@@ -297,11 +302,11 @@ def results(rows):
 def test_rows_say_what_the_traces_say(finished):
     out, rows = finished
     trace = report.read_trace(out)
-    assert [(r["seed"], r["epsilon"]) for r in rows] == [
+    assert [(r["seed"], r["strength"]) for r in rows] == [
         (s, e) for s in (0, 1) for e in (0.0, 0.7, 2.0)
     ]
     for row in rows:
-        mine = (trace["seed"] == row["seed"]) & (trace["epsilon"] == row["epsilon"])
+        mine = (trace["seed"] == row["seed"]) & (trace["strength"] == row["strength"])
         angle = trace["angle"][mine]
         assert trace["step"][mine].tolist() == list(range(24))
         np.testing.assert_allclose(row["angle_mean"], angle.mean(), rtol=1e-5)
@@ -319,19 +324,19 @@ def test_rows_say_what_the_traces_say(finished):
         )
         used = trace["distance_used"][mine]
         np.testing.assert_allclose(row["distance_used_mean"], used.mean(), rtol=1e-5)
-        assert 0.3 * row["epsilon"] <= used.max() <= row["epsilon"] + 1e-6
+        assert 0.3 * row["strength"] <= used.max() <= row["strength"] + 1e-6
         assert row["test_loss"] == row["test_losses"][-1]
         assert row["attacker_accuracy"] == row["attacker_accuracies"][-1]
         assert row["defender_accuracy"] == row["defender_accuracies"][-1]
         assert (row["attack"], row["variant"], row["budget"]) == ("online", "", 24)
         assert (row["layers"], row["oracle"], row["distance"]) == ("all", "extreme", "l1")
-        assert row["unchanged"] == (100 if row["epsilon"] == 0 else 0)
+        assert row["unchanged"] == (100 if row["strength"] == 0 else 0)
 
 
 def test_the_clean_path_is_kept_and_a_poisoned_one_is_not(finished):
     _, rows = finished
     for row in rows:
-        if row["epsilon"] == 0:
+        if row["strength"] == 0:
             assert row["angle_max"] < 1e-4
             np.testing.assert_allclose(row["directions_kept"], 1, atol=1e-5)
         else:
@@ -340,7 +345,7 @@ def test_the_clean_path_is_kept_and_a_poisoned_one_is_not(finished):
 
 
 def test_the_direction_kept_is_the_cosine_between_the_ways():
-    cells = sweep.Cell(np.float32([0.5, 0, 0.5, 0]), np.uint32([1, 1, 2, 1]), np.zeros(4, int))
+    cells = sweep.Point(np.float32([0.5, 0, 0.5, 0]), np.uint32([1, 1, 2, 1]), np.zeros(4, int))
     ways = np.array([[1.0, 1, 0], [2, 0, 0], [1, 2, 3], [0, 0, 0]])
     kept = sweep.direction_kept(cells, ways @ ways.T)
     np.testing.assert_allclose(kept, [np.sqrt(0.5), 1, np.nan, np.nan], atol=1e-6)
@@ -355,10 +360,11 @@ def test_the_grid_is_its_single_cells_on_any_devices(
     monkeypatch.setattr(
         sweep.pipeline, "make_mesh", lambda: sweep.make_mesh(jax.devices()[:devices])
     )
-    few = STUDY if devices == 4 else replace(STUDY, epsilons=(0.0, 2.0), seeds=(1,))
+    two = (Defended(MAD(layers="all"), (0.0, 2.0)),)
+    few = STUDY if devices == 4 else replace(STUDY, defenses=two, seeds=(1,))
     again = sweep.run(few, tmp_path / "run", data_dir=data, log=lambda _: None)
     for row in again:
-        (old,) = [r for r in rows if (r["seed"], r["epsilon"]) == (row["seed"], row["epsilon"])]
+        (old,) = [r for r in rows if (r["seed"], r["strength"]) == (row["seed"], row["strength"])]
         np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)
         np.testing.assert_allclose(row["test_losses"], old["test_losses"], rtol=1e-4)
         np.testing.assert_allclose(row["directions_kept"], old["directions_kept"], atol=1e-4)
@@ -403,10 +409,13 @@ def test_white_box_and_knockoff_share_a_sweep(data, tmp_path):
         Knockoff(budget=20, architecture=small, recipe=Recipe(epochs=1, batch_size=10)),
         replace(STUDY.attacks[0], refresh=6),
     )
-    defenses = (MAD(layers="last", strengths=(0.7,)), ReverseSigmoid(strengths=(0.0, 1.0)))
-    config = replace(STUDY, defense=defenses, attacks=attacks, seeds=(0,))
+    defenses = (
+        Defended(MAD(layers="last"), (0.7,)),
+        Defended(ReverseSigmoid(), (0.0, 1.0)),
+    )
+    config = replace(STUDY, defenses=defenses, attacks=attacks, seeds=(0,))
     rows = sweep.run(config, tmp_path / "run", data_dir=data, log=lambda _: None)
-    said = [(r["defense"], r["attack"], r["variant"], r["epsilon"]) for r in rows]
+    said = [(r["defense"], r["attack"], r["variant"], r["strength"]) for r in rows]
     assert len(set(said)) == len(said) == 2 * 1 + 2 * 2
     assert {v for _, _, v, _ in said} == {"", "surrogate every 6 steps"}
     report.write_report(tmp_path / "run")
@@ -442,7 +451,7 @@ def test_the_trace_is_written_as_one_table(finished, tmp_path, suffix):
 
         held = parquet.read_table(path).to_pydict()
     assert set(held) == set(trace)
-    assert {"step", "angle", "distance_used", "loss", "epsilon", "seed"} < set(held)
+    assert {"step", "angle", "distance_used", "loss", "strength", "seed"} < set(held)
     for name, values in trace.items():
         assert len(values) == 24 * 6
         assert (np.asarray(held[name]) == values).all()
@@ -468,16 +477,20 @@ def test_the_table_and_the_figures_of_a_study(finished):
         assert all(line.get_xdata().tolist() == [10, 20, 24] for line in lines)
     course, _ = report.course_figure(rows).get_axes()
     curve = [line for line in course.get_lines() if line.get_gid() == "curve"][-1]
-    wanted = np.mean([r["angle_means"] for r in rows if r["epsilon"] == 2.0], axis=0)
+    wanted = np.mean([r["angle_means"] for r in rows if r["strength"] == 2.0], axis=0)
     np.testing.assert_allclose(curve.get_ydata(), wanted)
 
 
 def test_the_command_runs_the_study_and_refuses_what_is_none(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    changes = ("dataset=embedded:mnist[:200,:60]", "queryset=embedded:fashion_mnist[:50]")
-    changes += ("victim.epochs=1", "epsilons=0,0.99", "attacks.images=40", "attacks.budget=6")
-    changes += ("attacks.every=4", "attacks.judged=10", "seeds=0")
-    changes += ("architecture=madjax.MLP", "attacks.architecture=madjax.MLP")
+    changes = (
+        "tasks.dataset=embedded:mnist[:200,:60]",
+        "tasks.queryset=embedded:fashion_mnist[:50]",
+        "tasks.architecture=madjax.MLP",
+    )
+    changes += ("tasks.victim.epochs=1", "defenses.strengths=0,0.99", "attacks.images=40")
+    changes += ("attacks.every=4", "attacks.judged=10", "seeds=0", "attacks.budget=6")
+    changes += ("attacks.architecture=madjax.MLP",)
     words = [word for each in changes for word in ("--set", each)]
     assert main(["angle", *words]) == 0
     said = capsys.readouterr().out

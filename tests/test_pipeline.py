@@ -12,10 +12,12 @@ from madjax import (
     MAD,
     AdaptiveKnockoff,
     Classifier,
+    Defended,
     Knockoff,
     RandomNoise,
     Recipe,
     Sweep,
+    Task,
     fit,
     jbda,
     jbself,
@@ -53,18 +55,17 @@ ATTACKS = (
     jbself(as_published_code=True, **JACOBIAN),
     jbtop(2, kappa=5, sigma=0, **JACOBIAN),
 )
-CONFIG = Sweep(
-    name="pipeline",
-    dataset="victims",
-    queryset="queries",
+TASK = Task(
+    "victims",
+    "queries",
+    query_splits=("test", "train"),
     architecture=Linear,
     victim=replace(RECIPE, epochs=3),
-    seeds=(0, 1),
 )
 DEFENSES = {
-    "MAD": (MAD(strengths=(0.9,)), ATTACKS),
+    "MAD": (Defended(MAD(), (0.9,)), ATTACKS),
     # Its answers depend on the number of the query, so that the order of queries shows.
-    "noise": (RandomNoise(strengths=(4.0,)), ATTACKS[:2]),
+    "noise": (Defended(RandomNoise(), (4.0,)), ATTACKS[:2]),
 }
 
 
@@ -85,27 +86,28 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module", params=DEFENSES)
 def swept(request, data_dir, tmp_path_factory):
     """A defence, its attacks and the rows of their sweep."""
-    defense, attacks = DEFENSES[request.param]
-    config = replace(CONFIG, defense=defense, attacks=attacks)
+    defended, attacks = DEFENSES[request.param]
+    config = Sweep("pipeline", (TASK,), (defended,), attacks, seeds=(0, 1))
     out = tmp_path_factory.mktemp("runs") / "out"
-    return defense, attacks, sweep.run(config, out, data_dir=data_dir, log=lambda line: None)
+    return defended, attacks, sweep.run(config, out, data_dir=data_dir, log=lambda line: None)
 
 
 @pytest.mark.smoke
 def test_rows_are_those_of_single_attacks(swept, data_dir):
     """Every image, answer and label of the compiled grid is where it belongs."""
-    defense, attacks, rows = swept
-    data, queries = (open_dataset(name, data_dir) for name in (CONFIG.dataset, CONFIG.queryset))
+    defended, attacks, rows = swept
+    defense, (strength,) = defended.rule, defended.strengths
+    data, queries = (open_dataset(name, data_dir) for name in (TASK.dataset, TASK.queryset))
     network = Classifier(Linear(4), data.family.preprocess, data.image_shape)
-    victim_key = jax.random.fold_in(jax.random.key(CONFIG.victim_seed), VICTIM)
+    victim_key = jax.random.fold_in(jax.random.key(TASK.victim_seed), VICTIM)
     train, test = (data.x_train, data.y_train), (data.x_test, data.y_test)
-    victim = fit(network, CONFIG.victim, victim_key, train, test).params
-    own = {"queryset": (queries.x_train, queries.y_train), "dataset": train}
-    seed, strength = 1, defense.strengths[0]
+    victim = fit(network, TASK.victim, victim_key, train, test).params
+    drawn = (queries.x_test, queries.x_train), (queries.y_test, queries.y_train)
+    own = {"queryset": tuple(map(np.concatenate, drawn)), "dataset": train}
+    said = {"queryset": ("queries", ["test", "train"]), "dataset": ("victims", ["train"])}
+    seed = 1
     key = keys(seed)
-    known = defense.prepare(
-        Owner(network, CONFIG.victim, victim_key, train, test), key["surrogate"]
-    )
+    known = defense.prepare(Owner(network, TASK.victim, victim_key, train, test), key["surrogate"])
     respond = prediction_api(defense, network, victim, known, key["defense"], strength)
     y = network.posterior(victim, data.x_test)
     defend = as_function(defense, network.apply, known, strength)
@@ -126,6 +128,7 @@ def test_rows_are_those_of_single_attacks(swept, data_dir):
         np.testing.assert_allclose(row["attacker_accuracies"], state.accuracy, atol=0.26)
         assert row["queries"] == int(transfer.asked) == attack.budget
         assert row["examples"] == len(transfer.targets)
+        assert (row["queryset"], row["query_splits"]) == said[attack.source]
         top = 100 * np.mean(y_tilde.argmax(1) == data.y_test)
         np.testing.assert_allclose(row["defender_accuracy"], top, atol=0.26)
         np.testing.assert_allclose(row["l1_mean"], abs(y_tilde - y).sum(1).mean(), rtol=1e-4)

@@ -17,12 +17,14 @@ from madjax import (
     MLP,
     AdaptiveKnockoff,
     Classifier,
+    Defended,
     InputError,
     Knockoff,
     LineSearch,
     Online,
     Recipe,
     Sweep,
+    Task,
     angle,
     argmax_preserving,
     deviation,
@@ -140,21 +142,19 @@ def small(num_classes):
 
 
 RECIPE = Recipe(epochs=2, batch_size=16)
+TASK = Task("tiny", "tiny", architecture=small, victim=RECIPE)
 CONFIG = Sweep(
     name="tiny",
-    dataset="tiny",
-    queryset="tiny",
-    architecture=small,
-    victim=RECIPE,
-    epsilons=(0.0, 0.9),
-    seeds=(0,),
+    tasks=(TASK,),
+    defenses=(Defended(MAD(), (0.0, 0.9)),),
     attacks=(Knockoff(budget=40, architecture=small, recipe=RECIPE),),
 )
 
 
 def test_a_half_precision_network_keeps_the_budget_of_a_sweep(folder, tmp_path):
     attack = Knockoff(budget=40, architecture=half, recipe=RECIPE)
-    config = replace(CONFIG, architecture=half, epsilons=(0.3, 1.97), attacks=(attack,))
+    task = replace(TASK, architecture=half)
+    config = Sweep("half", (task,), (Defended(MAD(), (0.3, 1.97)),), (attack,))
     rows = sweep.run(config, tmp_path, data_dir=folder, log=lambda line: None)
     assert all(row["l1_max"] <= row["epsilon"] + 1e-6 for row in rows)
     assert max(row["l1_max"] for row in rows) > 1.5
@@ -205,7 +205,7 @@ def test_answers_under_x64_are_those_without(name):
 
 def test_a_sweep_runs_under_x64(folder, tmp_path):
     attack = jbtop(2, seeds=10, budget=30, substitute=RECIPE, recipe=RECIPE, architecture=small)
-    config = replace(CONFIG, attacks=(attack,), epsilons=(0.9,))
+    config = replace(CONFIG, attacks=(attack,), defenses=(Defended(MAD(), (0.9,)),))
     with jax.enable_x64(True):
         (row,) = sweep.run(config, tmp_path, data_dir=folder, log=lambda line: None)
     assert row["status"] == "ok"
@@ -223,7 +223,7 @@ def test_a_sweep_makes_no_nan_to_fill_gaps_with(folder, tmp_path):
         Online(architecture=small, recipe=Recipe(batch_size=1), **online),
     )
     with jax.debug_nans(True):
-        config = replace(CONFIG, attacks=attacks, epsilons=(0.9,))
+        config = replace(CONFIG, attacks=attacks, defenses=(Defended(MAD(), (0.9,)),))
         rows = sweep.run(config, tmp_path, data_dir=folder, log=lambda line: None)
     assert len(rows) == 4
 
@@ -377,7 +377,7 @@ def test_the_share_of_answers_left_as_they_are_is_counted():
 
 def test_rows_say_how_many_answers_are_undefended(folder, tmp_path):
     """The surrogate is the victim: it has no direction to leave."""
-    config = replace(CONFIG, defense=Own())
+    config = replace(CONFIG, defenses=(Defended(Own(), (0.0, 0.9)),))
     rows = sweep.run(config, tmp_path, data_dir=folder, log=lambda line: None)
     assert [row["undefended_share"] for row in rows] == [1, 1]
     text = report.table(rows)
@@ -390,5 +390,5 @@ def test_rows_say_how_many_answers_are_undefended(folder, tmp_path):
 class Own(MAD):
     """MAD whose surrogate is the victim."""
 
-    def prepare(self, owner, key):
+    def prepare(self, owner, key, strengths):
         return owner.train("own", owner.recipe, owner.key)

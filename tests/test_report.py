@@ -44,7 +44,8 @@ def row(**changes):
         "config": "default",
         "n_test": 1797,
     }
-    return base | changes
+    made = base | changes
+    return {"strength": made["epsilon"]} | made
 
 
 def save(directory, *lines):
@@ -159,14 +160,49 @@ def test_curves_are_apart_and_epsilons_are_in_numeric_order():
     assert [p.curve.dataset for p in points] == ["cifar10"] + 8 * ["mnist"]
     assert len({p.curve for p in points}) == 6
     main = report.Curve(*(row().get(name, "") for name in report.Curve._fields))
-    assert [p.epsilon for p in points if p.curve == main] == [0.0, 0.5, 2.0, 10.0]
+    assert [p.strength for p in points if p.curve == main] == [0.0, 0.5, 2.0, 10.0]
     budgets = [p.curve.budget for p in points if p.curve._replace(budget=5000) == main]
     assert budgets == [500, 5000, 5000, 5000, 5000]
 
 
 def test_two_rows_of_one_cell_are_refused():
-    with pytest.raises(InputError, match=r"2 rows for the cell mnist .* epsilon 0\.5 seed 3"):
+    with pytest.raises(InputError, match=r"2 rows for the cell mnist .* strength 0\.5 seed 3"):
         report.summarise([row(epsilon=0.5, seed=3), row(epsilon=0.5, seed=3), row(seed=1)])
+
+
+def test_seeds_of_several_victims_are_points_of_one_curve():
+    rows = [
+        row(seed=s, victim_seed=v, attacker_accuracy=90.0 + v) for s in (0, 1) for v in (0, 1, 2)
+    ]
+    (point,) = report.summarise(rows)
+    assert (point.n, point.victims) == (6, 3)
+    assert point.attacker_accuracy.mean == pytest.approx(91.0)
+    assert "### mnist (lenet, 3 victims) <- emnist" in report.table(rows)
+    (one,) = report.summarise([r for r in rows if r["victim_seed"] == 2])
+    assert (one.n, one.victims) == (2, 1)
+    (unknown,) = report.summarise([row(seed=0), row(seed=1)])
+    assert unknown.victims is None
+
+
+def test_tasks_that_differ_in_what_lies_behind_a_name_are_curves_of_their_own():
+    rows = [row(dataset_source=name) for name in ("mnist", "mnist[:5000]")]
+    rows += [row(dataset_source="mnist", query_splits=["train", "test"])]
+    assert len({p.curve for p in report.summarise(rows)}) == 3
+
+
+def test_older_rows_are_read_as_they_would_be_written_now(tmp_path):
+    """They had every defence's strength as `epsilon`."""
+    old = [row(epsilon=0.5), other("reverse_sigmoid", 0.3)]
+    save(tmp_path, *({k: v for k, v in each.items() if k != "strength"} for each in old))
+    mad, reverse = report.read_rows(tmp_path)
+    assert (mad["strength"], mad["epsilon"]) == (0.5, 0.5)
+    assert (reverse["strength"], reverse["epsilon"]) == (0.3, None)
+    heads = [
+        line.split("|")[1].strip()
+        for line in report.table([mad, reverse]).splitlines()
+        if "attacker acc" in line
+    ]
+    assert heads == ["epsilon", "strength"]
 
 
 @pytest.mark.parametrize("tail", ['{"dataset": "mni', '{"dataset": "mni\n', "\udce2"])
@@ -191,7 +227,7 @@ def test_rows_survive_the_file_unchanged_with_blank_lines_and_null_kl(tmp_path):
         ("[1, 2]\n", "not a JSON object"),
         ({"dataset": "mnist"}, "no field 'victim'"),
         (row(attacker_accuracy=math.nan), "attacker_accuracy is nan"),
-        (row(epsilon="0.5"), "epsilon is '0.5'"),
+        (row(epsilon="0.5"), "strength is '0.5'"),
     ],
 )
 def test_bad_line_names_file_and_line(tmp_path, line, says):
@@ -315,7 +351,7 @@ def test_figure_plots_the_summary():
         assert len(lines) == len(curves) == 4
         for line, curve in zip(lines, curves, strict=True):
             mine = [p for p in points if p.curve == curve]
-            assert [p.epsilon for p in mine] == [0.0, 0.5, 1.0, 2.0]
+            assert [p.strength for p in mine] == [0.0, 0.5, 1.0, 2.0]
             np.testing.assert_array_equal(
                 line.get_xdata(), [p.attacker_accuracy.mean for p in mine]
             )
@@ -422,7 +458,7 @@ def test_a_curve_without_an_undefended_point_starts_at_that_of_its_attack():
     lines = {line.get_label(): line for line in curve_lines(label_free)}
     assert lines["DP-SGD (clip 1)"].get_markevery() == [1, 2]
     # Tables and points are of the rows alone.
-    dp = [p.epsilon for p in report.summarise(rows) if p.curve.defense == "dp_sgd"]
+    dp = [p.strength for p in report.summarise(rows) if p.curve.defense == "dp_sgd"]
     assert dp == 2 * [0.7, 2.0]
 
 

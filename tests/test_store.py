@@ -15,84 +15,106 @@ from madjax.report import read_rows
 pytestmark = pytest.mark.smoke
 
 CONFIG = {"name": "a", "attack": {"budget": 10}, "seeds": [0]}
+CELLS = ["a", "b"]
 
 
 def test_rows_are_whole_lines(tmp_path):
-    store.open_run(tmp_path / "run", CONFIG, resume=False)
+    store.open_run(tmp_path / "run", CONFIG, CELLS, resume=False)
     for i in range(3):
-        store.append_row(tmp_path / "run", {"i": i})
+        store.append_rows(tmp_path / "run", [{"i": i}])
     lines = (tmp_path / "run" / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"i": 0}, {"i": 1}, {"i": 2}]
 
 
 def test_a_half_written_row_is_cut_off_on_resume(tmp_path):
-    store.open_run(tmp_path, CONFIG, resume=False)
-    store.append_row(tmp_path, {"i": 0})
+    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    store.append_rows(tmp_path, [{"i": 0}])
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"i": 1, "accur')
-    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}]
-    store.append_row(tmp_path, {"i": 1})
-    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}, {"i": 1}]
+    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
+    store.append_rows(tmp_path, [{"i": 1}])
+    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}, {"i": 1}]
 
 
 def test_a_row_that_json_cannot_hold_is_an_error_and_not_written(tmp_path):
-    store.open_run(tmp_path, CONFIG, resume=False)
+    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
     with pytest.raises(ValueError, match="JSON"):
-        store.append_row(tmp_path, {"kl_mean": float("inf")})
+        store.append_rows(tmp_path, [{"kl_mean": float("inf")}])
     assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_a_write_cut_short_leaves_no_part_of_a_row(tmp_path, monkeypatch):
-    store.open_run(tmp_path, CONFIG, resume=False)
-    store.append_row(tmp_path, {"i": 0})
+    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    store.append_rows(tmp_path, [{"i": 0}])
     write = store.os.write
     monkeypatch.setattr(store.os, "write", lambda handle, data: write(handle, data[:4]))
     with pytest.raises(OSError, match="disk is full"):
-        store.append_row(tmp_path, {"i": 1})
+        store.append_rows(tmp_path, [{"i": 1}])
     monkeypatch.undo()
-    store.append_row(tmp_path, {"i": 2})
-    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}, {"i": 2}]
+    store.append_rows(tmp_path, [{"i": 2}])
+    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}, {"i": 2}]
 
 
 def test_damaged_files_are_named(tmp_path):
-    store.open_run(tmp_path, CONFIG, resume=False)
+    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
     (tmp_path / "rows.jsonl").write_text('{"i": 0}\n{"i": \n{"i": 2}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:2 is damaged"):
-        store.open_run(tmp_path, CONFIG, resume=True)
+        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json is damaged"):
-        store.open_run(tmp_path, CONFIG, resume=True)
+        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
 
 
 def test_another_run_is_never_touched(tmp_path):
-    store.open_run(tmp_path, CONFIG, resume=False)
-    store.append_row(tmp_path, {"i": 0})
+    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    store.append_rows(tmp_path, [{"i": 0}])
     with pytest.raises(InputError, match="already holds a run: add --resume"):
-        store.open_run(tmp_path, CONFIG, resume=False)
+        store.open_run(tmp_path, CONFIG, CELLS, resume=False)
     changed = {**CONFIG, "attack": {"budget": 20}}
     with pytest.raises(InputError, match=r"attack\.budget = 10, not 20"):
-        store.open_run(tmp_path, changed, resume=True)
-    assert store.open_run(tmp_path, CONFIG, resume=True) == [{"i": 0}]
+        store.open_run(tmp_path, changed, ["c"], resume=True)
+    with pytest.raises(InputError, match="of the same config by another madjax"):
+        store.open_run(tmp_path, CONFIG, ["c"], resume=True)
+    with pytest.raises(InputError, match=r"with seeds = \[0\], not \[1\]"):
+        store.open_run(tmp_path, {**CONFIG, "seeds": [1]}, ["c"], resume=True)
+    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
+
+
+def test_a_run_may_grow_and_not_shrink(tmp_path):
+    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    store.append_rows(tmp_path, [{"i": 0}])
+    larger = {**CONFIG, "seeds": [0, 1]}
+    assert store.open_run(tmp_path, larger, [*CELLS, "c"], resume=True) == [{"i": 0}]
+    with pytest.raises(
+        InputError, match=r"with seeds = \[0, 1\], not \[0\]: resume with that config"
+    ):
+        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
+
+
+def test_a_run_of_before_there_were_ids_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(InputError, match="holds a run of an older madjax"):
+        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="holds no run"):
-        store.open_run(tmp_path, CONFIG, resume=False)
+        store.open_run(tmp_path, CONFIG, CELLS, resume=False)
     with pytest.raises(InputError, match="holds no run"):
-        store.open_run(tmp_path / "thesis.tex", CONFIG, resume=True)
+        store.open_run(tmp_path / "thesis.tex", CONFIG, CELLS, resume=True)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
 def test_resume_of_nothing_starts_a_run(tmp_path):
-    assert store.open_run(tmp_path / "new", CONFIG, resume=True) == []
+    assert store.open_run(tmp_path / "new", CONFIG, CELLS, resume=True) == []
     assert (tmp_path / "new" / "config.json").is_file()
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        store.open_run(tmp_path / "file" / "run", CONFIG, resume=False)
+        store.open_run(tmp_path / "file" / "run", CONFIG, CELLS, resume=False)
 
 
 def test_checkpoints_come_back_as_they_were_and_only_the_newest_stays(tmp_path):
@@ -164,11 +186,11 @@ def test_an_interrupt_waits_for_the_checkpoint(tmp_path, monkeypatch):
 
 def test_what_a_crash_left_of_the_first_file_blocks_nothing(tmp_path):
     (tmp_path / ".config.json.part").write_text('{"na')
-    assert store.open_run(tmp_path, CONFIG, resume=False) == []
+    assert store.open_run(tmp_path, CONFIG, CELLS, resume=False) == []
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_rows_of_a_run_are_what_a_report_reads(tmp_path):
-    store.open_run(tmp_path, CONFIG, resume=False)
+    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
     with pytest.raises(InputError, match=r"rows\.jsonl"):
         read_rows(tmp_path)

@@ -15,6 +15,7 @@ from madjax import (
     MAD,
     AdaptiveKnockoff,
     Classifier,
+    Defended,
     InputError,
     Knockoff,
     LeNet,
@@ -22,6 +23,7 @@ from madjax import (
     RandomNoise,
     Recipe,
     Sweep,
+    Task,
     Undefended,
     fit,
     jbda,
@@ -182,7 +184,7 @@ def singly(setting):
 
 def stack(identities, devices):
     """One wave of cells over so many devices."""
-    cells = [sweep.Cell(np.float32(e), np.uint32(s), np.int32(s)) for e, s in identities]
+    cells = [sweep.Point(np.float32(e), np.uint32(s), np.int32(s)) for e, s in identities]
     (wave,) = sweep.waves(cells, devices * -(-len(cells) // devices))
     return wave
 
@@ -322,17 +324,17 @@ def test_no_device_talks_to_another(asked, attack, mapping):
 
 @pytest.mark.smoke
 def test_waves_cover_the_grid_once_and_have_one_size():
-    cells = [sweep.Cell(np.float32(i), np.uint32(0), np.int32(0)) for i in range(7)]
+    cells = [sweep.Point(np.float32(i), np.uint32(0), np.int32(0)) for i in range(7)]
     cut = list(sweep.waves(cells, 3))
     assert [len(wave) for wave, _ in cut] == [3, 3, 1]
-    assert [stacked.epsilon.tolist() for _, stacked in cut] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+    assert [stacked.strength.tolist() for _, stacked in cut] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
 
 
-def write_data(folder, images=(60, 30), shape=(6, 6), classes=4):
-    rng = np.random.default_rng(0)
+def write_data(folder, images=(60, 30), shape=(6, 6), classes=4, seed=0, name="tiny"):
+    rng = np.random.default_rng(seed)
     train, test = images
     np.savez(
-        folder / "tiny.npz",
+        folder / f"{name}.npz",
         x_train=rng.integers(0, 256, (train, *shape), dtype=np.uint8),
         y_train=np.arange(train) % classes,
         x_test=rng.integers(0, 256, (test, *shape), dtype=np.uint8),
@@ -341,13 +343,11 @@ def write_data(folder, images=(60, 30), shape=(6, 6), classes=4):
     return folder
 
 
+TASK = Task("tiny", "tiny", architecture=Linear, victim=Recipe(epochs=2, batch_size=16))
 CONFIG = Sweep(
     name="tiny",
-    dataset="tiny",
-    queryset="tiny",
-    architecture=Linear,
-    victim=Recipe(epochs=2, batch_size=16),
-    epsilons=(0.0, 0.99),
+    tasks=(TASK,),
+    defenses=(Defended(MAD(), (0.0, 0.99)),),
     seeds=(0, 1, 2),
     attacks=(Knockoff(budget=BUDGET, architecture=Linear, recipe=Recipe(epochs=3, batch_size=16)),),
 )
@@ -357,7 +357,7 @@ def results_of(rows):
     timing = ("seconds", "seconds_collecting", "git_commit")
     return sorted(
         ({k: v for k, v in row.items() if k not in timing} for row in rows),
-        key=lambda row: (row["epsilon"], row["seed"]),
+        key=lambda row: (row["strength"], row["seed"]),
     )
 
 
@@ -429,10 +429,10 @@ def test_resume_on_other_devices_finishes_the_run(finished, tmp_path, monkeypatc
         np.testing.assert_allclose(row["attacker_accuracies"], same["attacker_accuracies"])
 
 
-def test_a_stop_between_the_rows_of_a_wave_doubles_none(finished, tmp_path, monkeypatch):
+def test_a_stop_between_two_waves_doubles_none(finished, tmp_path, monkeypatch):
     data, _, want = finished
-    stopped_run(tmp_path / "out", data, monkeypatch, "append_row", 3)
-    assert len(read_rows(tmp_path / "out")) == 3
+    stopped_run(tmp_path / "out", data, monkeypatch, "append_rows", 1)
+    assert len(read_rows(tmp_path / "out")) == 4
     sweep.run(CONFIG, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
     assert results_of(read_rows(tmp_path / "out")) == results_of(want)
 
@@ -446,7 +446,8 @@ def test_attacks_and_budgets_share_a_run_and_resume_in_the_middle(tmp_path, monk
         jbda(seeds=10, substitute=replace(SUBSTITUTE, batch_size=8), **small),
         Knockoff(variant="argmax", targets=top_label, repeats=2, **small),
     )
-    chosen = replace(CONFIG, epsilons=(0.5,), seeds=(0,), attacks=attacks, budgets=(20,))
+    half = (Defended(MAD(), (0.5,)),)
+    chosen = replace(CONFIG, defenses=half, seeds=(0,), attacks=attacks, budgets=(20,))
     for resume, saves in ((False, 4), (True, 4)):
         with monkeypatch.context() as patch:
             interrupt_after(patch, "save", saves)
@@ -474,19 +475,18 @@ def test_attacks_and_budgets_share_a_run_and_resume_in_the_middle(tmp_path, monk
 MIXED = replace(
     CONFIG,
     seeds=(0, 1),
-    epsilons=(0.4, 0.99),
-    defense=(
-        Undefended(),
-        MAD(),
-        RandomNoise(strengths=(5.0,)),
-        MAD(surrogate_epochs=2, strengths=(0.99,)),
-        DPSGD(recipe=Recipe(epochs=2, batch_size=20, decay_epochs=0), strengths=(0.5, 2.0)),
+    defenses=(
+        Defended(Undefended()),
+        Defended(MAD(), (0.4, 0.99)),
+        Defended(RandomNoise(), (5.0,)),
+        Defended(MAD(surrogate_epochs=2), (0.99,)),
+        Defended(DPSGD(recipe=Recipe(epochs=2, batch_size=20, decay_epochs=0)), (0.5, 2.0)),
     ),
 )
 
 
 def who(row):
-    return row["defense"], row["defense_variant"], row["epsilon"], row["seed"]
+    return row["defense"], row["defense_variant"], row["strength"], row["seed"]
 
 
 @pytest.fixture(scope="module")
@@ -508,19 +508,19 @@ def test_a_sweep_of_several_defences_is_several_sweeps(mixed, tmp_path):
         ("dp_sgd", "clip 1", 2.0),
     ]
     assert len(rows) == 14
-    alone = replace(MIXED, defense=MAD(), epsilons=(0.0, 0.4, 0.99))
+    alone = replace(MIXED, defenses=(Defended(MAD(), (0.0, 0.4, 0.99)),))
     alone = sweep.run(alone, tmp_path / "out", data_dir=data, log=lambda line: None)
     found = {who(row): row for row in rows}
     for row in alone:
-        name = "mad" if row["epsilon"] else "none"
-        same = found[name, "", row["epsilon"], row["seed"]]
+        name = "mad" if row["strength"] else "none"
+        same = found[name, "", row["strength"], row["seed"]]
         for field in ("defender_accuracy", "l1_mean", "entropy_mean", "attacker_accuracies"):
             np.testing.assert_allclose(same[field], row[field], atol=1e-4)
 
 
 def test_rows_of_dp_sgd_have_the_privacy_they_cost(mixed):
     _, rows = mixed
-    private = {row["epsilon"]: row for row in rows if row["defense"] == "dp_sgd"}
+    private = {row["strength"]: row for row in rows if row["defense"] == "dp_sgd"}
     want = accounted_epsilon(0.5, num_examples=60, batch_size=20, epochs=2, delta=1 / 60)
     np.testing.assert_allclose(private[0.5]["dp_epsilon"], want)
     assert private[2.0]["dp_epsilon"] < private[0.5]["dp_epsilon"]
@@ -533,7 +533,7 @@ def test_rows_of_dp_sgd_have_the_privacy_they_cost(mixed):
 def test_what_defences_prepare_survives_a_stop(tmp_path, monkeypatch):
     """Stop in a surrogate's training, and in that of the second private victim."""
     data = write_data(tmp_path)
-    chosen = replace(MIXED, seeds=(0,), defense=MIXED.defense[3:])
+    chosen = replace(MIXED, seeds=(0,), defenses=MIXED.defenses[3:])
     kept = {}
     # 2 checkpoints of the victim, 1 or 2 of the surrogate, 4 of its wave, 3 of private victims.
     for saves, resume in ((3, False), (1 + 4 + 3, True)):
@@ -557,20 +557,37 @@ def test_what_defences_prepare_survives_a_stop(tmp_path, monkeypatch):
 
 def test_the_victim_is_exported_behind_any_of_its_defences(tmp_path):
     data = write_data(tmp_path)
-    chosen = replace(
-        MIXED, defense=(MAD(), DPSGD(strengths=(0.5,), recipe=MIXED.defense[4].recipe))
-    )
+    private = Defended(MIXED.defenses[4].rule, (0.5,))
+    other = replace(TASK, victim_seed=1)
+    chosen = replace(MIXED, tasks=(TASK, other), defenses=(Defended(MAD(), (0.99,)), private))
+    chosen = replace(chosen, seeds=(0,), attacks=(replace(CONFIG.attacks[0], budget=20),))
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="2 defences, 2 of them meant: choose one by its label"):
+    with pytest.raises(InputError, match="holds no run"):
+        sweep.defended(chosen, out, strength=0.5, task="0", defense="0", data_dir=data)
+    sweep.run(chosen, out, data_dir=data, log=lambda line: None)
+    with pytest.raises(InputError, match="2 tasks, 2 of them meant: choose one by its label"):
         sweep.defended(chosen, out, strength=0.5, data_dir=data)
-    with pytest.raises(InputError, match="the strength of dp_sgd is one of its noise multipliers"):
-        sweep.defended(chosen, out, strength=0.4, defense="dp_sgd, clip 1", data_dir=data)
+    with pytest.raises(InputError, match="2 defences, 2 of them meant: choose one by its label"):
+        sweep.defended(chosen, out, strength=0.5, task="0", data_dir=data)
+    where = {"task": other.label, "defense": "dp_sgd, clip 1", "data_dir": data}
+    with pytest.raises(InputError, match=r"no dp-sgd-noise-0\.4-clip-1 trained for 2 epochs"):
+        sweep.defended(chosen, out, strength=0.4, **where)
+    with pytest.raises(InputError, match="strength is 0: that of dp_sgd is a noise multiplier"):
+        sweep.defended(chosen, out, strength=0.0, **where)
+    x = np.load(data / "tiny.npz")["x_test"][..., None]
+    _, predict = sweep.defended(chosen, out, strength=0.5, **where)
+    victims = [
+        sweep.defended(chosen, out, strength=0.0, task=task, defense="0", data_dir=data)[1](x)
+        for task in ("0", "1")
+    ]
+    assert all(np.abs(predict(x) - y).max() > 1e-3 for y in victims)
+    assert np.abs(victims[0] - victims[1]).max() > 1e-3
 
 
 def test_an_exported_random_defence_cannot_be_averaged_out(finished):
     """Its noise belongs to the image: not to the place in a batch, nor to the call."""
     data, out, _ = finished
-    noisy = replace(CONFIG, defense=RandomNoise())
+    noisy = replace(CONFIG, defenses=(Defended(RandomNoise()),))
     x = np.load(data / "tiny.npz")["x_test"][..., None]
     _, predict = sweep.defended(noisy, out, strength=20.0, data_dir=data)
     _, plain = sweep.defended(noisy, out, strength=0.0, data_dir=data)
@@ -602,10 +619,68 @@ def test_a_smaller_budget_trains_anew_on_the_first_examples(asked):
     chex.assert_trees_all_close(got.params, want.params, atol=1e-5)
 
 
+def logged(chosen, out, data, **options):
+    """The rows of a run, and what it logged."""
+    lines = []
+    return sweep.run(chosen, out, data_dir=data, log=lines.append, **options), lines
+
+
+def test_a_grid_grows_by_its_new_cells_alone(finished, tmp_path):
+    """More strengths, seeds, budgets and attacks: old rows stay, and no victim is trained."""
+    data, _, want = finished
+    whole = replace(CONFIG, attacks=(*CONFIG.attacks, replace(CONFIG.attacks[0], variant="b")))
+    whole = replace(whole, budgets=(20,))
+    small = replace(CONFIG, defenses=(Defended(MAD(), (0.99,)),), seeds=(0, 2))
+    out = tmp_path / "out"
+    first, lines = logged(small, out, data)
+    assert len(first) == 2
+    assert any("victim:" in line for line in lines)
+    text = (out / "rows.jsonl").read_text()
+    rows, lines = logged(whole, out, data, resume=True)
+    assert (out / "rows.jsonl").read_text().startswith(text)
+    assert not any("victim:" in line for line in lines)
+    assert len([line for line in lines if "defender" in line]) == len(rows) - 2
+    assert len({row["id"] for row in rows}) == len(rows) == 2 * 3 * 2 * 2
+    mine = [row for row in rows if row["variant"] == "" and row["budget"] == BUDGET]
+    for row, same in zip(results_of(mine), results_of(want), strict=True):
+        assert row["id"] == same["id"]
+        np.testing.assert_allclose(row["attacker_accuracies"], same["attacker_accuracies"])
+    with pytest.raises(InputError, match="tasks, defences, strengths, attacks, budgets and seeds"):
+        logged(small, out, data, resume=True)
+
+
+def test_a_sweep_of_several_tasks_is_several_sweeps(tmp_path):
+    """Other images, another victim of the same images, and other shapes, in one run."""
+    data = write_data(tmp_path)
+    write_data(tmp_path, shape=(5, 5), name="small")
+    write_data(tmp_path, seed=1, name="other")
+    tasks = (
+        TASK,
+        replace(TASK, victim_seed=3),
+        replace(TASK, queryset="other", query_splits=("train", "test")),
+        replace(TASK, dataset="small", queryset="small"),
+    )
+    few = replace(CONFIG, seeds=(1,), tasks=tasks)
+    rows, lines = logged(few, tmp_path / "out", data)
+    # The third task has the victim of the first.
+    assert sum("victim:" in line for line in lines) == 3
+    assert [row["victim_seed"] for row in rows] == [0, 0, 3, 3, 0, 0, 0, 0]
+    assert rows[4]["query_splits"] == ["train", "test"]
+    for i, task in enumerate(tasks):
+        alone = sweep.run(
+            replace(few, tasks=(task,)), tmp_path / str(i), data_dir=data, log=lambda line: None
+        )
+        for row, same in zip(rows[2 * i : 2 * i + 2], alone, strict=True):
+            assert row["id"] == same["id"]
+            assert row["attacker_accuracies"] == same["attacker_accuracies"]
+            assert row["defender_accuracy"] == same["defender_accuracy"]
+    assert rows[0]["attacker_losses"] != rows[2]["attacker_losses"] != rows[4]["attacker_losses"]
+
+
 def test_resume_refuses_other_data_of_the_same_name(finished, tmp_path):
     _, out, _ = finished
     other = write_data(tmp_path, images=(60, 31))
-    with pytest.raises(InputError, match=r"data\.dataset"):
+    with pytest.raises(InputError, match=r"data\.0\.dataset"):
         sweep.run(CONFIG, out, data_dir=other, resume=True)
 
 
@@ -619,9 +694,9 @@ def test_resume_of_a_finished_run_does_nothing(finished):
 
 def test_adding_cells_changes_no_other(finished, tmp_path):
     data, _, want = finished
-    fewer = replace(CONFIG, epsilons=(0.99,), seeds=(2,))
+    fewer = replace(CONFIG, defenses=(Defended(MAD(), (0.99,)),), seeds=(2,))
     (row,) = sweep.run(fewer, tmp_path / "out", data_dir=data, log=lambda line: None)
-    (same,) = [r for r in want if (r["epsilon"], r["seed"]) == (0.99, 2)]
+    (same,) = [r for r in want if (r["strength"], r["seed"]) == (0.99, 2)]
     for name in ("attacker_accuracies", "defender_accuracy", "l1_mean"):
         np.testing.assert_allclose(row[name], same[name], atol=1e-3)
 
@@ -638,12 +713,17 @@ def too_few(world):
 def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
     data = write_data(tmp_path)
 
+    last = (Defended(MAD(layers="last")),)
     for change, words in (
         (
-            {"defense": MAD(solver=LineSearch(broken_oracle))},
+            {"defenses": (Defended(MAD(solver=LineSearch(broken_oracle))),)},
             "the defence MAD.*fails on these data",
         ),
-        ({"architecture": Headless, "defense": MAD(layers="last")}, "layers='last' needs"),
+        (
+            {"tasks": (replace(TASK, architecture=Headless),), "defenses": last},
+            "layers='last' needs",
+        ),
+        ({"tasks": (replace(TASK, query_splits=("train", "test")),)}, "30 of the 30 test images"),
         ({"attacks": (Custom(collect=too_few, architecture=Linear),)}, "makes targets of shape"),
         ({"attacks": (Custom(architecture=Linear),)}, "the attack custom fails on these data"),
     ):
@@ -654,8 +734,9 @@ def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
 
 def test_an_architecture_that_does_not_fit_is_named(tmp_path):
     data = write_data(tmp_path)
+    tasks = (replace(TASK, architecture=LeNet),)
     with pytest.raises(InputError, match="victim's LeNet cannot take images of shape"):
-        sweep.run(replace(CONFIG, architecture=LeNet), tmp_path / "out", data_dir=data)
+        sweep.run(replace(CONFIG, tasks=tasks), tmp_path / "out", data_dir=data)
 
     def wrong(classes):
         return Linear(classes + 1)

@@ -74,16 +74,10 @@ class Owner:
 class Defense:
     """The settings that all defences share; a new defence overrides `answer`, and more if need be.
 
-    strengths: those of the grid, where they are not the sweep's `epsilons`. variant tells settings
-    apart, in rows and figures, where one sweep holds several of a defence.
+    variant tells settings apart, in rows and figures, where one sweep holds several of a defence.
     """
 
-    strengths: tuple[float, ...] = field(default=(), kw_only=True)
     variant: str = field(default="", kw_only=True)
-
-    def __post_init__(self) -> None:
-        for strength in self.strengths:
-            self.check_strength(strength)
 
     @property
     def name(self) -> str:
@@ -103,6 +97,16 @@ class Defense:
         return MAX_STRENGTH
 
     @property
+    def usual(self) -> tuple[float, ...]:
+        """The strengths at which a sweep tries it where it is given none."""
+        return ()
+
+    @property
+    def is_budgeted(self) -> bool:
+        """Whether the strength is a budget: a bound on the distance from posterior to answer."""
+        return False
+
+    @property
     def has_surrogate(self) -> bool:
         """Whether what it knows are parameters that stand for the attacker's.
 
@@ -118,13 +122,16 @@ class Defense:
         """
         if not 0 <= strength <= self.strongest:
             raise InputError(
-                f"epsilon is {strength}: the strength of {self.name} is a number from 0 to "
+                f"strength is {strength}: the strength of {self.name} is a number from 0 to "
                 f"{self.strongest:g}"
             )
 
-    def prepare(self, owner: Owner, key: Array) -> Any:
-        """What the defence knows before the first query, such as the surrogate's parameters."""
-        del owner, key
+    def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
+        """What the defence knows before the first query, such as the surrogate's parameters.
+
+        strengths are those at which it will answer.
+        """
+        del owner, key, strengths
         return ()
 
     def evidence(self, apply: Apply, known: Any, x: Array) -> Any:
@@ -144,6 +151,7 @@ class Defense:
         return {
             "defense": self.name,
             "layers": "none",
+            "surrogate": "none",
             **NO_SOLVER,
             "defense_variant": self.variant,
         }

@@ -32,7 +32,6 @@ class MAD(Defense):
     surrogate_epochs: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_layers(self.layers)
         check_solver(self.solver)
         if self.surrogate_epochs < 0:
@@ -46,6 +45,16 @@ class MAD(Defense):
         return "mad_argmax" if getattr(self.solver, "keeps_label", False) else "mad"
 
     @property
+    def usual(self) -> tuple[float, ...]:
+        """Epsilons that show the whole curve in L1: no defence, and around 1, where labels flip."""
+        return (0.0, 0.1, 0.3, 0.5, 0.8, 0.99, 1.1, 1.5)
+
+    @property
+    def is_budgeted(self) -> bool:
+        """Yes: epsilon."""
+        return True
+
+    @property
     def distance(self) -> Distance:
         """What the budget is a bound of: L1 where the solver does not say."""
         return getattr(self.solver, "distance", l1)
@@ -55,8 +64,9 @@ class MAD(Defense):
         """Yes: that is what its Jacobian is of."""
         return True
 
-    def prepare(self, owner: Owner, key: Array) -> Any:
-        """The surrogate's parameters."""
+    def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
+        """The surrogate's parameters, which are the same at every strength."""
+        del strengths
         if not self.surrogate_epochs:
             return jax.jit(owner.classifier.init)(key)
         recipe = replace(owner.recipe, epochs=self.surrogate_epochs)
@@ -74,8 +84,9 @@ class MAD(Defense):
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which defence this was."""
         epochs = self.surrogate_epochs
+        surrogate = f"{epochs} epoch{'s' if epochs > 1 else ''}" if epochs else "random"
         solver = describe_solver(self.solver)
-        parts = [f"surrogate of {epochs} epoch{'s' if epochs > 1 else ''}"] if epochs else []
+        parts = [f"surrogate of {surrogate}"] if epochs else []
         parts += [solver["solver"]] if solver["solver"] != "line_search" else []
         parts += [solver["objective"]] if solver["objective"] not in ("none", "deviation") else []
         parts += [solver["constraints"]] if solver["constraints"] != "none" else []
@@ -83,5 +94,9 @@ class MAD(Defense):
         return (
             super().describe()
             | solver
-            | {"layers": self.layers, "defense_variant": ", ".join(parts)}
+            | {
+                "layers": self.layers,
+                "surrogate": "none" if self.layers == "identity" else surrogate,
+                "defense_variant": ", ".join(parts),
+            }
         )

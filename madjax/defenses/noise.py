@@ -39,7 +39,6 @@ class ReverseSigmoid(Defense):
     gamma: float = 0.2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 < self.gamma <= 1:
             raise InputError(
                 f"gamma of ReverseSigmoid is {self.gamma}: give a number above 0 and up to 1"
@@ -49,6 +48,11 @@ class ReverseSigmoid(Defense):
     def name(self) -> str:
         """Rows call it `reverse_sigmoid`."""
         return "reverse_sigmoid"
+
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """Betas, to the largest."""
+        return (0.1, 0.25, 0.5, 1.0)
 
     @property
     def strongest(self) -> float:
@@ -108,7 +112,6 @@ class RandomNoise(Defense):
     ball: Callable[[Array, Array], Array] = l1_ball
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.ball not in ORDERS:
             raise InputError(
                 f"ball of RandomNoise is {self.ball}: give madjax.defenses.l1_ball or l2_ball"
@@ -118,6 +121,11 @@ class RandomNoise(Defense):
     def name(self) -> str:
         """Rows call it `random_noise`."""
         return "random_noise"
+
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """Radii that move the answers of a victim on MNIST."""
+        return (50.0, 100.0, 200.0)
 
     def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
         """The posterior of the disturbed logits."""

@@ -1,6 +1,6 @@
 """DP-SGD as a defence: the API is another victim, trained with differential privacy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -20,23 +20,16 @@ class DPSGD(Defense):
     """A victim trained by DP-SGD (Abadi et al. 2016); the strength is the noise multiplier.
 
     Per-example gradients are clipped to L2 norm `clip` and summed, Gaussian noise of standard
-    deviation strength * clip is added (`madjax.private.fit`). Each of the strengths, which must be
-    given, is a victim of its own, with the undefended victim's key; y~ is its posterior, and
-    distances are taken from the undefended victim's. Rows have the accounted `dp_epsilon` at
-    `dp_delta` = 1 / (number of training examples).
+    deviation strength * clip is added (`madjax.private.fit`). Each strength is a victim of its own,
+    with the undefended victim's key; y~ is its posterior, and distances are taken from the
+    undefended victim's. Rows have the accounted `dp_epsilon` at `dp_delta` = 1 / (number of
+    training examples).
     """
 
     recipe: Recipe = Recipe(epochs=10, batch_size=600, learning_rate=0.5, decay_epochs=0)
     clip: float = 1.0
-    strengths: tuple[float, ...] = field(default=(0.7, 2.0, 8.0), kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.strengths or min(self.strengths) <= 0:
-            raise InputError(
-                f"strengths of DPSGD is {self.strengths}: give at least one noise multiplier, each "
-                "above 0"
-            )
         if not 0 < self.clip < float("inf"):
             raise InputError(f"clip of DPSGD is {self.clip}: give a number above 0")
 
@@ -45,17 +38,22 @@ class DPSGD(Defense):
         """Rows call it `dp_sgd`."""
         return "dp_sgd"
 
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """Little noise, and much."""
+        return (0.7, 2.0, 8.0)
+
     def check_strength(self, strength: float) -> None:
-        """Refuse a noise multiplier that no victim is trained with."""
+        """Refuse a noise multiplier that is none."""
         super().check_strength(strength)
-        if strength not in (0, *self.strengths):
+        if not strength:
             raise InputError(
-                f"epsilon is {strength}: the strength of dp_sgd is one of its noise multipliers "
-                f"{', '.join(map(str, self.strengths))}; add it to strengths"
+                "strength is 0: that of dp_sgd is a noise multiplier, give a number above 0, or "
+                "madjax.Undefended() as the defence"
             )
 
-    def prepare(self, owner: Owner, key: Array) -> Any:
-        """The victims' parameters, with a leading axis of strengths."""
+    def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
+        """The noise multipliers, and the parameters of their victims stacked."""
         del key
         trained = [
             owner.train(
@@ -64,27 +62,25 @@ class DPSGD(Defense):
                 owner.key,
                 partial(private.fit, noise_multiplier=strength, clip=self.clip),
             )
-            for strength in self.strengths
+            for strength in strengths
         ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
+        return jnp.asarray(strengths), jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
 
-    def evidence(self, apply: Apply, known: Any, x: Array) -> Array:
-        """The posteriors [B, strengths, K] of all victims."""
-        return jnp.stack(
-            [
-                jax.nn.softmax(
-                    apply(jax.tree.map(lambda a, i=i: a[i], known), x).astype(jnp.float32)
-                )
-                for i in range(len(self.strengths))
-            ],
-            axis=1,
-        )
+    def evidence(self, apply: Apply, known: Any, x: Array) -> Any:
+        """For each of x [B, ...] the noise multipliers [B, S] and their victims' y [B, S, K]."""
+        strengths, victims = known
+        y = [
+            jax.nn.softmax(apply(jax.tree.map(lambda a, i=i: a[i], victims), x).astype(jnp.float32))
+            for i in range(len(strengths))
+        ]
+        return jnp.tile(strengths, (len(x), 1)), jnp.stack(y, axis=1)
 
-    def answer(self, key: Array, y: Array, evidence: Array, strength: Array | float) -> Array:
+    def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
         """The posterior of the victim with this noise multiplier; NaN if there is none."""
         del key, y
-        is_it = jnp.asarray(self.strengths, jnp.float32) == jnp.float32(strength)
-        return jnp.where(is_it.any(), evidence[is_it.argmax()], jnp.nan)
+        strengths, told = evidence
+        is_it = strengths == jnp.float32(strength)
+        return jnp.where(is_it.any(), told[is_it.argmax()], jnp.nan)
 
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which defence this was."""

@@ -1,6 +1,6 @@
 """Defences that tell less of the posterior: all of it, its largest classes, or fewer digits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,12 +16,15 @@ Array = jax.Array
 class Undefended(Defense):
     """No defence: y~ = y at every strength."""
 
-    strengths: tuple[float, ...] = field(default=(0.0,), kw_only=True)
-
     @property
     def name(self) -> str:
         """Rows call it `none`."""
         return "none"
+
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """One, as all are the same."""
+        return (0.0,)
 
     def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
         """The posterior as it is."""
@@ -40,10 +43,8 @@ class TopK(Defense):
 
     k: int = 1
     normalised: bool = True
-    strengths: tuple[float, ...] = field(default=(1.0,), kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.k < 1:
             raise InputError(f"k of TopK is {self.k}: give a whole number >= 1")
 
@@ -51,6 +52,11 @@ class TopK(Defense):
     def name(self) -> str:
         """top1, top2, ..."""
         return f"top{self.k}"
+
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """One, as all above 0 are the same."""
+        return (1.0,)
 
     def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
         """The posterior cut to its k largest entries."""
@@ -80,6 +86,11 @@ class Rounding(Defense):
     def name(self) -> str:
         """Rows call it `rounding`."""
         return "rounding"
+
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """Two decimals, and one."""
+        return (0.01, 0.1)
 
     @property
     def strongest(self) -> float:

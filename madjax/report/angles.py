@@ -9,7 +9,7 @@ import numpy as np
 
 from madjax.report.names import attack, defence, name, remarked
 from madjax.report.panels import GREY, INK
-from madjax.report.points import Curve, is_sound
+from madjax.report.points import Curve, curve_of, is_sound
 
 ACROSS = 6
 """Curves side by side."""
@@ -24,7 +24,7 @@ def is_traced(row: dict) -> bool:
 def angles_figure(rows: list[dict]):
     """Matplotlib Figure of the paper's Fig. A5: histogram of angles, below it the test loss.
 
-    A column for each data set, defence and attack, a colour for each epsilon; the histogram of all
+    A column for each data set, defence and attack, a colour for each strength; the histogram of all
     seeds together as a density over degrees, losses as means over seeds.
     """
     return _figure(rows, (_histogram, _test_loss))
@@ -46,11 +46,11 @@ def _figure(rows: list[dict], panels: tuple):
 
     rows = [row for row in rows if is_traced(row) and is_sound(row)]
     groups: dict[Curve, dict[float, list[dict]]] = {}
-    for row in sorted(rows, key=lambda row: row["epsilon"]):
-        curve = Curve(*(row.get(field, "") for field in Curve._fields))
-        groups.setdefault(curve, {}).setdefault(row["epsilon"], []).append(row)
+    for row in sorted(rows, key=lambda row: row["strength"]):
+        curve = curve_of(row)
+        groups.setdefault(curve, {}).setdefault(row["strength"], []).append(row)
     # Strengths of several defences may mean different things: each rank has a colour.
-    every = sorted({epsilon for group in groups.values() for epsilon in group})
+    every = sorted({strength for group in groups.values() for strength in group})
     shades = colormaps["viridis"](np.linspace(0, 0.93, len(every)))
     colours = dict(zip(every, shades, strict=True))
     columns = min(len(groups), ACROSS)
@@ -61,8 +61,8 @@ def _figure(rows: list[dict], panels: tuple):
         for line, draw in enumerate(panels):
             at = (i // columns * len(panels) + line) * columns + i % columns
             ax = fig.add_subplot(lines, columns, at + 1)
-            for epsilon, own in group.items():
-                draw(ax, own, {"color": colours[epsilon], "lw": 1.4})
+            for strength, own in group.items():
+                draw(ax, own, {"color": colours[strength], "lw": 1.4})
             ax.spines[:].set_color(GREY)
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(color=GREY, alpha=0.2, lw=0.6)
@@ -81,7 +81,7 @@ def _histogram(ax, rows: list[dict], look: dict) -> None:
     counts = np.sum([row["angle_histogram"] for row in rows], axis=0)
     edges = np.linspace(0, 180, len(counts) + 1)
     # One spike at 0, of the undefended, would hide all the others.
-    if rows[0]["epsilon"]:
+    if rows[0]["strength"]:
         ax.stairs(counts / counts.sum() / (edges[1] - edges[0]), edges, **look)
     ax.axvline(90, **FLIPPED)
     ax.set(xlabel="angle between poisoned and true gradient (degrees)", xlim=(0, 180))

@@ -33,7 +33,7 @@ UNDER, BESIDE = (1, 0), (0, 1)  # lines and columns from one utility's panel to 
 def figure(rows: list[dict]):
     """Matplotlib Figure of the paper's Fig. 3: defender against attacker accuracy, in percent.
 
-    One panel a data set; curves are the lines with gid "curve", in epsilon order. Of several
+    One panel a data set; curves are the lines with gid "curve", in order of strength. Of several
     defences it shows MAD, against every attack. The ideal defence is drawn where the rows have
     `num_classes`. Points without a stolen model that did not diverge are left out, and the title
     counts those that did. Raises InputError for no rows, or none to draw.
@@ -113,7 +113,7 @@ def _figure(
     for i, at in enumerate(places):
         own = [curve for curve in kept if place(curve, panel) == at]
         drawn = [Line(said[c], looks[said[c]], points[c]) for c in own if c in said]
-        zeros = [point for curve in own for point in points[curve] if point.epsilon == 0]
+        zeros = [point for curve in own for point in points[curve] if point.strength == 0]
         starts = list(dict.fromkeys(zeros))  # curves may share one
         here = [row for row in rows if tuple(row.get(field, "") for field in panel) == at]
         classes = {row["num_classes"] for row in here if row.get("num_classes")}

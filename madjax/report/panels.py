@@ -47,7 +47,7 @@ def draw(
 ) -> None:
     """Draw curves, circles at the undefended `starts`, the ideal of so many classes, and axes.
 
-    A point without the utility is left out. tags: say epsilon beside points, where there is room.
+    A point without the utility is left out. tags: say strengths beside points, where there is room.
     """
     start = _xy(starts, utility)
     corners = [(100 / k, start[:, 2].mean()) for k in classes] if len(start) else []
@@ -58,7 +58,7 @@ def draw(
     for line in lines:
         x, dx, y, dy = _xy(line.points, utility).T
         dx, dy = np.nan_to_num([dx, dy])
-        crosses = [i for i, p in enumerate(line.points) if p.epsilon]
+        crosses = [i for i, p in enumerate(line.points) if p.strength]
         # A mark on the edge of the panel, at 100 %, is drawn whole.
         whole = {"clip_on": False, "gid": "curve", "markevery": crosses}
         ax.plot(x, y, **line.look, **CROSS, **whole, label=line.label)
@@ -100,21 +100,21 @@ def _limits(values: np.ndarray, least: float, most: float) -> tuple[float, float
 
 
 def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:
-    """Write epsilon beside the points that have room; lines come with places, in axes fractions."""
+    """Write strengths beside points that have room; lines come with places, in axes fractions."""
     ends = [((0, 0), (0, 1))]
     ends += [pair for _, knots in lines for pair in pairwise([knots[0], *knots])]
     taken = np.concatenate([np.linspace(*pair, 40) for pair in ends])
     # No label close to a labelled or undefended point; the far corner keeps the list non-empty.
-    done = [(9, 9), *(knots[0] for line, knots in lines if line.points[0].epsilon == 0)]
+    done = [(9, 9), *(knots[0] for line, knots in lines if line.points[0].strength == 0)]
     sides = np.array([(-1, 1), (1, -1), (0, 1.3), (0, -1.3), (1, 1), (-1, -1)])
     for line, knots in lines:
-        # Largest epsilon first: the most room, and the points a reader asks about.
+        # Greatest strength first: the most room, and the points a reader asks about.
         for spot, point in zip(knots[::-1], line.points[::-1], strict=True):
-            text = "ε = " * (point is line.points[-1]) + f"{point.epsilon:g}"
+            text = "ε = " * (point is line.points[-1]) + f"{point.strength:g}"
             half = np.array([0.006 + 0.006 * len(text), 0.022])
             spots = spot + sides * (half + 0.01)
             free = [at for at in spots if not np.any(np.all(abs(taken - at) < half, axis=1))]
-            if free and point.epsilon and min(np.hypot(*(spot - other)) for other in done) > 0.02:
+            if free and point.strength and min(np.hypot(*(spot - other)) for other in done) > 0.02:
                 style = {"fontsize": 7, "ha": "center", "va": "center", "transform": ax.transAxes}
                 ax.text(*free[0], text, color=line.look["color"], **style)
                 done.append(spot)

@@ -8,10 +8,11 @@ from statistics import fmean, stdev
 
 from madjax.errors import InputError
 
-# A row's identity without epsilon and seed: what makes points one curve.
+# A row's identity without strength and seeds: what makes points one curve.
 Curve = namedtuple(
     "Curve",
-    "dataset victim queryset defense defense_variant layers oracle distance attack variant budget",
+    "dataset victim queryset dataset_source queryset_source query_splits defense defense_variant "
+    "layers oracle distance attack variant budget",
 )
 # Mean and sample standard deviation over seeds; None where undefined, as the std of one seed.
 Stat = namedtuple("Stat", "mean std")
@@ -19,13 +20,17 @@ Stat = namedtuple("Stat", "mean std")
 
 @dataclass(frozen=True)
 class Summary:
-    """One point of a curve over n seeds; units as in the rows (accuracies in percent).
+    """One point of a curve over n cells; units as in the rows (accuracies in percent).
 
-    Of further `diverged` seeds no stolen model came out: they are in no mean.
+    The cells are `victims` victims (None: not recorded), each attacked with several seeds. From
+    further `diverged` cells no stolen model came out: they are in no mean. budgeted: the strength
+    is a budget on the answers, epsilon.
     """
 
     curve: Curve
-    epsilon: float
+    strength: float
+    budgeted: bool
+    victims: int | None
     n: int
     diverged: int
     defender_accuracy: Stat
@@ -47,7 +52,7 @@ class Summary:
 
 
 def summarise(rows: list[dict]) -> list[Summary]:
-    """Average rows over seeds: one Summary a curve point, sorted by curve, then by epsilon.
+    """Average rows over seeds: one Summary a curve point, sorted by curve, then by strength.
 
     Rows whose stolen model diverged are counted and left out of means. A metric that another seed
     lacks (absent, null, not finite) is None, and so is every metric where all have diverged.
@@ -55,11 +60,16 @@ def summarise(rows: list[dict]) -> list[Summary]:
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        curve = Curve(*(row.get(name, "") for name in Curve._fields))
-        groups.setdefault((curve, float(row["epsilon"])), []).append(row)
-    # Names as text (null, for no oracle, has no order with strings); budget and epsilon by value.
+        groups.setdefault((curve_of(row), float(row["strength"])), []).append(row)
+    # Names as text (null, for no oracle, has no order with strings); budget and strength by value.
     order = sorted(groups, key=lambda k: ([str(name) for name in k[0][:-1]], k[0].budget, k[1]))
     return [_summary(*key, groups[key]) for key in order]
+
+
+def curve_of(row: dict) -> Curve:
+    """The curve that a row is of; fields that older rows lack are empty."""
+    said = (row.get(name, "") for name in Curve._fields)
+    return Curve(*(tuple(each) if isinstance(each, list) else each for each in said))
 
 
 def is_sound(row: dict) -> bool:
@@ -68,7 +78,7 @@ def is_sound(row: dict) -> bool:
 
 
 def curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
-    """The points of every curve, in epsilon order. Raises InputError for no rows."""
+    """The points of every curve, in order of strength. Raises InputError for no rows."""
     if not rows:
         raise InputError("no rows to report; let the sweep finish at least one cell")
     return {curve: list(points) for curve, points in groupby(summarise(rows), lambda p: p.curve)}
@@ -92,17 +102,17 @@ def sound_curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
 def started(points: dict[Curve, list[Summary]]) -> dict[Curve, list[Summary]]:
     """The curves, each beginning undefended where that was measured.
 
-    One without a point at epsilon 0 gets that of `none`, or else of another defence, against the
+    One without a point at strength 0 gets that of `none`, or else of another defence, against the
     same attack on the same victim.
     """
     starts: dict[tuple, Summary] = {}
     for curve in sorted(points, key=lambda c: c.defense != "none"):
         for point in points[curve][:1]:
-            if point.epsilon == 0:
+            if point.strength == 0:
                 starts.setdefault(_attacked(curve), point)
     return {
         curve: [starts[_attacked(curve)], *own]
-        if own[0].epsilon and _attacked(curve) in starts
+        if own[0].strength and _attacked(curve) in starts
         else own
         for curve, own in points.items()
     }
@@ -119,12 +129,22 @@ def _stat(values: list) -> Stat:
     return Stat(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
-def _summary(curve: Curve, epsilon: float, rows: list[dict]) -> Summary:
-    seed, times = Counter(row["seed"] for row in rows).most_common(1)[0]
+def _summary(curve: Curve, strength: float, rows: list[dict]) -> Summary:
+    victims = {row.get("victim_seed") for row in rows}
+    seeds = Counter((row.get("victim_seed"), row["seed"]) for row in rows)
+    (_, seed), times = seeds.most_common(1)[0]
     if times > 1:
         said = " ".join(str(name) for name in curve if name != "")
-        cell = f"{said} epsilon {epsilon:g} seed {seed}"
+        cell = f"{said} strength {strength:g} seed {seed}"
         raise InputError(f"{times} rows for the cell {cell}; keep one of them in rows.jsonl")
     sound = list(filter(is_sound, rows))
-    stats = {f.name: _stat([r.get(f.name) for r in sound]) for f in fields(Summary)[4:]}
-    return Summary(curve, epsilon, len(sound), len(rows) - len(sound), **stats)
+    stats = {f.name: _stat([r.get(f.name) for r in sound]) for f in fields(Summary)[6:]}
+    return Summary(
+        curve,
+        strength,
+        any(row.get("epsilon") is not None for row in rows),
+        None if None in victims else len(victims),
+        len(sound),
+        len(rows) - len(sound),
+        **stats,
+    )

@@ -7,14 +7,18 @@ from pathlib import Path
 from madjax.errors import InputError
 from madjax.report.points import Curve, is_sound
 
-NUMBERS = ("epsilon", "budget", "seed", "defender_accuracy")
+NUMBERS = ("strength", "budget", "seed", "defender_accuracy")
 OF_THE_STOLEN = ("attacker_accuracy",)  # numbers where that model did not diverge
-LATER = ("variant", "defense_variant")  # fields that older rows of a curve lack
+# Fields that older rows of a curve lack.
+LATER = ("variant", "defense_variant", "dataset_source", "queryset_source", "query_splits")
+BUDGETED = ("mad", "mad_argmax")  # of older rows, the defences whose strength is epsilon
 
 
 def read_rows(directory: str | Path) -> list[dict]:
     """Read `rows.jsonl` in `directory`, one dict for each line.
 
+    Rows from before there was a `strength`, which had every defence's as `epsilon`, come back as
+    they would be written now, as far as they say it.
     A last line that is not JSON is what a crash leaves of a half-written row: it is skipped.
     Raises InputError for no directory, file or rows, and for a broken line, one without a field
     that identifies its cell, or without a finite number where one is needed.
@@ -34,12 +38,21 @@ def read_rows(directory: str | Path) -> list[dict]:
             if number == lines[-1][0]:
                 break
             raise InputError(f"{path}:{number}: not JSON ({error}); delete the line") from None
+        row = _as_now(row)
         if problem := _problem(row):
             raise InputError(f"{path}:{number}: {problem}; delete the line and run its cell again")
         rows.append(row)
     if not rows:
         raise InputError(f"{path}: no rows; let the sweep finish at least one cell")
     return rows
+
+
+def _as_now(row):
+    """A row of any age with the fields that tell a strength from a budget."""
+    if not isinstance(row, dict) or "strength" in row or "epsilon" not in row:
+        return row
+    budget = row["epsilon"] if row.get("defense") in BUDGETED else None
+    return row | {"strength": row["epsilon"], "epsilon": budget}
 
 
 def _problem(row) -> str | None:

@@ -3,7 +3,7 @@
 from madjax.report.names import attack, defence, remarked
 from madjax.report.points import Curve, Summary, curves, is_sound
 
-HEAD = ("epsilon", "n", "defender acc. %", "attacker acc. %", "attacker best epoch %", "L1")
+HEAD = ("n", "defender acc. %", "attacker acc. %", "attacker best epoch %", "L1")
 # Columns of some curves only: (head, field, the field whose record brings it). Fidelity comes with
 # entropy, as rows had it long before it had a column, and their reports are not to change.
 UNDEFENDED = ("undefended %", "undefended_share", "undefended_share")
@@ -41,26 +41,29 @@ def table(rows: list[dict]) -> str:
         )
     for curve, points in by_curve.items():
         shown = [each for each in OPTIONAL if _is_shown(each, points)]
-        head = (*HEAD, *(title for title, _, _ in shown))
+        first = "epsilon" if points[0].budgeted else "strength"
+        head = (first, *HEAD, *(title for title, _, _ in shown))
         cells = [_cells(point, [field for _, field, _ in shown]) for point in points]
         widths = [max(3, *map(len, column)) for column in zip(head, *cells, strict=True)]
         lines = [
             "| " + " | ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + " |"
             for line in (head, ["-" * (w - 1) + ":" for w in widths], *cells)
         ]
-        parts += [_heading(curve), "\n".join(lines)]
+        parts += [_heading(curve, points), "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
 def _is_shown(column: tuple[str, str, str], points: list[Summary]) -> bool:
     """Whether some point has it; of answers left as they are, some at a strength above 0."""
     if column is UNDEFENDED:
-        return any(p.epsilon and p.undefended_share.mean for p in points)
+        return any(p.strength and p.undefended_share.mean for p in points)
     return any(getattr(p, column[2]).mean is not None for p in points)
 
 
-def _heading(curve: Curve) -> str:
-    route = f"{curve.dataset} ({curve.victim}) <- {curve.queryset}, {attack(curve)}"
+def _heading(curve: Curve, points: list[Summary]) -> str:
+    most = max((point.victims or 0 for point in points), default=0)
+    victims = f", {most} victim{'s' if most > 1 else ''}" if most else ""
+    route = f"{curve.dataset} ({curve.victim}{victims}) <- {curve.queryset}, {attack(curve)}"
     given = (("oracle", curve.oracle), ("distance", curve.distance))
     fine = ", ".join(f"{what} {value or '-'}" for what, value in given if value != "none")
     who = remarked(defence(curve), curve.defense_variant, fine)
@@ -77,7 +80,7 @@ def _cells(p: Summary, optional: list[str]) -> list[str]:
     rest = [_text(p.attacker_accuracy_best.mean), _text(p.l1_mean.mean, 3)]
     rest += [_text(getattr(p, field).mean, scale=SCALE.get(field, 1)) for field in optional]
     count = remarked(str(p.n), f"{p.diverged} diverged" if p.diverged else "")
-    return [f"{p.epsilon:g}", count, *pairs, *rest]
+    return [f"{p.strength:g}", count, *pairs, *rest]
 
 
 def _distinct(rows: list[dict], name: str) -> str:

@@ -13,7 +13,7 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
     """Every step of every online attacker in `traces/` of a run: column -> [rows].
 
     Columns: `step` from 0, `angle` (degrees), `distance_used`, `loss`, and which cell it was:
-    `epsilon`, `seed`, and the names of defence and attack. InputError where there are no traces.
+    `strength`, `seed`, and the names of defence and attack. InputError where there are no traces.
     """
     files = sorted((Path(directory) / "traces").glob("*.npz"))
     if not files:

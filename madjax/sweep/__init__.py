@@ -1,8 +1,8 @@
 """The grid strength x seed as one program over all devices, and the pipeline around it."""
 
 from madjax.sweep.cells import (
-    Cell,
     Lesson,
+    Point,
     Program,
     Shared,
     Training,
@@ -16,23 +16,26 @@ from madjax.sweep.cells import (
     waves,
 )
 from madjax.sweep.defended import defended
+from madjax.sweep.grid import Cell, cell_id, expand
 from madjax.sweep.online import OnlineProgram, direction_kept
-from madjax.sweep.pipeline import grid, run
+from madjax.sweep.pipeline import run
 from madjax.sweep.rows import git_commit
 
 __all__ = [
     "Cell",
     "Lesson",
     "OnlineProgram",
+    "Point",
     "Program",
     "Shared",
     "Training",
+    "cell_id",
     "default_mapping",
     "defended",
     "device_name",
     "direction_kept",
+    "expand",
     "git_commit",
-    "grid",
     "make_mesh",
     "map_cells",
     "over_cells",

@@ -13,26 +13,25 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from madjax import store
-from madjax.attacks import Attack, Transfer, check_transfer
-from madjax.config import Sweep
+from madjax.attacks import Transfer, check_transfer
+from madjax.config import describe, digest
 from madjax.errors import InputError
 from madjax.sweep.cells import (
-    Cell,
     Lesson,
+    Point,
     Program,
     Shared,
     Training,
     default_mapping,
     over_cells,
 )
-from madjax.sweep.rows import DIVERGED, identity, identity_of_row, measured
+from madjax.sweep.grid import Cell
+from madjax.sweep.rows import DIVERGED, measured, which
 from madjax.sweep.victim import Log
 from madjax.train import State
 
-
-def budgets_of(config: Sweep, attack: Attack) -> list[int]:
-    """The budgets at which a stolen model is trained, smallest first."""
-    return sorted({*config.budgets, attack.budget})
+Place = tuple[float, int]
+"""Strength and seed: which of the cells of one task, defence and attack."""
 
 
 @lru_cache(maxsize=64)
@@ -42,12 +41,15 @@ def _compiled(training: Training, mesh: Mesh) -> tuple[Callable, Callable]:
 
 
 class Campaign:
-    """The waves of a defence and an attack: what all of them need, and where results go."""
+    """The waves of a task, defence and attack: what all of them need, and where results go.
+
+    cells are those that have no row yet, by id.
+    """
 
     def __init__(
         self,
-        config: Sweep,
         program: Program,
+        cells: dict[str, Cell],
         shared: Shared,
         mesh: Mesh,
         directory: Path,
@@ -58,58 +60,60 @@ class Campaign:
     ):
         self.program, self.attack, self.shared = program, program.attack, shared
         self.directory, self.facts, self.rows, self.log, self.bar = directory, facts, rows, log, bar
-        self.budgets = budgets_of(config, self.attack)
-        self.place = (
-            f"attack-{config.attacks.index(self.attack)}"
-            f"-defense-{config.defenses.index(program.defense)}"
-        )
-        self.done = set(map(identity_of_row, rows))
+        self.budgets = sorted({cell.budget for cell in cells.values()})
+        self.todo = {(c.strength, c.seed, c.budget): (name, c) for name, c in cells.items()}
+        one = next(iter(cells.values()))
+        self.name = f"attack-{digest(describe([one.task, one.rule, one.attack]))}"
         self.mesh, self.sharding = mesh, NamedSharding(mesh, P("cells"))
         self.over = partial(over_cells, mesh=mesh, mapping=default_mapping())
 
-    def run(self, number: int, wave: list[Cell], stacked: Cell) -> None:
+    def run(self, wave: list[Place], stacked: Point) -> None:
         """All that the cells of a wave have to do, and their rows."""
         raise NotImplementedError
 
-    def missing(self, budget: int, wave: list[Cell]) -> list[int]:
+    def missing(self, budget: int, wave: list[Place]) -> list[int]:
         """The cells of a wave that have no row yet."""
-        identities = [identity(self.program, budget, cell) for cell in wave]
-        return [i for i, each in enumerate(identities) if each not in self.done]
+        return [i for i, place in enumerate(wave) if (*place, budget) in self.todo]
 
-    def check_answers(self, wave: list[Cell], useful: dict[str, jax.Array]) -> None:
+    def check_answers(self, wave: list[Place], useful: dict[str, jax.Array]) -> None:
         """Refuse a defence whose answers are no numbers: the top class of NaN would be class 0."""
-        for cell, distance in zip(wave, np.asarray(useful["l1_mean"]), strict=False):
+        for (strength, seed), distance in zip(wave, np.asarray(useful["l1_mean"]), strict=False):
             if np.isnan(distance):
                 raise InputError(
                     f"the defence {self.program.defense.label} answers NaN on the test set at "
-                    f"strength {cell.epsilon:g}, seed {cell.seed}: mend it, or leave this out"
+                    f"strength {strength:g}, seed {seed}: mend it, or leave this out"
                 )
 
-    def finish(self, measured: dict[str, Any], *said: str) -> None:
-        """Write the row of a cell, and log what it says."""
-        row = self.facts | measured
-        row |= self.program.defense.facts(row["epsilon"], row["n_train"])
-        store.append_row(self.directory, row)
-        self.rows.append(row)
-        said = (
-            *said,
-            f"defender {row['defender_accuracy']:.2f} %",
-            "attacker diverged"
-            if row["status"] == DIVERGED
-            else f"attacker {row['attacker_accuracy']:.2f} %",
-            f"{row['seconds']:.0f} s",
-        )
-        self.log(
-            f"{self.program.label}, budget {row['budget']:,}, epsilon {row['epsilon']:g}, seed "
-            f"{row['seed']}: {', '.join(said)}"
-        )
+    def finish(self, budget: int, measured: dict[Place, dict[str, Any]]) -> None:
+        """Write the rows of cells at once, all or none, and log what they say."""
+        rows = []
+        for place, values in measured.items():
+            name, cell = self.todo[*place, budget]
+            row = {"id": name} | self.facts | which(cell) | values
+            rows.append(row | cell.rule.facts(cell.strength, row["n_train"]))
+        store.append_rows(self.directory, rows)
+        self.rows += rows
+        for place, row in zip(measured, rows, strict=True):
+            _, cell = self.todo[*place, budget]
+            angle = [f"angle {row['angle_mean']:.1f} degrees"] if row.get("angle_mean") else []
+            said = (
+                *angle,
+                f"defender {row['defender_accuracy']:.2f} %",
+                "attacker diverged"
+                if row["status"] == DIVERGED
+                else f"attacker {row['attacker_accuracy']:.2f} %",
+                f"{row['seconds']:.0f} s",
+            )
+            self.log(f"{cell.label}: {', '.join(said)}")
 
 
 class TransferCampaign(Campaign):
     """Waves that collect transfer sets and train stolen models on them."""
 
-    def __init__(self, config: Sweep, program: Program, shared: Shared, mesh: Mesh, *rest: Any):
-        super().__init__(config, program, shared, mesh, *rest)
+    def __init__(
+        self, program: Program, cells: dict[str, Cell], shared: Shared, mesh: Mesh, *rest: Any
+    ):
+        super().__init__(program, cells, shared, mesh, *rest)
         self.utility, self.begin, self.proceed = (
             self.over(f) for f in (program.utility, program.begin, program.proceed)
         )
@@ -120,13 +124,11 @@ class TransferCampaign(Campaign):
         }
         self.trainings = {budget: _compiled(each, mesh) for budget, each in trainings.items()}
 
-    def run(self, number: int, wave: list[Cell], stacked: Cell) -> None:
+    def run(self, wave: list[Place], stacked: Point) -> None:
         """Collect the transfer sets of a wave, and train the stolen models at each budget."""
         missing = {budget: self.missing(budget, wave) for budget in self.budgets}
-        if not any(missing.values()):
-            return
         # On another count of devices a wave holds other cells, and begins anew.
-        name = f"{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
+        name = f"{self.name}-wave-{digest(wave)}-of-{stacked.seed.size}-cells"
         transfer, spent = self._collect(f"{name}-transfer", stacked)
         useful = self.utility(stacked, self.shared)
         self.check_answers(wave, useful)
@@ -134,16 +136,19 @@ class TransferCampaign(Campaign):
             at = f"{name}-budget-{budget}"
             state, seconds = self._train(at, budget, transfer, stacked, len(missing[budget]))
             results = jax.device_get((useful, transfer.asked, state.accuracy, state.loss))
-            for i in missing[budget]:
-                mine = jax.tree.map(lambda a, i=i: a[i], results)
-                row = measured(self.program, budget, wave[i], *mine)
-                row["seconds"] = round((seconds + spent) / len(wave), 3)
-                row["seconds_collecting"] = round(spent / len(wave), 3)
-                self.finish(row)
+            took = {
+                "seconds": round((seconds + spent) / len(wave), 3),
+                "seconds_collecting": round(spent / len(wave), 3),
+            }
+            each = {i: jax.tree.map(lambda a, i=i: a[i], results) for i in missing[budget]}
+            rows = {
+                wave[i]: measured(self.program, budget, *mine) | took for i, mine in each.items()
+            }
+            self.finish(budget, rows)
             store.discard(self.directory, at)
         store.discard(self.directory, f"{name}-transfer")
 
-    def _collect(self, name: str, stacked: Cell) -> tuple[Transfer, float]:
+    def _collect(self, name: str, stacked: Point) -> tuple[Transfer, float]:
         """The wave's transfer sets and the seconds; a checkpoint spares the rounds it holds."""
         rounds = self.attack.rounds
         like = jax.eval_shape(self.begin, stacked, self.shared), np.zeros(()), np.zeros((), int)
@@ -175,7 +180,7 @@ class TransferCampaign(Campaign):
         store.save(self.directory, name, rounds, state)
 
     def _train(
-        self, name: str, budget: int, transfer: Transfer, stacked: Cell, cells: int
+        self, name: str, budget: int, transfer: Transfer, stacked: Point, cells: int
     ) -> tuple[State, float]:
         """The wave's stolen models after their last epoch, and the seconds."""
         start, advance = self.trainings[budget]

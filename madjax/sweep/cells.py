@@ -1,6 +1,6 @@
 """One cell of the grid as pure functions, and many of them over devices.
 
-A cell is one (strength, seed) of a defence and an attack. `Program` holds its functions;
+A cell is here one (strength, seed) of a defence and an attack. `Program` holds its functions;
 `over_cells` compiles any of them for a wave of cells, spread over a mesh; `waves` cuts a grid to
 size.
 """
@@ -30,11 +30,10 @@ from madjax.train import Recipe, State, epoch, start
 Array = jax.Array
 
 
-class Cell(NamedTuple):
-    """One point of the grid; with a leading axis, a wave of them."""
+class Point(NamedTuple):
+    """The numbers in which the cells of a wave differ; with a leading axis, those of a wave."""
 
-    epsilon: Array
-    """The strength of the defence."""
+    strength: Array
     seed: Array
     at: Array
     """Position of the seed in the leading axes of `Shared`."""
@@ -90,7 +89,7 @@ class Program:
         """Whether the evidence of the test set is needed before the attack."""
         return True
 
-    def rehearse(self, cell: Cell, shared: Shared) -> None:
+    def rehearse(self, cell: Point, shared: Shared) -> None:
         """Trace all that a cell will do.
 
         Raises:
@@ -107,31 +106,31 @@ class Program:
                 f"{transfer.targets.shape}: return {wanted}, one row for each example"
             )
 
-    def utility(self, cell: Cell, shared: Shared) -> dict[str, Array]:
+    def utility(self, cell: Point, shared: Shared) -> dict[str, Array]:
         """The defence's utility on the test set."""
         told = answers(
             self.defense,
             jax.random.fold_in(keys(cell.seed)["defense"], 1),
             shared.test_posteriors,
             jax.tree.map(lambda a: a[cell.at], shared.test_evidence),
-            cell.epsilon,
+            cell.strength,
         )
         return utility(shared.test_posteriors, told, shared.test_labels)
 
-    def begin(self, cell: Cell, shared: Shared) -> Transfer:
+    def begin(self, cell: Point, shared: Shared) -> Transfer:
         """The attack's first queries."""
         return self.attack.begin(self._world(cell, shared))
 
-    def proceed(self, cell: tuple[Cell, Transfer], shared: tuple[Shared, Array]) -> Transfer:
+    def proceed(self, cell: tuple[Point, Transfer], shared: tuple[Shared, Array]) -> Transfer:
         """Round r of the attack's queries; shared = (what cells share, r)."""
         return self.attack.proceed(shared[1], cell[1], self._world(cell[0], shared[0]))
 
-    def _world(self, cell: Cell, shared: Shared) -> World:
+    def _world(self, cell: Point, shared: Shared) -> World:
         key = keys(cell.seed)
         if shared.posteriors is None:
             known = jax.tree.map(lambda a: a[cell.at], shared.known)
             respond = prediction_api(
-                self.defense, self.network, shared.victim, known, key["defense"], cell.epsilon
+                self.defense, self.network, shared.victim, known, key["defense"], cell.strength
             )
         else:
             drawn = self.attack.foreseen(key["draw"], shared.images.shape[0])
@@ -140,7 +139,7 @@ class Program:
                 del images  # those of the queries of these numbers
                 y = shared.posteriors[drawn[numbers]]
                 evidence = jax.tree.map(lambda a: a[cell.at][numbers], shared.evidence)
-                return answers(self.defense, key["defense"], y, evidence, cell.epsilon, numbers)
+                return answers(self.defense, key["defense"], y, evidence, cell.strength, numbers)
 
         return World(
             respond,
@@ -171,7 +170,7 @@ class Training:
     recipe: Recipe
     size: int
 
-    def start(self, cell: Cell, lesson: Lesson) -> State:
+    def start(self, cell: Point, lesson: Lesson) -> State:
         """A fresh stolen model."""
         del lesson
         return start(self.stolen, self.recipe, self.size, keys(cell.seed)["train"])
@@ -255,7 +254,7 @@ def over_cells(function: Callable[[Any, Any], Any], mesh: Mesh, mapping: Mapping
     )
 
 
-def waves(cells: list[Cell], size: int) -> Iterator[tuple[list[Cell], Cell]]:
+def waves(cells: list[Point], size: int) -> Iterator[tuple[list[Point], Point]]:
     """Cut the grid into equal waves: (its cells, the same stacked and padded to `size`).
 
     The last wave is filled up with copies of its last cell, so that one program serves all.

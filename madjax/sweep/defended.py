@@ -1,19 +1,19 @@
 """A run's victim behind its defence, as one function: what `madjax export` writes to a file."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax import lax
 
 from madjax import store
 from madjax.attacks import keys
-from madjax.config import Sweep, describe
+from madjax.config import Sweep
 from madjax.datasets import open_dataset
-from madjax.defenses import Defense, as_function, fingerprints
+from madjax.defenses import as_function, fingerprints
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.sweep.victim import keeper, make_classifier, owner_of, restore_victim
+from madjax.sweep.victim import finder, make_classifier, owner_of, train_victim
 
 Array = jax.Array
 
@@ -23,6 +23,7 @@ def defended(
     directory: str | Path,
     *,
     strength: float,
+    task: str | None = None,
     defense: str | None = None,
     seed: int | None = None,
     data_dir: str | Path | None = None,
@@ -30,35 +31,38 @@ def defended(
 ) -> tuple[Classifier, jax.stages.Wrapped]:
     """The victim of a run, and predict(images[B, H, W, C]) -> y_tilde [B, K] with its defence.
 
-    strength: the defence's, epsilon for MAD. defense: which, by its label, of a run with several.
-    seed: whose surrogate is taken, the one that stood behind the rows of that seed, and whose key
-    draws the noise of a random defence; by default the run's first. That noise is a function of
-    the image alone: who sends an image again, in any place of any batch, gets the same answer, and
-    averages nothing out. (An image that differs in one pixel has noise of its own.) any_platform:
-    networks take XLA's own convolution, where by default they take what is fast on this platform.
+    strength: the defence's, epsilon for MAD. task, defense: which, by its label or its position
+    from 0, of a run with several. seed: whose surrogate is taken, the one that stood behind the
+    rows of that seed, and whose key draws the noise of a random defence; by default the run's
+    first. That noise is a function of the image alone: who sends an image again, in any place of
+    any batch, gets the same answer, and averages nothing out. (An image that differs in one pixel
+    has noise of its own.) any_platform: networks take XLA's own convolution, where by default they
+    take what is fast on this platform.
 
     Raises:
-        InputError: an unknown defence, or a strength or seed that it has not; a directory without a
-            trained victim, or with that of another config.
+        InputError: an unknown task or defence, or a strength or seed that it has not; a directory
+            that does not hold the trained victim.
     """
     directory = Path(directory)
-    chosen = _choose(config, defense)
-    chosen.check_strength(strength)
+    chosen = _choose("tasks", config.tasks, task)
+    rule = _choose("defences", config.defenses, defense).rule
+    rule.check_strength(strength)
     seed = config.seeds[0] if seed is None else seed
     if seed not in config.seeds:
         raise InputError(
             f"seed is {seed}: the run has {', '.join(map(str, config.seeds))}, choose one of them"
         )
-    data = open_dataset(config.dataset, data_dir)
-    victim = make_classifier(config.architecture, data, "victim")
-    _check_victim(config, directory)
-    owner = owner_of(config, victim, data, keeper(directory, victim, len(data.x_train), print))
-    params = restore_victim(owner, directory).params
-    known = chosen.prepare(owner, keys(seed)["surrogate"])
+    if not (directory / store.CONFIG).is_file():
+        raise InputError(f"{directory} holds no run: make it with madjax sweep")
+    data = open_dataset(chosen.dataset, data_dir)
+    victim = make_classifier(chosen.architecture, data, "victim")
+    owner = owner_of(chosen, victim, data, finder(directory, chosen, victim, data))
+    params = train_victim(owner).params
+    known = rule.prepare(owner, keys(seed)["surrogate"], (strength,))
     if any_platform and hasattr(victim.module, "convolution"):
         module = victim.module.clone(convolution=lax.conv_general_dilated)
         victim = Classifier(module, victim.preprocess, victim.image_shape)
-    defend = as_function(chosen, victim.apply, known, strength)
+    defend = as_function(rule, victim.apply, known, strength)
 
     secret = keys(seed)["defense"]
 
@@ -69,27 +73,12 @@ def defended(
     return victim, jax.jit(predict)
 
 
-def _choose(config: Sweep, label: str | None) -> Defense:
-    """The defence of this label, or the only one."""
-    found = [d for d in config.defenses if label in (None, d.label)]
+def _choose(what: str, values: tuple[Any, ...], wanted: str | None) -> Any:
+    """The one of this label or position, or the only one."""
+    found = [v for i, v in enumerate(values) if wanted in (None, v.label, str(i))]
     if len(found) != 1:
         raise InputError(
-            f"the config has {len(config.defenses)} defences, {len(found)} of them "
-            f"{label or 'meant'}: choose one by its label, "
-            + " | ".join(d.label for d in config.defenses)
+            f"the config has {len(values)} {what}, {len(found)} of them {wanted or 'meant'}: "
+            f"choose one by its label or position, {' | '.join(v.label for v in values)}"
         )
     return found[0]
-
-
-def _check_victim(config: Sweep, directory: Path) -> None:
-    try:
-        held = json.loads((directory / store.CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{directory} holds no run: make it with madjax sweep") from error
-    wanted = json.loads(json.dumps(describe(config)))
-    for field in ("dataset", "architecture", "victim", "victim_seed"):
-        if held.get(field) != wanted[field]:
-            raise InputError(
-                f"{directory} holds a run with {field} = {held.get(field)}, not {wanted[field]}: "
-                "give the config and the --set of that run"
-            )

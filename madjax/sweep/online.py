@@ -1,6 +1,5 @@
 """Cells of the white-box study: an attacker trained online, its evaluations and its trace."""
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,15 @@ from madjax import store
 from madjax.attacks import keys
 from madjax.attacks.online import Training, begin, lap
 from madjax.batching import map_chunks
-from madjax.config import Sweep
+from madjax.config import digest
 from madjax.constraints import l1
 from madjax.defenses import answers
 from madjax.evaluate import utility
 from madjax.linear import dot
-from madjax.sweep.campaign import Campaign
-from madjax.sweep.cells import Cell, Program, Shared
-from madjax.sweep.rows import after, number, numbers, which
+from madjax.sweep.campaign import Campaign, Place
+from madjax.sweep.cells import Point, Program, Shared
+from madjax.sweep.grid import Cell
+from madjax.sweep.rows import after, number, numbers
 from madjax.train import cross_entropy, finite, percent
 
 Array = jax.Array
@@ -46,12 +46,12 @@ class OnlineProgram(Program):
         """No: what the defence knows changes with every step."""
         return False
 
-    def rehearse(self, cell: Cell, shared: Shared) -> None:
+    def rehearse(self, cell: Point, shared: Shared) -> None:
         """See `Program.rehearse`."""
         training = self.advance((cell, self.start(cell, shared)), shared)
         self.judge((cell, training), shared)
 
-    def start(self, cell: Cell, shared: Shared) -> Training:
+    def start(self, cell: Point, shared: Shared) -> Training:
         """A fresh attacker, with its images and the victim's posteriors of them."""
 
         def posterior(images: Array) -> Array:
@@ -59,19 +59,19 @@ class OnlineProgram(Program):
 
         return begin(self.attack, self.stolen, keys(cell.seed), shared.images, posterior)
 
-    def advance(self, cell: tuple[Cell, Training], shared: Shared) -> Training:
+    def advance(self, cell: tuple[Point, Training], shared: Shared) -> Training:
         """The steps up to the next evaluation."""
         cell, training = cell
         key = keys(cell.seed)["defense"]
 
         def respond(attacker: Any, numbers: Array, x: Array, y: Array) -> Array:
             evidence = self._evidence(cell, attacker, shared, x)
-            return answers(self.defense, key, y, evidence, cell.epsilon, numbers)
+            return answers(self.defense, key, y, evidence, cell.strength, numbers)
 
         distance = getattr(self.defense, "distance", l1)
         return lap(self.attack, self.stolen, training, shared.images, respond, distance)
 
-    def judge(self, cell: tuple[Cell, Training], shared: Shared) -> dict[str, Array]:
+    def judge(self, cell: tuple[Point, Training], shared: Shared) -> dict[str, Array]:
         """The attacker on the test set, and the defence's utility on the first of its images."""
         cell, training = cell
 
@@ -94,7 +94,7 @@ class OnlineProgram(Program):
             jax.random.fold_in(keys(cell.seed)["defense"], 1),
             y,
             self._evidence(cell, handed, shared, shared.test_images[few]),
-            cell.epsilon,
+            cell.strength,
         )
         return utility(y, told, shared.test_labels[few]) | {
             # From where it diverges on; the top class of NaN would be class 0.
@@ -102,7 +102,7 @@ class OnlineProgram(Program):
             "test_loss": test_losses.mean(),
         }
 
-    def _evidence(self, cell: Cell, attacker: Any, shared: Shared, x: Array) -> Any:
+    def _evidence(self, cell: Point, attacker: Any, shared: Shared, x: Array) -> Any:
         """What the defence makes of queries: of the attacker's own network where it has it."""
         if self.defense.has_surrogate and self.attack.refresh:
             return self.defense.evidence(self.stolen.apply, attacker, x)
@@ -114,19 +114,17 @@ class OnlineCampaign(Campaign):
     """Waves of online attackers, evaluated and checkpointed after each lap."""
 
     def __init__(
-        self, config: Sweep, program: OnlineProgram, shared: Shared, mesh: Mesh, *rest: Any
+        self, program: OnlineProgram, cells: dict[str, Cell], shared: Shared, mesh: Mesh, *rest: Any
     ):
-        super().__init__(config, program, shared, mesh, *rest)
+        super().__init__(program, cells, shared, mesh, *rest)
         self.start, self.advance, self.judge = (
             self.over(f) for f in (program.start, program.advance, program.judge)
         )
 
-    def run(self, number: int, wave: list[Cell], stacked: Cell) -> None:
+    def run(self, wave: list[Place], stacked: Point) -> None:
         """Train the attackers of a wave together; their rows and their trace."""
         missing = self.missing(self.attack.budget, wave)
-        if not missing:
-            return
-        name = f"{self.place}-wave-{number}-of-{stacked.seed.size}-cells"
+        name = f"{self.name}-wave-{digest(wave)}-of-{stacked.seed.size}-cells"
         training = self.start(stacked, self.shared)
         origin = training.params
         judged = jax.eval_shape(self.judge, (stacked, training), self.shared)
@@ -154,13 +152,12 @@ class OnlineCampaign(Campaign):
             seconds += time.perf_counter() - began
             store.save(self.directory, name, at + 1, (training, laps, np.asarray(seconds)))
             self.bar.update(len(missing))
-        self._write(number, wave, missing, training, laps, seconds)
+        self._write(wave, missing, training, laps, seconds)
         store.discard(self.directory, name)
 
     def _write(
         self,
-        number: int,
-        wave: list[Cell],
+        wave: list[Place],
         missing: list[int],
         training: Training,
         laps: dict[str, np.ndarray],
@@ -171,26 +168,23 @@ class OnlineCampaign(Campaign):
             field: np.asarray(values)[: len(wave)]
             for field, values in training.trace._asdict().items()
         }
-        cells = [which(self.program, self.attack.budget, cell) for cell in wave]
         said = self.program.defense.describe() | self.attack.describe()
         store.save_trace(
             self.directory,
-            f"{self.place}-wave-{number}",
+            self.name,  # of all cells; where the grid has grown, in place of an older one
             trace
-            | {field: np.array([cell[field] for cell in cells]) for field in ("epsilon", "seed")}
+            | {"strength": np.array([s for s, _ in wave]), "seed": np.array([s for _, s in wave])}
             | {field: np.array(value) for field, value in said.items()},
         )
+        rows = {}
         for i in missing:
             course = {field: values[:, i] for field, values in laps.items()}
-            row = cells[i] | _settings(self.attack) | _evaluated(course)
+            row = _settings(self.attack) | _evaluated(course)
             row |= _summary(self.attack, {k: v[i] for k, v in trace.items()})
             losses = np.array(row["train_losses"], float)
             row |= after(course["attacker_accuracy"], losses, self.program.num_classes)
-            row["seconds"] = round(seconds / len(wave), 3)
-            self.finish(
-                row,
-                f"angle {row['angle_mean'] or math.nan:.1f} degrees",
-            )
+            rows[wave[i]] = row | {"seconds": round(seconds / len(wave), 3)}
+        self.finish(self.attack.budget, rows)
 
 
 @jax.jit
@@ -203,10 +197,10 @@ def _products(origin: Any, params: Any) -> Array:
     return total
 
 
-def direction_kept(cells: Cell, products: np.ndarray) -> np.ndarray:
+def direction_kept(cells: Point, products: np.ndarray) -> np.ndarray:
     """Cosine between a cell's way and the undefended one's of its seed; NaN where there is none."""
     lengths = np.sqrt(np.diagonal(products))
-    clean = (cells.epsilon == 0)[None, :] & (cells.seed[:, None] == cells.seed[None, :])
+    clean = (cells.strength == 0)[None, :] & (cells.seed[:, None] == cells.seed[None, :])
     twin = clean.argmax(1)
     cosine = np.full(len(lengths), np.nan, np.float32)
     size = lengths * lengths[twin]

@@ -1,15 +1,15 @@
 """From a config to rows: the pipeline around the grid.
 
-What cells share is computed once: the victim, its posteriors, and for every defence and seed what
-the defence has prepared (for MAD the surrogate) and its evidence (for MAD the Gram matrices), which
-no strength enters, for the test set and for queries that an attack foresees. Then waves of cells,
-defence by defence and attack by attack, collect transfer sets and train stolen models
+What cells share is computed once: a task's victim, its posteriors, and for every defence and seed
+what the defence has prepared (for MAD the surrogate) and its evidence (for MAD the Gram matrices),
+which no strength enters, for the test set and for queries that an attack foresees. Then waves of
+cells, defence by defence and attack by attack, collect transfer sets and train stolen models
 (`campaign`); a wave's rows are written when it ends, and a checkpoint after each of its rounds and
 epochs.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -26,15 +26,16 @@ from tqdm import tqdm
 from madjax import store
 from madjax.attacks import Attack, Online, keys
 from madjax.batching import map_chunks
-from madjax.config import Sweep, describe
-from madjax.datasets import Dataset, base_name, check_compatible, open_dataset
+from madjax.config import Defended, Sweep, Task, describe
+from madjax.datasets import Dataset, check_compatible, open_dataset
 from madjax.defenses import Defense, Owner
 from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
-from madjax.sweep.campaign import TransferCampaign, budgets_of
-from madjax.sweep.cells import Cell, Program, Shared, make_mesh, waves
+from madjax.sweep.campaign import Place, TransferCampaign
+from madjax.sweep.cells import Point, Program, Shared, make_mesh, waves
+from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.online import OnlineCampaign, OnlineProgram
-from madjax.sweep.rows import identity, identity_of_row, shared_facts
+from madjax.sweep.rows import shared_facts
 from madjax.sweep.victim import (
     Log,
     keeper,
@@ -45,15 +46,6 @@ from madjax.sweep.victim import (
 from madjax.train import Recipe, State, start
 
 Array = jax.Array
-
-
-def grid(config: Sweep, defense: Defense) -> list[Cell]:
-    """All cells of a defence, seed by seed, so that a sweep stopped early has whole curves."""
-    return [
-        Cell(np.float32(e), np.uint32(s), np.int32(i))
-        for i, s in enumerate(config.seeds)
-        for e in config.strengths_of(defense)
-    ]
 
 
 def run(
@@ -68,73 +60,75 @@ def run(
     """Run a sweep into a directory and return its rows, one dict a cell.
 
     Everything the user gave is checked before anything is computed or written. With resume, cells
-    that have their row are left alone and a wave goes on from its last whole epoch or round.
-    cells_per_device: how many cells of a wave a device trains; by default one on a CPU, so that
-    rows come early, and all on an accelerator.
+    that have their row are left alone and a wave goes on from its last whole epoch or round; the
+    config may have more cells than that of the run had. cells_per_device: how many cells of a wave
+    a device trains; by default one on a CPU, so that rows come early, and all on an accelerator.
 
     Raises:
         InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,
-            architectures and budgets that do not fit each other.
+            architectures and budgets that do not fit each other; attackers that would train on the
+            images they are judged by.
     """
     directory = Path(directory)
-    data = open_dataset(config.dataset, data_dir)
-    sources = _sources(config, data, data_dir)
-    victim = make_classifier(config.architecture, data, "victim")
-    programs = [
-        _program(config, victim, defense, attack, data, sources)
-        for defense in config.defenses
+    opened = {task: _open(task, data_dir) for task in config.tasks}
+    programs = {
+        (task, defended.rule, attack): _program(each, defended, attack)
+        for task, each in opened.items()
+        for defended in config.defenses
         for attack in config.attacks
-    ]
-    for program in programs:
-        _rehearse(config, program, data, sources)
-    # The data too: names do not change when what is behind them does.
-    query = crc32(sources["queryset"].labels, crc32(sources["queryset"].images))
-    sums = {"dataset": data.checksum(), "query": query}
-    description = describe(config) | {"data": sums}
-    rows = store.open_run(directory, description, resume=resume)
-    todo = {
-        program: {
-            identity(program, budget, cell)
-            for budget in budgets_of(config, program.attack)
-            for cell in grid(config, program.defense)
-        }
-        - set(map(identity_of_row, rows))
-        for program in programs
     }
-    if not any(todo.values()):
+    checksums = {task: each.checksums for task, each in opened.items()}
+    cells = {cell_id(cell, checksums[cell.task]): cell for cell in expand(config)}
+    description = describe(config) | {"data": list(checksums.values())}
+    rows = store.open_run(directory, description, list(cells), resume=resume)
+    done = {row["id"] for row in rows}
+    missing = [(name, cell) for name, cell in cells.items() if name not in done]
+    if not missing:
         store.discard(directory, "attack-*")
         log(f"{directory}: all cells are done")
         return rows
 
-    owner = owner_of(config, victim, data, keeper(directory, victim, len(data.x_train), log))
-    state = train_victim(owner)
     mesh = make_mesh()
-    judged = _judge(victim, state.params, data)
-    facts = shared_facts(config, description, data, state, mesh)
-    epochs = sum(len(missing) * p.laps for p, missing in todo.items())
+    epochs = sum(programs[cell.task, cell.rule, cell.attack].laps for _, cell in missing)
     with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
-        for defense, waiting in groupby(filter(todo.get, programs), lambda p: p.defense):
-            waiting = list(waiting)
-            needed = any(program.needs_evidence for program in waiting)
-            known, evidence = _prepare(config, defense, owner, judged, needed, log)
-            cells = grid(config, defense)
-            for program in waiting:
-                own = sources[program.attack.source]
-                attacked = _share(config, program, state.params, known, own, log)
-                shared = Shared(**attacked, **judged, test_evidence=evidence)
-                shared = jax.device_put(shared, NamedSharding(mesh, P()))
-                said = facts | {
-                    **defense.describe(),
-                    "queryset": base_name(own.name),
-                    "queryset_source": own.name,
+        for task, of_task in groupby(missing, lambda named: named[1].task):
+            own = opened[task]
+            keep = keeper(directory, task, own.victim, own.data, log)
+            owner = owner_of(task, own.victim, own.data, keep)
+            state = train_victim(owner)
+            judged = _judge(own.victim, state.params, own.data)
+            facts = shared_facts(config, description, own.data, state, mesh)
+            for rule, of_rule in groupby(of_task, lambda named: named[1].rule):
+                waiting = {
+                    attack: dict(group)
+                    for attack, group in groupby(of_rule, lambda named: named[1].attack)
                 }
-                kind = OnlineCampaign if isinstance(program, OnlineProgram) else TransferCampaign
-                campaign = kind(config, program, shared, mesh, directory, said, rows, bar, log)
-                size = _wave_size(program, len(cells), mesh.size, cells_per_device)
-                for number, (wave, stacked) in enumerate(waves(cells, size)):
-                    campaign.run(number, wave, stacked)
+                seeds = tuple(dict.fromkeys(c.seed for g in waiting.values() for c in g.values()))
+                strengths = next(each.strengths for each in config.defenses if each.rule == rule)
+                needed = any(programs[task, rule, attack].needs_evidence for attack in waiting)
+                known, evidence = _prepare(rule, strengths, seeds, owner, judged, needed, log)
+                for attack, cells in waiting.items():
+                    program, source = programs[task, rule, attack], own.sources[attack.source]
+                    attacked = _share(program, seeds, state.params, known, source, log)
+                    shared = Shared(**attacked, **judged, test_evidence=evidence)
+                    shared = jax.device_put(shared, NamedSharding(mesh, P()))
+                    online = isinstance(program, OnlineProgram)
+                    # Online cells each are held against the one of their seed at strength 0.
+                    every = [(strength, seed) for seed in seeds for strength in strengths]
+                    waiting_at = {(cell.strength, cell.seed) for cell in cells.values()}
+                    places = [place for place in every if online or place in waiting_at]
+                    kind = OnlineCampaign if online else TransferCampaign
+                    campaign = kind(program, cells, shared, mesh, directory, facts, rows, bar, log)
+                    size = _wave_size(program, len(places), mesh.size, cells_per_device)
+                    for i, (_, stacked) in enumerate(waves(_points(places, seeds), size)):
+                        campaign.run(places[i * size : (i + 1) * size], stacked)
     store.discard(directory, "attack-*")  # of waves that were stopped after their last row
     return rows
+
+
+def _points(places: Iterable[Place], seeds: tuple[int, ...]) -> list[Point]:
+    """Places as numbers, with the position of the seed in what the cells share."""
+    return [Point(np.float32(e), np.uint32(s), np.int32(seeds.index(s))) for e, s in places]
 
 
 def _wave_size(program: Program, cells: int, devices: int, per_device: int | None) -> int:
@@ -151,32 +145,46 @@ def _wave_size(program: Program, cells: int, devices: int, per_device: int | Non
 class _Source(NamedTuple):
     """Images that an attacker may own, with their classes."""
 
-    name: str
     images: np.ndarray
     labels: np.ndarray
     num_labels: int
 
 
-def _program(
-    config: Sweep,
-    victim: Classifier,
-    defense: Defense,
-    attack: Attack,
-    data: Dataset,
-    sources: dict[str, _Source],
-) -> Program:
-    """The functions of the cells of one defence and attack, once they are known to fit."""
-    own = sources[attack.source]
+class _Opened(NamedTuple):
+    """A task with its data and its victim's network, which fit each other."""
+
+    task: Task
+    data: Dataset
+    sources: dict[str, _Source]
+    victim: Classifier
+    checksums: dict[str, int]
+
+
+def _open(task: Task, data_dir: str | Path | None) -> _Opened:
+    data = open_dataset(task.dataset, data_dir)
+    sources = _sources(task, data, data_dir)
+    victim = make_classifier(task.architecture, data, "victim")
+    asked = sources["queryset"]
+    sums = {"dataset": data.checksum(), "queryset": crc32(asked.labels, crc32(asked.images))}
+    return _Opened(task, data, sources, victim, sums)
+
+
+def _program(opened: _Opened, defended: Defended, attack: Attack) -> Program:
+    """The functions of the cells of one task, defence and attack, which are tried on shapes."""
+    data, own = opened.data, opened.sources[attack.source]
     stolen = make_classifier(attack.architecture, data, "attacker")
     attack.check(len(own.images), data.num_classes, data.image_shape)
     kind = OnlineProgram if isinstance(attack, Online) else Program
-    return kind(victim, stolen, data.family, defense, attack, data.num_classes, own.num_labels)
+    networks = opened.victim, stolen, data.family
+    program = kind(*networks, defended.rule, attack, data.num_classes, own.num_labels)
+    _rehearse(opened, program, defended)
+    return program
 
 
-def _rehearse(config: Sweep, program: Program, data: Dataset, sources: dict[str, _Source]) -> None:
+def _rehearse(opened: _Opened, program: Program, defended: Defended) -> None:
     """Trace what the cells will do, on shapes alone: what fails does so before any work."""
-    own = sources[program.attack.source]
-    network, defense = program.network, program.defense
+    data, own = opened.data, opened.sources[program.attack.source]
+    network, rule = program.network, defended.rule
 
     def untrained(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
         del name, train
@@ -184,21 +192,21 @@ def _rehearse(config: Sweep, program: Program, data: Dataset, sources: dict[str,
 
     def everything(key: Array, images: Array, tests: Array) -> None:
         params = network.init(key)
-        owner = owner_of(config, network, data, untrained)
-        known = jax.tree.map(lambda a: a[None], defense.prepare(owner, key))
+        owner = owner_of(opened.task, network, data, untrained)
+        known = rule.prepare(owner, key, defended.strengths)
+        known = jax.tree.map(lambda a: a[None], known)
         shared = Shared(
             params,
             known,
             images,
             jnp.zeros(len(images), jnp.int32),
-            *_foreseen(program, config.seeds[:1], params, known, images),
+            *_foreseen(program, (0,), params, known, images),
             tests,
             jnp.zeros(len(tests), jnp.int32),
             jnp.ones((len(tests), data.num_classes)),
-            _evidence(defense, network, known, [tests]),
+            _evidence(rule, network, known, [tests]),
         )
-        cell = Cell(jnp.float32(0), jnp.uint32(0), jnp.int32(0))
-        program.rehearse(cell, shared)
+        program.rehearse(Point(jnp.float32(0), jnp.uint32(0), jnp.int32(0)), shared)
 
     shapes = (
         jax.ShapeDtypeStruct((n, *data.image_shape), jnp.uint8)
@@ -210,28 +218,45 @@ def _rehearse(config: Sweep, program: Program, data: Dataset, sources: dict[str,
         raise
     except Exception as error:
         raise InputError(
-            f"the defence {defense} or the attack {program.attack.label} fails on these "
+            f"the defence {rule} or the attack {program.attack.label} fails on these "
             f"data ({in_one_line(error)}): choose another, or mend it"
         ) from error
 
 
-def _sources(config: Sweep, victim: Dataset, data_dir: str | Path | None) -> dict[str, _Source]:
+def _sources(task: Task, victim: Dataset, data_dir: str | Path | None) -> dict[str, _Source]:
     """The images that attackers may own: the query set, and the victim's training images."""
-    queryset = open_dataset(config.queryset, data_dir)
+    queryset = open_dataset(task.queryset, data_dir)
     check_compatible(victim, queryset)
     if not len(victim.x_test):
         raise InputError(f"data set {victim.name} has no test images: nothing can be evaluated")
+    if "test" in task.query_splits:
+        _check_apart(victim, queryset)
     splits = {
         "train": (queryset.x_train, queryset.y_train),
         "test": (queryset.x_test, queryset.y_test),
     }
     images, labels = (
-        np.concatenate(each) for each in zip(*map(splits.get, config.query_splits), strict=True)
+        np.concatenate(each) for each in zip(*map(splits.get, task.query_splits), strict=True)
     )
     return {
-        "queryset": _Source(config.queryset, images, labels, queryset.num_classes),
-        "dataset": _Source(config.dataset, victim.x_train, victim.y_train, victim.num_classes),
+        "queryset": _Source(images, labels, queryset.num_classes),
+        "dataset": _Source(victim.x_train, victim.y_train, victim.num_classes),
     }
+
+
+def _check_apart(victim: Dataset, queryset: Dataset) -> None:
+    """Refuse test images of the victim as queries: stolen models would train on their own test.
+
+    A few that two sets happen to share, up to one in a hundred, are no concern.
+    """
+    asked = {image.tobytes() for image in queryset.x_test}
+    both = sum(image.tobytes() in asked for image in victim.x_test)
+    if both > len(victim.x_test) / 100:
+        raise InputError(
+            f"{both} of the {len(victim.x_test)} test images of {victim.name}, by which stolen "
+            f"models are judged, are in the test part of the query set {queryset.name}: give "
+            "query_splits=('train',), or another queryset"
+        )
 
 
 def _judge(victim: Classifier, params: Any, data: Dataset) -> dict[str, Array]:
@@ -245,8 +270,9 @@ def _judge(victim: Classifier, params: Any, data: Dataset) -> dict[str, Array]:
 
 
 def _prepare(
-    config: Sweep,
-    defense: Defense,
+    rule: Defense,
+    strengths: tuple[float, ...],
+    seeds: tuple[int, ...],
     owner: Owner,
     judged: dict[str, Array],
     needed: bool,
@@ -257,25 +283,25 @@ def _prepare(
     The evidence only where it is needed, else None.
     """
     began = time.perf_counter()
-    each = [defense.prepare(owner, keys(seed)["surrogate"]) for seed in config.seeds]
+    each = [rule.prepare(owner, keys(seed)["surrogate"], strengths) for seed in seeds]
     known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    tests = [judged["test_images"]] * len(config.seeds) if needed else []
-    evidence = jax.block_until_ready(_evidence(defense, owner.classifier, known, tests))
-    log(f"{defense.label}: prepared in {time.perf_counter() - began:.1f} s")
+    tests = [judged["test_images"]] * len(seeds) if needed else []
+    evidence = jax.block_until_ready(_evidence(rule, owner.classifier, known, tests))
+    log(f"{rule.label}: prepared in {time.perf_counter() - began:.1f} s")
     return known, evidence
 
 
 def _share(
-    config: Sweep, program: Program, victim: Any, known: Any, own: _Source, log: Log
+    program: Program, seeds: tuple[int, ...], victim: Any, known: Any, own: _Source, log: Log
 ) -> dict[str, Any]:
     """The fields of `Shared` that belong to one attack's images."""
     began = time.perf_counter()
     images, labels = jnp.asarray(own.images), jnp.asarray(own.labels)
-    posteriors, evidence = _foreseen(program, config.seeds, victim, known, images)
+    posteriors, evidence = _foreseen(program, seeds, victim, known, images)
     if posteriors is not None:
         jax.block_until_ready((posteriors, evidence))
         log(
-            f"{program.label}: {len(config.seeds)} x {program.attack.budget:,} queries "
+            f"{program.label}: {len(seeds)} x {program.attack.budget:,} queries "
             f"prepared in {time.perf_counter() - began:.1f} s"
         )
     return {

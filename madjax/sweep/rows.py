@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from madjax.config import Sweep, digest, name_of
 from madjax.datasets import Dataset, base_name
-from madjax.sweep.cells import Cell, Program, device_name
+from madjax.sweep.cells import Program, device_name
+from madjax.sweep.grid import Cell
 from madjax.train import State
 
 Array = jax.Array
@@ -20,37 +21,17 @@ Array = jax.Array
 _PACKAGES = ("madjax", "jax", "flax", "optax")
 
 
-Identity = tuple[str | int | float, ...]
-"""Defence, attack, budget, strength and seed: one row."""
-
-_IDENTITY = ("defense", "layers", "oracle", "distance", "defense_variant", "attack", "variant")
-
-
-def identity(program: Program, budget: int, cell: Cell) -> Identity:
-    """What a row says of its cell: the strength with the digits the user gave."""
-    said = program.defense.describe() | program.attack.describe()
-    who = (said[name] for name in _IDENTITY)
-    return *who, budget, float(str(cell.epsilon)), int(cell.seed)
-
-
-def identity_of_row(row: dict[str, Any]) -> Identity:
-    """The cell that a row belongs to."""
-    return *(row.get(name, "") for name in _IDENTITY), row["budget"], row["epsilon"], row["seed"]
-
-
 def measured(
     program: Program,
     budget: int,
-    cell: Cell,
     utility: dict[str, Array],
     asked: Array,
     accuracy: Array,
     loss: Array,
 ) -> dict[str, Any]:
-    """The fields of one cell: which it is, the defence's utility, the attacker after each epoch."""
+    """The fields of one cell that were measured: the defence's utility, the attacker's epochs."""
     attack = program.attack
     return {
-        **which(program, budget, cell),
         "queries": int(asked) if budget == attack.budget else budget,
         "epochs": attack.recipe.epochs,
         **{name: number(value) for name, value in utility.items()},
@@ -59,19 +40,30 @@ def measured(
     }
 
 
-def which(program: Program, budget: int, cell: Cell) -> dict[str, Any]:
-    """The fields of one cell that say which it is."""
-    attack = program.attack
-    *_, epsilon, seed = identity(program, budget, cell)
+def which(cell: Cell) -> dict[str, Any]:
+    """The fields of one cell that say which it is; `epsilon` where the strength is a budget."""
+    task, attack, budgeted = cell.task, cell.attack, cell.rule.is_budgeted
+    asked = {"queryset": (task.queryset, task.query_splits), "dataset": (task.dataset, ("train",))}
+    queryset, splits = asked[attack.source]
     return {
+        "dataset": task.name,
+        "dataset_source": task.dataset,
+        "victim": name_of(task.architecture).lower(),
+        "victim_seed": task.victim_seed,
+        "victim_epochs": task.victim.epochs,
+        "queryset": base_name(queryset),
+        "queryset_source": queryset,
+        "query_splits": list(splits),
+        **cell.rule.describe(),
+        "strength": cell.strength,
+        "epsilon": cell.strength if budgeted else None,
         **attack.describe(),
         "attack_architecture": name_of(attack.architecture).lower(),
         "optimizer": name_of(attack.recipe.optimizer),
         "targets": name_of(attack.targets),
-        "budget": budget,
-        "examples": attack.examples(budget),
-        "epsilon": epsilon,
-        "seed": seed,
+        "budget": cell.budget,
+        "examples": attack.examples(cell.budget),
+        "seed": cell.seed,
     }
 
 
@@ -110,19 +102,11 @@ def number(value: Any) -> float | None:
 
 
 def shared_facts(
-    config: Sweep,
-    description: dict[str, Any],
-    data: Dataset,
-    victim: State,
-    mesh: Mesh,
+    config: Sweep, description: dict[str, Any], data: Dataset, victim: State, mesh: Mesh
 ) -> dict[str, Any]:
-    """The fields that all rows of a run share."""
+    """The fields that all rows of a victim in one run share."""
     return {
         "config": config.name,
-        "dataset": base_name(config.dataset),
-        "dataset_source": config.dataset,
-        "victim": name_of(config.architecture).lower(),
-        "victim_epochs": config.victim.epochs,
         "victim_accuracy": number(victim.accuracy[-1]),
         "num_classes": data.num_classes,
         "n_train": len(data.x_train),

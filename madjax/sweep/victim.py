@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from madjax import store
-from madjax.config import Sweep, describe, digest, name_of
+from madjax.config import Task, describe, digest, name_of
 from madjax.datasets import Dataset
 from madjax.defenses import Owner
 from madjax.errors import InputError, in_one_line
@@ -51,21 +51,23 @@ def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
     return classifier
 
 
-def owner_of(config: Sweep, victim: Classifier, data: Dataset, keep: Keep) -> Owner:
+def owner_of(task: Task, victim: Classifier, data: Dataset, keep: Keep) -> Owner:
     """The victim's owner, who trains by `keep`."""
-    key = jax.random.fold_in(jax.random.key(config.victim_seed), VICTIM)
+    key = jax.random.fold_in(jax.random.key(task.victim_seed), VICTIM)
     train, test = (data.x_train, data.y_train), (data.x_test, data.y_test)
-    return Owner(victim, config.victim, key, train, test, keep)
+    return Owner(victim, task.victim, key, train, test, keep)
 
 
-def keeper(directory: Path, victim: Classifier, num_examples: int, log: Log) -> Keep:
+def keeper(directory: Path, task: Task, victim: Classifier, data: Dataset, log: Log) -> Keep:
     """The `Owner.keep` of a run: training goes on from the checkpoint in its directory.
 
-    It raises InputError as soon as training diverges, and keeps no checkpoint of that.
+    Victims that several tasks share are trained once. It raises InputError as soon as training
+    diverges, and keeps no checkpoint of that.
     """
+    num_examples = len(data.x_train)
 
     def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-        folder = _folder(name, recipe, key)
+        folder = _folder(name, task, data, recipe, key)
         saved = _restore(directory, folder, victim, recipe, num_examples)
         done = int(saved.epoch) if saved else 0
         bar = tqdm(total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None)
@@ -79,7 +81,7 @@ def keeper(directory: Path, victim: Classifier, num_examples: int, log: Log) -> 
             state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
         if done < recipe.epochs:
             log(
-                f"{name}: {name_of(type(victim.module))}, {num_examples:,} images, "
+                f"{task.name}, {name}: {name_of(type(victim.module))}, {num_examples:,} images, "
                 f"{recipe.epochs} epochs: {float(state.accuracy[-1]):.2f} % of the test images"
             )
         return state
@@ -97,26 +99,27 @@ def train_victim(owner: Owner) -> State:
     )
 
 
-def restore_victim(owner: Owner, directory: Path) -> State:
-    """The trained victim of a run.
+def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Keep:
+    """The `Owner.keep` of who reads a finished run: what is not there is an error, not trained."""
 
-    Raises:
-        InputError: it is not there, or its training has not ended.
-    """
-    folder = _folder("victim", owner.recipe, owner.key)
-    size = len(owner.data[0])
-    saved = _restore(directory, folder, owner.classifier, owner.recipe, size)
-    if saved is None or int(saved.epoch) < owner.recipe.epochs:
-        raise InputError(
-            f"{directory} holds no victim trained for {owner.recipe.epochs} epochs: finish it "
-            "with madjax sweep --resume"
-        )
-    return saved
+    def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+        del train
+        folder = _folder(name, task, data, recipe, key)
+        saved = _restore(directory, folder, victim, recipe, len(data.x_train))
+        if saved is None or int(saved.epoch) < recipe.epochs:
+            raise InputError(
+                f"{directory} holds no {name} trained for {recipe.epochs} epochs: finish the run "
+                "with madjax sweep --resume, or choose what it has"
+            )
+        return saved
+
+    return keep
 
 
-def _folder(name: str, recipe: Recipe, key: Array) -> str:
-    """A checkpoint's name: other recipes and keys have others."""
-    return f"{name}-{digest([describe(recipe), jax.random.key_data(key).tolist()])}"
+def _folder(name: str, task: Task, data: Dataset, recipe: Recipe, key: Array) -> str:
+    """A checkpoint's name: other data, networks, recipes and keys have others."""
+    said = [describe(task.architecture), data.checksum(), describe(recipe)]
+    return f"{name}-{digest([*said, jax.random.key_data(key).tolist()])}"
 
 
 def _restore(

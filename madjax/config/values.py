@@ -1,0 +1,171 @@
+"""What a sweep is: frozen dataclasses that hold no file and no array."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from madjax.attacks import Attack, Knockoff
+from madjax.datasets import base_name
+from madjax.defenses import Defense
+from madjax.errors import InputError
+from madjax.models import LeNet
+from madjax.train import Recipe
+
+Architecture = Callable[[int], nn.Module]
+"""Number of classes -> a linen module; a module class whose first field is that number will do."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A victim, and the images that attackers may ask it about.
+
+    dataset and queryset are names for `open_dataset`; query_splits are the parts of the query set
+    that attackers may draw from. victim says how the network of this architecture is trained, on
+    the data set's training part; victim_seed fixes its first parameters and the order of training.
+    A surrogate has the victim's architecture.
+    """
+
+    dataset: str
+    queryset: str
+    query_splits: tuple[str, ...] = ("train",)
+    architecture: Architecture = LeNet
+    victim: Recipe = Recipe()
+    victim_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.victim_seed)
+        _check_distinct("query_splits", self.query_splits, self.query_splits)
+        for split in self.query_splits:
+            if split not in ("train", "test"):
+                raise InputError(f"query_splits holds {split!r}: use 'train' and 'test'")
+
+    @property
+    def name(self) -> str:
+        """The data set in rows and figures."""
+        return base_name(self.dataset)
+
+    @property
+    def label(self) -> str:
+        """What tells most tasks of one sweep apart, in messages."""
+        seed = f", victim seed {self.victim_seed}" if self.victim_seed else ""
+        return f"{self.name} <- {base_name(self.queryset)}{seed}"
+
+
+@dataclass(frozen=True)
+class Defended:
+    """A defence at each of several strengths; without any, at those that are usual for it.
+
+    A strength is of the rule's own kind: epsilon for MAD, and beta, a radius, a noise multiplier
+    or a step for others.
+    """
+
+    rule: Defense
+    strengths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Defense):
+            raise InputError(
+                f"rule is {self.rule!r}, which is not a madjax.Defense: give one such as "
+                "madjax.MAD(), or madjax.defenses.Custom(function=...)"
+            )
+        if not isinstance(self.strengths, tuple):
+            raise InputError(f"strengths is {self.strengths!r}: give a tuple, such as (0.5, 0.99)")
+        strengths = self.strengths or self.rule.usual
+        for strength in strengths:
+            if not isinstance(strength, Real):
+                raise InputError(f"strengths holds {strength!r}: give numbers")
+            self.rule.check_strength(strength)
+        # Cells compute in float32: strengths that round to one number would be one cell.
+        _check_distinct(f"strengths of {self.label}", strengths, map(np.float32, strengths))
+        object.__setattr__(self, "strengths", tuple(map(float, strengths)))
+
+    @property
+    def name(self) -> str:
+        """The defence in rows and figures."""
+        return self.rule.name
+
+    @property
+    def label(self) -> str:
+        """What tells the defences of one sweep apart, in messages."""
+        return self.rule.label
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of cells: task x defence x strength x attack x budget x seed.
+
+    defenses and attacks are told apart by what rows say of them, their variants included. budgets
+    are query budgets besides each attack's own: the stolen model is trained anew on as many
+    examples as each would have bought, the first of the one transfer set. A seed fixes the
+    surrogate, the drawn images, the stolen model's first parameters and the order of training.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    defenses: tuple[Defended, ...]
+    attacks: tuple[Attack, ...] = (Knockoff(),)
+    budgets: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        _check_kind("tasks", self.tasks, Task, 'madjax.Task("mnist", "emnist")')
+        _check_kind("defenses", self.defenses, Defended, "madjax.Defended(madjax.MAD(), (0.5,))")
+        _check_kind("attacks", self.attacks, Attack, "madjax.Knockoff()")
+        for seed in self.seeds:
+            _check_seed(seed)
+        _check_distinct("tasks", [task.label for task in self.tasks], self.tasks)
+        _check_distinct("seeds", self.seeds, self.seeds)
+        defenses = [tuple(each.rule.describe().values()) for each in self.defenses]
+        _check_distinct("defenses", [each.label for each in self.defenses], defenses, _UNLIKE)
+        attacks = [attack.label for attack in self.attacks]
+        _check_distinct("attacks", attacks, attacks, _UNLIKE)
+        for attack in self.attacks:
+            for budget in self.budgets:
+                attack.examples(budget)
+
+    def budgets_of(self, attack: Attack) -> list[int]:
+        """The budgets at which a stolen model is trained, smallest first."""
+        return sorted({*self.budgets, attack.budget})
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}: give a whole number from 0 to 2^32 - 1")
+
+
+def _check_kind(name: str, values: Any, kind: type, example: str) -> None:
+    """Refuse what is not a tuple of hashable values of a kind."""
+    if not isinstance(values, tuple):
+        raise InputError(f"{name} is {values!r}: give a tuple, such as ({example},)")
+    for value in values:
+        if not isinstance(value, kind):
+            raise InputError(
+                f"{name} holds {value!r}, which is not a madjax.{kind.__name__}: give one such as "
+                f"{example}"
+            )
+        try:
+            hash(value)
+        except TypeError as error:
+            raise InputError(
+                f"{name} holds {value!r}, which cannot be told from others ({error}): give its "
+                "fields tuples in place of lists, sets and arrays"
+            ) from error
+
+
+_UNLIKE = ", with settings or a variant of its own"
+
+
+def _check_distinct(
+    name: str, shown: Iterable[Any], values: Iterable[Any], advice: str = ""
+) -> None:
+    """Refuse no value, and two that are the same."""
+    values = list(values)
+    if not values or len(set(values)) != len(values):
+        raise InputError(
+            f"{name} holds {'; '.join(map(str, shown)) or 'nothing'}: give at least one, each "
+            f"once{advice}"
+        )

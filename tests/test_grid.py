@@ -1,0 +1,93 @@
+"""Cells of the grid: which there are, and what tells each from every other."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from madjax import (
+    MAD,
+    MLP,
+    Ascend,
+    Defended,
+    Knockoff,
+    LineSearch,
+    Recipe,
+    Sweep,
+    Task,
+    Undefended,
+    jbda,
+    l2,
+    sweep,
+    top_label,
+)
+from madjax.constraints import keep_label
+
+pytestmark = pytest.mark.smoke
+
+TASK = Task("mnist", "letters")
+CELL = sweep.Cell(TASK, MAD(), 0.5, Knockoff(budget=100), 100, 3)
+SUMS = {"dataset": 1, "queryset": 2}
+
+
+def test_the_grid_is_the_product_of_its_axes():
+    other = replace(TASK, victim_seed=1)
+    none, mad = Undefended(), MAD()
+    config = Sweep(
+        "s",
+        (TASK, other),
+        (Defended(none), Defended(mad, (0.5, 0.9))),
+        (replace(CELL.attack, budget=200), jbda(budget=300)),
+        (150, 200),
+        (0, 1),
+    )
+    cells = sweep.expand(config)
+    want = {
+        (task, rule, strength, attack, budget, seed)
+        for task in (TASK, other)
+        for rule, strength in ((none, 0.0), (mad, 0.5), (mad, 0.9))
+        for attack, budgets in zip(config.attacks, ((150, 200), (150, 200, 300)), strict=True)
+        for budget in budgets
+        for seed in (0, 1)
+    }
+    found = [(c.task, c.rule, c.strength, c.attack, c.budget, c.seed) for c in cells]
+    assert len(found) == len(set(found)) == len(want)
+    assert set(found) == want
+
+
+CHANGES = {
+    "data set": {"task": replace(TASK, dataset="mnist[:5]")},
+    "query set": {"task": replace(TASK, queryset="mnist")},
+    "splits": {"task": replace(TASK, query_splits=("test",))},
+    "network": {"task": replace(TASK, architecture=MLP)},
+    "victim": {"task": replace(TASK, victim=Recipe(epochs=3))},
+    "victim seed": {"task": replace(TASK, victim_seed=1)},
+    "rule": {"rule": Undefended()},
+    "layers": {"rule": MAD(layers="last")},
+    "solver": {"rule": MAD(solver=Ascend())},
+    "distance": {"rule": MAD(solver=LineSearch(distance=l2))},
+    "margin": {"rule": MAD(solver=Ascend(constraints=(partial(keep_label, margin=0.1),)))},
+    "another margin": {"rule": MAD(solver=Ascend(constraints=(partial(keep_label, margin=0.2),)))},
+    "surrogate": {"rule": MAD(surrogate_epochs=1)},
+    "strength": {"strength": 0.5000001},
+    "attack": {"attack": jbda(budget=100)},
+    "targets": {"attack": replace(CELL.attack, targets=top_label)},
+    "recipe": {"attack": replace(CELL.attack, recipe=Recipe(learning_rate=0.2))},
+    "queries": {"attack": replace(CELL.attack, budget=200)},
+    "budget": {"budget": 50},
+    "seed": {"seed": 4},
+}
+
+
+def test_an_id_changes_with_all_that_determines_a_cell():
+    cells = [CELL, *(replace(CELL, **change) for change in CHANGES.values())]
+    ids = [sweep.cell_id(cell, SUMS) for cell in cells]
+    ids += [sweep.cell_id(CELL, SUMS | {name: 9}) for name in SUMS]
+    assert len(set(ids)) == len(CHANGES) + 3
+    assert all(len(name) == 12 for name in ids)
+
+
+def test_equal_cells_have_equal_ids_in_any_process():
+    """The digits are pinned: where they change, runs of before cannot be gone on with."""
+    made = sweep.Cell(Task("mnist", "letters"), MAD(), 0.5, Knockoff(budget=100), 100, 3)
+    assert sweep.cell_id(made, SUMS) == sweep.cell_id(CELL, SUMS) == "c0282f2a1a88"

@@ -40,7 +40,7 @@ def grid(mapping, steps):
     x = jax.random.randint(keys[0], (IMAGES, 28, 28, 1), 0, 256).astype(jnp.uint8)
     victim = jax.jit(classifier.init)(keys[1])
     nothing = jnp.zeros(IMAGES, jnp.int32)
-    shared = sweep.Shared(victim, None, x, nothing, None, None, x, nothing, None, None)
+    shared = sweep.Shared(victim, (), x, nothing, x, nothing, None)
     mesh = sweep.make_mesh()
     size = -(-len(EPSILONS) // mesh.size) * mesh.size
     cells = [sweep.Point(np.float32(e), np.uint32(0), np.int32(0)) for e in EPSILONS]

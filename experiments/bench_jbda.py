@@ -215,10 +215,7 @@ def ours(weights, surrogate, seeds, test, budget, final_epochs, threads):
         jax.tree.map(lambda a: a[None], params),
         seeds,
         np.zeros(len(seeds), np.int32),
-        None,
-        None,
         *test,
-        None,
         None,
     )
     shared, cell = jax.device_put((shared, cell))

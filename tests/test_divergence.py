@@ -319,7 +319,7 @@ def odd(key, x, y, strength):
 def test_a_defence_that_answers_nan_is_an_error_that_names_it(folder, tmp_path):
     defended = Defended(Custom(rotten, title="rotten"), (0.0, 0.2, 0.99))
     config = replace(CONFIG, defenses=(defended,))
-    with pytest.raises(InputError, match="answers NaN to the attack knockoff"):
+    with pytest.raises(InputError, match=r"rotten answers NaN .* strength 0\.99, seed 0"):
         run(config, tmp_path / "asked", folder)
     online = Online(budget=8, images=20, every=8, judged=20, architecture=Linear)
     with pytest.raises(InputError, match="rotten answers NaN on the test set at strength"):

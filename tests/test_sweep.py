@@ -35,9 +35,10 @@ from madjax import (
 )
 from madjax.attacks import Custom, Transfer, World, crop_and_flip, keys
 from madjax.datasets import MNIST_FAMILY
-from madjax.defenses import as_function, prediction_api
+from madjax.defenses import prediction_api
 from madjax.private import accounted_epsilon
 from madjax.report import read_rows
+from madjax.sweep import stages
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.05)
 BUDGET = 40
@@ -96,7 +97,6 @@ class Setting:
             "test_images": self.x_test,
             "test_labels": self.labels_test,
             "test_posteriors": self.posterior(self.x_test),
-            "test_evidence": jnp.stack([self.evidence(s, self.x_test) for s in self.seeds]),
         }
 
     def surrogate(self, seed):
@@ -105,21 +105,18 @@ class Setting:
     def posterior(self, x):
         return self.classifier.posterior(self.victim, x)
 
-    def evidence(self, seed, x):
-        return self.defense.evidence(self.classifier.apply, self.surrogate(seed), x)
+    def shared(self):
+        return sweep.Shared(**self.common)
 
-    def shared(self, attack):
-        """What the cells of an attack share: answers to foreseen queries are prepared."""
-        foreseen = [attack.foreseen(keys(seed)["draw"], 60) for seed in self.seeds]
-        if foreseen[0] is None:
-            return sweep.Shared(posteriors=None, evidence=None, **self.common)
-        evidence = [
-            self.evidence(seed, self.images[drawn])
-            for seed, drawn in zip(self.seeds, foreseen, strict=True)
-        ]
-        return sweep.Shared(
-            posteriors=self.posterior(self.images), evidence=jnp.stack(evidence), **self.common
-        )
+    def told(self, attack, strength, seed):
+        """The answers to an attack's queries, if they are foreseen."""
+        drawn = attack.foreseen(keys(seed)["draw"], 60)
+        if drawn is None:
+            return None
+        images = np.asarray(self.images[drawn])
+        query = keys(seed)["defense"], images, self.posterior(images)
+        network, surrogate = self.classifier, self.surrogate(seed)
+        return stages.answers(self.defense, network, surrogate, *query, (strength,))[0]
 
     def lesson(self):
         return sweep.Lesson(self.images, self.x_test, self.labels_test)
@@ -182,9 +179,11 @@ def singly(setting):
     return setting.singly(KNOCKOFF, GRIDS[8])
 
 
-def stack(identities, devices):
+def stack(identities, devices, told=lambda strength, seed: None):
     """One wave of cells over so many devices."""
-    cells = [sweep.Point(np.float32(e), np.uint32(s), np.int32(s)) for e, s in identities]
+    cells = [
+        sweep.Point(np.float32(e), np.uint32(s), np.int32(s), told(e, s)) for e, s in identities
+    ]
     (wave,) = sweep.waves(cells, devices * -(-len(cells) // devices))
     return wave
 
@@ -192,8 +191,8 @@ def stack(identities, devices):
 def run_grid(setting, attack, identities, devices, mapping):
     """The grid through the compiled program: [(transfer, state)] in order."""
     mesh = sweep.make_mesh(jax.devices()[:devices])
-    program, shared = setting.program(attack), setting.shared(attack)
-    wave, stacked = stack(identities, devices)
+    program, shared = setting.program(attack), setting.shared()
+    wave, stacked = stack(identities, devices, partial(setting.told, attack))
 
     def over(function):
         return sweep.over_cells(function, mesh, mapping)
@@ -236,23 +235,6 @@ def test_grid_is_a_loop_over_cells(setting, singly, count, devices, mapping):
         chex.assert_trees_all_close(state.params, trained.params, atol=2e-5)
         np.testing.assert_allclose(state.accuracy, trained.accuracy, atol=0.34)
         assert int(state.epoch) == RECIPE.epochs
-
-
-def test_the_utility_of_the_grid_is_that_of_its_answers(setting):
-    program, shared = setting.program(KNOCKOFF), setting.shared(KNOCKOFF)
-    _, stacked = stack(GRIDS[6], 1)
-    mesh = sweep.make_mesh(jax.devices()[:1])
-    utility = sweep.over_cells(program.utility, mesh, sweep.vmap_cells)(stacked, shared)
-    y = setting.posterior(setting.x_test)
-    for i, (epsilon, seed) in enumerate(GRIDS[6]):
-        respond = as_function(
-            setting.defense, setting.classifier.apply, setting.surrogate(seed), epsilon
-        )
-        answers = respond(jax.random.key(0), setting.x_test, y)
-        top = 100 * (answers.argmax(-1) == setting.labels_test).mean()
-        np.testing.assert_allclose(utility["defender_accuracy"][i], top, atol=0.34)
-        distance = abs(answers - y).sum(-1).mean()
-        np.testing.assert_allclose(utility["l1_mean"][i], distance, atol=1e-5)
 
 
 SUBSTITUTE = Recipe(epochs=1, batch_size=16, learning_rate=0.05)
@@ -302,9 +284,9 @@ def test_the_grid_of_every_attack_is_a_loop_over_cells(asked, name, mapping):
 def test_no_device_talks_to_another(asked, attack, mapping):
     mesh = sweep.make_mesh()
     assert mesh.size == 4
-    program, shared = asked.program(attack), asked.shared(attack)
-    assert (shared.posteriors is None) == (attack is not KNOCKOFF)
-    _, stacked = stack([(0.4, seed) for seed in (0, 1, 2)], 4)
+    program, shared = asked.program(attack), asked.shared()
+    _, stacked = stack([(0.4, seed) for seed in (0, 1, 2)], 4, partial(asked.told, attack))
+    assert (stacked.told is None) == (attack is not KNOCKOFF)
     training, lesson = asked.training(attack), asked.lesson()
     like, learner = (
         jax.eval_shape(sweep.over_cells(f, mesh, mapping), stacked, common)
@@ -313,7 +295,6 @@ def test_no_device_talks_to_another(asked, attack, mapping):
     for function, mine, common in (
         (program.begin, stacked, shared),
         (program.proceed, (stacked, like), (shared, np.int32(0))),
-        (program.utility, stacked, shared),
         (training.advance, (like, learner), lesson),
     ):
         text = sweep.over_cells(function, mesh, mapping).lower(mine, common).compile().as_text()

@@ -110,7 +110,7 @@ class AdaptiveKnockoff(Attack):
             classes, ranks, drawn = _choose(key, bandit, size, wanted)
             chosen = line[first[classes] + ranks]
             x = world.images[chosen]
-            answers, asked = world.ask(transfer.asked, x, wanted)
+            answers, asked = world.ask(transfer.asked, chosen, wanted)
             targets = self.targets(answers)
             known = jnp.where(wanted[:, None], targets, 0)
             logits = world.classifier.apply(scratch.params, x)

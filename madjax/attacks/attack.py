@@ -52,7 +52,8 @@ class World:
 
     images uint8 [N, H, W, C] are its own, labels int32 [N] in [0, num_labels) their classes, which
     need not be the victim's. classifier is the stolen model's network, with num_classes outputs;
-    family says how pixels are normalised.
+    family says how pixels are normalised. told, where it is given, answers queries for own images
+    in place of the victim: (numbers [B], indices of the images [B]) -> y_tilde [B, K], made before.
     """
 
     respond: Respond
@@ -64,19 +65,27 @@ class World:
     classifier: Classifier
     family: Family
     key: Array
+    told: Respond | None = None
 
-    def ask(self, asked: Array, images: Array, wanted: Array | None = None) -> tuple[Array, Array]:
+    def ask(self, asked: Array, queries: Array, wanted: Array | None = None) -> tuple[Array, Array]:
         """Query the victim: the only way to its posteriors, and the counter of the budget.
 
-        asked: queries answered so far, as the last call returned it (0 at first); wanted: which of
-        the images are queries, bool [B], all by default. Returns the answers [B, K] and the new
-        count. A row that is not wanted, or beyond the budget, is -inf: an attack that hands the
-        count on cannot learn from what it has not paid for.
+        asked: queries answered so far, as the last call returned it (0 at first); queries: images
+        [B, H, W, C], or indices int32 [B] of the attacker's own, whose answers a sweep may know
+        beforehand; wanted: which of them are sent, bool [B], all by default. Returns the answers
+        [B, K] and the new count. A row that is not wanted, or beyond the budget, is -inf: an attack
+        that hands the count on cannot learn from what it has not paid for.
         """
-        wanted = jnp.ones(len(images), bool) if wanted is None else wanted
+        wanted = jnp.ones(len(queries), bool) if wanted is None else wanted
         number = asked + jnp.cumsum(wanted, dtype=jnp.int32) - 1
         served = wanted & (number < self.budget)
-        told = self.respond(jnp.where(served, number, -1), images)
+        number = jnp.where(served, number, -1)
+        if queries.ndim > 1:
+            told = self.respond(number, queries)
+        elif self.told is None:
+            told = self.respond(number, self.images[queries])
+        else:
+            told = self.told(number, queries)
         answers = jnp.where(served[:, None], told, -jnp.inf)
         return answers, asked + served.sum(dtype=jnp.int32)
 
@@ -161,9 +170,11 @@ class Attack:
         del num_images, num_classes, image_shape
 
     def foreseen(self, key: Array, num_images: int) -> Array | None:
-        """The images of all queries in order, int32 [budget], where no answer changes them.
+        """The own images of all queries in order, int32 [budget], where no answer changes them.
 
-        A sweep then computes what the defence needs for them once. None where they cannot be told.
+        A sweep then makes the answers to them once, for all strengths of a defence. It tries first
+        whether these are what is asked, by index; where they are not, or with None, every cell asks
+        as it goes.
         """
         del key, num_images
         return None

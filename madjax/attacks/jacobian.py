@@ -205,8 +205,9 @@ class JacobianAugmentation(Attack):
 
     def begin(self, world: World) -> Transfer:
         """The seeds, answered."""
-        seeds = world.images[draw(world.key, len(world.images), self.seeds)].astype(jnp.float32)
-        answers, asked = world.ask(jnp.zeros((), jnp.int32), seeds)
+        drawn = draw(world.key, len(world.images), self.seeds)
+        answers, asked = world.ask(jnp.zeros((), jnp.int32), drawn)
+        seeds = world.images[drawn].astype(jnp.float32)
         x = jnp.zeros((self.budget, *seeds.shape[1:]))
         targets = jnp.full((self.budget, world.num_classes), -jnp.inf)
         return Transfer(

@@ -99,13 +99,16 @@ class Knockoff(Attack):
         """All queries; those of a later repetition come after all of an earlier one."""
         size = self.examples(self.budget)
         drawn = draw(world.key, len(world.images), size)
-        images = world.images[drawn]
         key = jax.random.fold_in(world.key, 1)
+
+        def queries(r: Array) -> Array:
+            if self.augment is unchanged:
+                return drawn
+            return self.augment(jax.random.fold_in(key, r), world.images[drawn])
 
         def repeat(r: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             total, asked = carry
-            augmented = self.augment(jax.random.fold_in(key, r), images)
-            answers, asked = world.ask(asked, augmented)
+            answers, asked = world.ask(asked, queries(r))
             return total + answers, asked
 
         total = jnp.zeros((size, world.num_classes)), jnp.zeros((), jnp.int32)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from madjax import store
 from madjax.attacks import Transfer, check_transfer
 from madjax.config import describe, digest
+from madjax.defenses import Defense
 from madjax.errors import InputError
 from madjax.sweep.cells import (
     Lesson,
@@ -40,6 +41,18 @@ def _compiled(training: Training, mesh: Mesh) -> tuple[Callable, Callable]:
     return tuple(over_cells(f, mesh, default_mapping()) for f in (training.start, training.advance))
 
 
+def check_answers(rule: Defense, strength: float, seed: int, distance: float) -> None:
+    """Refuse a defence whose answers are no numbers: the top class of NaN would be class 0.
+
+    distance is the mean one from the posteriors of the test set.
+    """
+    if np.isnan(distance):
+        raise InputError(
+            f"the defence {rule.label} answers NaN on the test set at strength {strength:g}, seed "
+            f"{seed}: mend it, or leave this out"
+        )
+
+
 class Campaign:
     """The waves of a task, defence and attack: what all of them need, and where results go.
 
@@ -51,6 +64,7 @@ class Campaign:
         program: Program,
         cells: dict[str, Cell],
         shared: Shared,
+        useful: dict[Place, dict[str, float]],
         mesh: Mesh,
         directory: Path,
         facts: dict[str, Any],
@@ -59,6 +73,7 @@ class Campaign:
         log: Log,
     ):
         self.program, self.attack, self.shared = program, program.attack, shared
+        self.useful = useful
         self.directory, self.facts, self.rows, self.log, self.bar = directory, facts, rows, log, bar
         self.budgets = sorted({cell.budget for cell in cells.values()})
         self.todo = {(c.strength, c.seed, c.budget): (name, c) for name, c in cells.items()}
@@ -74,15 +89,6 @@ class Campaign:
     def missing(self, budget: int, wave: list[Place]) -> list[int]:
         """The cells of a wave that have no row yet."""
         return [i for i, place in enumerate(wave) if (*place, budget) in self.todo]
-
-    def check_answers(self, wave: list[Place], useful: dict[str, jax.Array]) -> None:
-        """Refuse a defence whose answers are no numbers: the top class of NaN would be class 0."""
-        for (strength, seed), distance in zip(wave, np.asarray(useful["l1_mean"]), strict=False):
-            if np.isnan(distance):
-                raise InputError(
-                    f"the defence {self.program.defense.label} answers NaN on the test set at "
-                    f"strength {strength:g}, seed {seed}: mend it, or leave this out"
-                )
 
     def finish(self, budget: int, measured: dict[Place, dict[str, Any]]) -> None:
         """Write the rows of cells at once, all or none, and log what they say."""
@@ -111,12 +117,16 @@ class TransferCampaign(Campaign):
     """Waves that collect transfer sets and train stolen models on them."""
 
     def __init__(
-        self, program: Program, cells: dict[str, Cell], shared: Shared, mesh: Mesh, *rest: Any
+        self,
+        program: Program,
+        cells: dict[str, Cell],
+        shared: Shared,
+        useful: dict[Place, dict[str, float]],
+        mesh: Mesh,
+        *rest: Any,
     ):
-        super().__init__(program, cells, shared, mesh, *rest)
-        self.utility, self.begin, self.proceed = (
-            self.over(f) for f in (program.utility, program.begin, program.proceed)
-        )
+        super().__init__(program, cells, shared, useful, mesh, *rest)
+        self.begin, self.proceed = self.over(program.begin), self.over(program.proceed)
         self.lesson = Lesson(shared.images, shared.test_images, shared.test_labels)
         trainings = {
             budget: Training(program.stolen, self.attack.recipe, self.attack.examples(budget))
@@ -130,19 +140,18 @@ class TransferCampaign(Campaign):
         # On another count of devices a wave holds other cells, and begins anew.
         name = f"{self.name}-wave-{digest(wave)}-of-{stacked.seed.size}-cells"
         transfer, spent = self._collect(f"{name}-transfer", stacked)
-        useful = self.utility(stacked, self.shared)
-        self.check_answers(wave, useful)
         for budget in filter(missing.get, self.budgets):
             at = f"{name}-budget-{budget}"
             state, seconds = self._train(at, budget, transfer, stacked, len(missing[budget]))
-            results = jax.device_get((useful, transfer.asked, state.accuracy, state.loss))
+            results = jax.device_get((transfer.asked, state.accuracy, state.loss))
             took = {
                 "seconds": round((seconds + spent) / len(wave), 3),
                 "seconds_collecting": round(spent / len(wave), 3),
             }
             each = {i: jax.tree.map(lambda a, i=i: a[i], results) for i in missing[budget]}
             rows = {
-                wave[i]: measured(self.program, budget, *mine) | took for i, mine in each.items()
+                wave[i]: measured(self.program, budget, self.useful[wave[i]], *mine) | took
+                for i, mine in each.items()
             }
             self.finish(budget, rows)
             store.discard(self.directory, at)
@@ -157,7 +166,7 @@ class TransferCampaign(Campaign):
             began = time.perf_counter()
             transfer = jax.block_until_ready(self.begin(stacked, self.shared))
             seconds, first = time.perf_counter() - began, 0
-            if self.shared.posteriors is None:
+            if stacked.told is None:  # else they are made anew at no cost
                 self._keep(name, transfer, seconds, 0)
         else:
             transfer = jax.device_put(saved[0], self.sharding)

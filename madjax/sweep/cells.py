@@ -21,9 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from madjax.attacks import Attack, Transfer, World, keys
 from madjax.datasets import Family
-from madjax.defenses import Defense, answers, prediction_api
+from madjax.defenses import Defense, prediction_api
 from madjax.errors import InputError
-from madjax.evaluate import utility
 from madjax.models import Classifier
 from madjax.train import Recipe, State, epoch, start
 
@@ -34,9 +33,12 @@ class Point(NamedTuple):
     """The numbers in which the cells of a wave differ; with a leading axis, those of a wave."""
 
     strength: Array
+    """Of the defence."""
     seed: Array
     at: Array
-    """Position of the seed in the leading axes of `Shared`."""
+    """Position of the seed in the leading axis of `Shared.known`."""
+    told: Array | None = None
+    """The answers [Q, K] to the queries of an attack, in order, if they were foreseen."""
 
 
 class Shared(NamedTuple):
@@ -49,13 +51,9 @@ class Shared(NamedTuple):
     images: Array
     """The attacker's own images, and their classes."""
     labels: Array
-    posteriors: Array | None
-    """The victim's for those images, and the evidence [seeds, queries, ...], if foreseen."""
-    evidence: Any
     test_images: Array
     test_labels: Array
     test_posteriors: Array
-    test_evidence: Any
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,6 @@ class Program:
         """How many pieces of a cell's work the progress bar counts."""
         return self.attack.recipe.epochs
 
-    @property
-    def needs_evidence(self) -> bool:
-        """Whether the evidence of the test set is needed before the attack."""
-        return True
-
     def rehearse(self, cell: Point, shared: Shared) -> None:
         """Trace all that a cell will do.
 
@@ -98,24 +91,12 @@ class Program:
         transfer = self.begin(cell, shared)
         if self.attack.rounds:
             transfer = self.proceed((cell, transfer), (shared, jnp.int32(0)))
-        self.utility(cell, shared)
         wanted = (self.attack.examples(self.attack.budget), self.num_classes)
         if transfer.targets.shape != wanted:
             raise InputError(
                 f"the attack {self.attack.label} makes targets of shape "
                 f"{transfer.targets.shape}: return {wanted}, one row for each example"
             )
-
-    def utility(self, cell: Point, shared: Shared) -> dict[str, Array]:
-        """The defence's utility on the test set."""
-        told = answers(
-            self.defense,
-            jax.random.fold_in(keys(cell.seed)["defense"], 1),
-            shared.test_posteriors,
-            jax.tree.map(lambda a: a[cell.at], shared.test_evidence),
-            cell.strength,
-        )
-        return utility(shared.test_posteriors, told, shared.test_labels)
 
     def begin(self, cell: Point, shared: Shared) -> Transfer:
         """The attack's first queries."""
@@ -127,19 +108,14 @@ class Program:
 
     def _world(self, cell: Point, shared: Shared) -> World:
         key = keys(cell.seed)
-        if shared.posteriors is None:
-            known = jax.tree.map(lambda a: a[cell.at], shared.known)
-            respond = prediction_api(
-                self.defense, self.network, shared.victim, known, key["defense"], cell.strength
-            )
-        else:
-            drawn = self.attack.foreseen(key["draw"], shared.images.shape[0])
+        known = jax.tree.map(lambda a: a[cell.at], shared.known)
+        respond = prediction_api(
+            self.defense, self.network, shared.victim, known, key["defense"], cell.strength
+        )
 
-            def respond(numbers: Array, images: Array) -> Array:
-                del images  # those of the queries of these numbers
-                y = shared.posteriors[drawn[numbers]]
-                evidence = jax.tree.map(lambda a: a[cell.at][numbers], shared.evidence)
-                return answers(self.defense, key["defense"], y, evidence, cell.strength, numbers)
+        def told(numbers: Array, index: Array) -> Array:
+            del index  # those of the queries of these numbers, which was tried (`stages.foreseen`)
+            return cell.told[numbers]
 
         return World(
             respond,
@@ -151,6 +127,7 @@ class Program:
             self.stolen,
             self.family,
             key["draw"],
+            None if cell.told is None else told,
         )
 
 

@@ -18,7 +18,7 @@ from madjax.constraints import l1
 from madjax.defenses import answers
 from madjax.evaluate import utility
 from madjax.linear import dot
-from madjax.sweep.campaign import Campaign, Place
+from madjax.sweep.campaign import Campaign, Place, check_answers
 from madjax.sweep.cells import Point, Program, Shared
 from madjax.sweep.grid import Cell
 from madjax.sweep.rows import after, number, numbers
@@ -40,11 +40,6 @@ class OnlineProgram(Program):
     def laps(self) -> int:
         """See `Program.laps`."""
         return self.attack.laps
-
-    @property
-    def needs_evidence(self) -> bool:
-        """No: what the defence knows changes with every step."""
-        return False
 
     def rehearse(self, cell: Point, shared: Shared) -> None:
         """See `Program.rehearse`."""
@@ -114,9 +109,15 @@ class OnlineCampaign(Campaign):
     """Waves of online attackers, evaluated and checkpointed after each lap."""
 
     def __init__(
-        self, program: OnlineProgram, cells: dict[str, Cell], shared: Shared, mesh: Mesh, *rest: Any
+        self,
+        program: OnlineProgram,
+        cells: dict[str, Cell],
+        shared: Shared,
+        useful: dict[Place, dict[str, float]],
+        mesh: Mesh,
+        *rest: Any,
     ):
-        super().__init__(program, cells, shared, mesh, *rest)
+        super().__init__(program, cells, shared, useful, mesh, *rest)
         self.start, self.advance, self.judge = (
             self.over(f) for f in (program.start, program.advance, program.judge)
         )
@@ -143,7 +144,8 @@ class OnlineCampaign(Campaign):
             began = time.perf_counter()
             training = self.advance((stacked, training), self.shared)
             results = self.judge((stacked, training), self.shared)
-            self.check_answers(wave, results)
+            for place, distance in zip(wave, np.asarray(results["l1_mean"]), strict=False):
+                check_answers(self.program.defense, *place, distance)
             results["direction_kept"] = direction_kept(
                 stacked, np.asarray(_products(origin, training.params))
             )

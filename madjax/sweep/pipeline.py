@@ -1,16 +1,14 @@
 """From a config to rows: the pipeline around the grid.
 
-What cells share is computed once: a task's victim, its posteriors, and for every defence and seed
-what the defence has prepared (for MAD the surrogate) and its evidence (for MAD the Gram matrices),
-which no strength enters, for the test set and for queries that an attack foresees. Then waves of
-cells, defence by defence and attack by attack, collect transfer sets and train stolen models
-(`campaign`); a wave's rows are written when it ends, and a checkpoint after each of its rounds and
-epochs.
+What cells share is computed once (`stages`): a task's victim, its posteriors, and for every
+defence and seed what the defence has prepared (for MAD the surrogate), its utility, and its answers
+to the queries that an attack foresees, at all strengths. Then waves of cells, defence by defence
+and attack by attack, collect transfer sets and train stolen models (`campaign`); a wave's rows are
+written when it ends, and a checkpoint after each of its rounds and epochs.
 """
 
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +23,15 @@ from tqdm import tqdm
 
 from madjax import store
 from madjax.attacks import Attack, Online, keys
-from madjax.batching import map_chunks
 from madjax.config import Defended, Sweep, Task, describe
 from madjax.datasets import Dataset, check_compatible, open_dataset
 from madjax.defenses import Defense, Owner
 from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
-from madjax.sweep.campaign import Place, TransferCampaign
+from madjax.sweep import stages
+from madjax.sweep.campaign import Place, TransferCampaign, check_answers
 from madjax.sweep.cells import Point, Program, Shared, make_mesh, waves
-from madjax.sweep.grid import cell_id, expand
+from madjax.sweep.grid import Cell, cell_id, expand
 from madjax.sweep.online import OnlineCampaign, OnlineProgram
 from madjax.sweep.rows import shared_facts
 from madjax.sweep.victim import (
@@ -71,8 +69,13 @@ def run(
     """
     directory = Path(directory)
     opened = {task: _open(task, data_dir) for task in config.tasks}
+    drawn = {
+        (task, attack): _drawn(each, attack, config.seeds)
+        for task, each in opened.items()
+        for attack in config.attacks
+    }
     programs = {
-        (task, defended.rule, attack): _program(each, defended, attack)
+        (task, defended.rule, attack): _program(each, defended, attack, drawn[task, attack])
         for task, each in opened.items()
         for defended in config.defenses
         for attack in config.attacks
@@ -105,12 +108,15 @@ def run(
                 }
                 seeds = tuple(dict.fromkeys(c.seed for g in waiting.values() for c in g.values()))
                 strengths = next(each.strengths for each in config.defenses if each.rule == rule)
-                needed = any(programs[task, rule, attack].needs_evidence for attack in waiting)
-                known, evidence = _prepare(rule, strengths, seeds, owner, judged, needed, log)
+                known = _prepare(rule, strengths, seeds, owner, log)
+                useful = _useful(rule, own.victim, known, judged, waiting)
                 for attack, cells in waiting.items():
                     program, source = programs[task, rule, attack], own.sources[attack.source]
-                    attacked = _share(program, seeds, state.params, known, source, log)
-                    shared = Shared(**attacked, **judged, test_evidence=evidence)
+                    sent = drawn[task, attack]
+                    told = _told(program, sent, state.params, known, source, cells, log)
+                    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *known.values())
+                    images, labels = source.images, source.labels
+                    shared = Shared(state.params, stacked, images, labels, **judged)
                     shared = jax.device_put(shared, NamedSharding(mesh, P()))
                     online = isinstance(program, OnlineProgram)
                     # Online cells each are held against the one of their seed at strength 0.
@@ -118,17 +124,24 @@ def run(
                     waiting_at = {(cell.strength, cell.seed) for cell in cells.values()}
                     places = [place for place in every if online or place in waiting_at]
                     kind = OnlineCampaign if online else TransferCampaign
-                    campaign = kind(program, cells, shared, mesh, directory, facts, rows, bar, log)
+                    campaign = kind(
+                        program, cells, shared, useful, mesh, directory, facts, rows, bar, log
+                    )
                     size = _wave_size(program, len(places), mesh.size, cells_per_device)
-                    for i, (_, stacked) in enumerate(waves(_points(places, seeds), size)):
+                    for i, (_, stacked) in enumerate(waves(_points(places, seeds, told), size)):
                         campaign.run(places[i * size : (i + 1) * size], stacked)
     store.discard(directory, "attack-*")  # of waves that were stopped after their last row
     return rows
 
 
-def _points(places: Iterable[Place], seeds: tuple[int, ...]) -> list[Point]:
+def _points(
+    places: Iterable[Place], seeds: tuple[int, ...], told: dict[Place, np.ndarray]
+) -> list[Point]:
     """Places as numbers, with the position of the seed in what the cells share."""
-    return [Point(np.float32(e), np.uint32(s), np.int32(seeds.index(s))) for e, s in places]
+    return [
+        Point(np.float32(e), np.uint32(s), np.int32(seeds.index(s)), told.get((e, s)))
+        for e, s in places
+    ]
 
 
 def _wave_size(program: Program, cells: int, devices: int, per_device: int | None) -> int:
@@ -169,19 +182,35 @@ def _open(task: Task, data_dir: str | Path | None) -> _Opened:
     return _Opened(task, data, sources, victim, sums)
 
 
-def _program(opened: _Opened, defended: Defended, attack: Attack) -> Program:
-    """The functions of the cells of one task, defence and attack, which are tried on shapes."""
+Drawn = dict[int, np.ndarray] | None
+"""For every seed the own images that an attack sends, in order; None where that cannot be told."""
+
+
+def _drawn(opened: _Opened, attack: Attack, seeds: tuple[int, ...]) -> Drawn:
     data, own = opened.data, opened.sources[attack.source]
     stolen = make_classifier(attack.architecture, data, "attacker")
     attack.check(len(own.images), data.num_classes, data.image_shape)
+    found = {}
+    for seed in seeds:
+        drawn = stages.foreseen(attack, seed, *own, data.num_classes, stolen, data.family)
+        if drawn is None:
+            return None
+        found[seed] = drawn
+    return found
+
+
+def _program(opened: _Opened, defended: Defended, attack: Attack, drawn: Drawn) -> Program:
+    """The functions of the cells of one task, defence and attack, which are tried on shapes."""
+    data, own = opened.data, opened.sources[attack.source]
+    stolen = make_classifier(attack.architecture, data, "attacker")
     kind = OnlineProgram if isinstance(attack, Online) else Program
     networks = opened.victim, stolen, data.family
     program = kind(*networks, defended.rule, attack, data.num_classes, own.num_labels)
-    _rehearse(opened, program, defended)
+    _rehearse(opened, program, defended, drawn)
     return program
 
 
-def _rehearse(opened: _Opened, program: Program, defended: Defended) -> None:
+def _rehearse(opened: _Opened, program: Program, defended: Defended, drawn: Drawn) -> None:
     """Trace what the cells will do, on shapes alone: what fails does so before any work."""
     data, own = opened.data, opened.sources[program.attack.source]
     network, rule = program.network, defended.rule
@@ -194,19 +223,20 @@ def _rehearse(opened: _Opened, program: Program, defended: Defended) -> None:
         params = network.init(key)
         owner = owner_of(opened.task, network, data, untrained)
         known = rule.prepare(owner, key, defended.strengths)
-        known = jax.tree.map(lambda a: a[None], known)
+        y = jnp.ones((len(tests), data.num_classes))
+        query = jnp.arange(len(tests)), tests, y
+        stages.at_strengths(rule, network, known, key, query, jnp.ones(1))
         shared = Shared(
             params,
-            known,
+            jax.tree.map(lambda a: a[None], known),
             images,
             jnp.zeros(len(images), jnp.int32),
-            *_foreseen(program, (0,), params, known, images),
             tests,
             jnp.zeros(len(tests), jnp.int32),
-            jnp.ones((len(tests), data.num_classes)),
-            _evidence(rule, network, known, [tests]),
+            y,
         )
-        program.rehearse(Point(jnp.float32(0), jnp.uint32(0), jnp.int32(0)), shared)
+        told = drawn and jnp.ones((program.attack.budget, data.num_classes))
+        program.rehearse(Point(jnp.float32(0), jnp.uint32(0), jnp.int32(0), told), shared)
 
     shapes = (
         jax.ShapeDtypeStruct((n, *data.image_shape), jnp.uint8)
@@ -259,82 +289,76 @@ def _check_apart(victim: Dataset, queryset: Dataset) -> None:
         )
 
 
-def _judge(victim: Classifier, params: Any, data: Dataset) -> dict[str, Array]:
+def _judge(victim: Classifier, params: Any, data: Dataset) -> dict[str, Any]:
     """The fields of `Shared` by which defences and stolen models are judged."""
-    images = jnp.asarray(data.x_test)
     return {
-        "test_images": images,
-        "test_labels": jnp.asarray(data.y_test),
-        "test_posteriors": _posteriors(victim, params, images),
+        "test_images": data.x_test,
+        "test_labels": data.y_test,
+        "test_posteriors": np.asarray(stages.victim_posteriors(victim, params, data.x_test)),
     }
 
 
 def _prepare(
-    rule: Defense,
-    strengths: tuple[float, ...],
-    seeds: tuple[int, ...],
-    owner: Owner,
-    judged: dict[str, Array],
-    needed: bool,
-    log: Log,
-) -> tuple[Any, Any]:
-    """What a defence knows and its evidence of the test set, each with a leading axis of seeds.
-
-    The evidence only where it is needed, else None.
-    """
+    rule: Defense, strengths: tuple[float, ...], seeds: tuple[int, ...], owner: Owner, log: Log
+) -> dict[int, Any]:
+    """What a defence knows, for each seed."""
     began = time.perf_counter()
-    each = [rule.prepare(owner, keys(seed)["surrogate"], strengths) for seed in seeds]
-    known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    tests = [judged["test_images"]] * len(seeds) if needed else []
-    evidence = jax.block_until_ready(_evidence(rule, owner.classifier, known, tests))
+    known = {seed: rule.prepare(owner, keys(seed)["surrogate"], strengths) for seed in seeds}
+    jax.block_until_ready(known)
     log(f"{rule.label}: prepared in {time.perf_counter() - began:.1f} s")
-    return known, evidence
+    return known
 
 
-def _share(
-    program: Program, seeds: tuple[int, ...], victim: Any, known: Any, own: _Source, log: Log
-) -> dict[str, Any]:
-    """The fields of `Shared` that belong to one attack's images."""
+def _useful(
+    rule: Defense,
+    network: Classifier,
+    known: dict[int, Any],
+    judged: dict[str, Any],
+    waiting: dict[Attack, dict[str, Cell]],
+) -> dict[Place, dict[str, float]]:
+    """The utility of a defence on the test set, at the strengths and seeds of cells by attack.
+
+    Not against online attackers, which it sees change with every step.
+    """
+    cells = [c for a, named in waiting.items() if not isinstance(a, Online) for c in named.values()]
+    images, labels, y = (judged[f"test_{name}"] for name in ("images", "labels", "posteriors"))
+    found = {}
+    for seed, own in known.items():
+        key = jax.random.fold_in(keys(seed)["defense"], 1)
+        strengths = tuple(dict.fromkeys(c.strength for c in cells if c.seed == seed))
+        if not strengths:
+            continue
+        told = stages.answers(rule, network, own, key, images, y, strengths)
+        measured = jax.device_get(stages.utility(y, told, labels))
+        for i, strength in enumerate(strengths):
+            found[strength, seed] = {name: values[i] for name, values in measured.items()}
+            check_answers(rule, strength, seed, found[strength, seed]["l1_mean"])
+    return found
+
+
+def _told(
+    program: Program,
+    drawn: Drawn,
+    victim: Any,
+    known: dict[int, Any],
+    own: _Source,
+    cells: dict[str, Cell],
+    log: Log,
+) -> dict[Place, np.ndarray]:
+    """The answers to an attack's queries at the strengths and seeds of its cells, if foreseen."""
+    if drawn is None:
+        return {}
     began = time.perf_counter()
-    images, labels = jnp.asarray(own.images), jnp.asarray(own.labels)
-    posteriors, evidence = _foreseen(program, seeds, victim, known, images)
-    if posteriors is not None:
-        jax.block_until_ready((posteriors, evidence))
-        log(
-            f"{program.label}: {len(seeds)} x {program.attack.budget:,} queries "
-            f"prepared in {time.perf_counter() - began:.1f} s"
-        )
-    return {
-        "victim": victim,
-        "known": known,
-        "images": images,
-        "labels": labels,
-        "posteriors": posteriors,
-        "evidence": evidence,
-    }
-
-
-def _foreseen(
-    program: Program, seeds: tuple[int, ...], victim: Any, known: Any, images: Array
-) -> tuple[Array | None, Any]:
-    """Posteriors of the attacker's images and evidence of each seed's queries, if foreseen."""
-    drawn = [program.attack.foreseen(keys(seed)["draw"], len(images)) for seed in seeds]
-    if drawn[0] is None:
-        return None, None
-    evidence = _evidence(program.defense, program.network, known, [images[each] for each in drawn])
-    return _posteriors(program.network, victim, images), evidence
-
-
-def _posteriors(network: Classifier, params: Any, images: Array) -> Array:
-    return jax.jit(lambda params, x: map_chunks(partial(network.posterior, params), x, 250))(
-        params, images
+    found = {}
+    for seed in dict.fromkeys(cell.seed for cell in cells.values()):
+        images = own.images[drawn[seed]]
+        y = np.asarray(stages.victim_posteriors(program.network, victim, images))
+        strengths = tuple(dict.fromkeys(c.strength for c in cells.values() if c.seed == seed))
+        key, rule = keys(seed)["defense"], program.defense
+        told = stages.answers(rule, program.network, known[seed], key, images, y, strengths)
+        found |= {(strength, seed): each for strength, each in zip(strengths, told, strict=True)}
+    log(
+        f"{program.label}: {len(found)} x {program.attack.budget:,} queries answered in "
+        f"{time.perf_counter() - began:.1f} s"
     )
-
-
-def _evidence(defense: Defense, network: Classifier, known: Any, images: list[Array]) -> Any:
-    """Evidence of the i-th images by what is known for the i-th seed, with a leading axis for i."""
-    each = [
-        defense.evidence(network.apply, jax.tree.map(lambda a, i=i: a[i], known), x)
-        for i, x in enumerate(images)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) if each else None
+    return found

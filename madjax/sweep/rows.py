@@ -24,7 +24,7 @@ _PACKAGES = ("madjax", "jax", "flax", "optax")
 def measured(
     program: Program,
     budget: int,
-    utility: dict[str, Array],
+    utility: dict[str, float],
     asked: Array,
     accuracy: Array,
     loss: Array,

@@ -227,7 +227,8 @@ def ours(weights, surrogate, seeds, test, budget, final_epochs, threads):
     jax.block_until_ready(transfer)
     seconds["collect"] = time.perf_counter() - began
     began = time.perf_counter()
-    lesson = sweep.Lesson(shared.images, shared.test_images, shared.test_labels)
+    tests = shared.test_images, shared.test_labels
+    lesson = sweep.Lesson(shared.images, *tests, None, np.int32(budget))
     state = start(cell, lesson)
     for _ in range(final_epochs):
         state = learn((transfer, state), lesson)

@@ -57,7 +57,7 @@ def grid(mapping, x, y):
     n = len(x)
     mesh = sweep.make_mesh()
     training = sweep.Training(classifier, RECIPE, n)
-    lesson = sweep.Lesson(x, x[:64], y[:64].argmax(-1))
+    lesson = sweep.Lesson(x, x[:64], y[:64].argmax(-1), y[:64], np.int32(n))
     cells = [sweep.Point(np.float32(e / 10), np.uint32(0), np.int32(0)) for e in range(CELLS)]
     ((_, stacked),) = sweep.waves(cells, CELLS)
     bought = Transfer(jnp.arange(n), y, jnp.int32(n))

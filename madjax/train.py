@@ -217,9 +217,10 @@ def epoch(
     num_examples: int,
     x_test: Array,
     labels_test: Array,
+    count: Array | None = None,
 ) -> State:
-    """One pass over the training set, then the accuracy on the test set (`judge`)."""
-    state = one_pass(classifier, recipe, state, take, num_examples)
+    """One pass over the training set (`one_pass`), then the accuracy on the test set (`judge`)."""
+    state = one_pass(classifier, recipe, state, take, num_examples, count)
     return judge(classifier, state, x_test, labels_test)
 
 

@@ -274,7 +274,7 @@ STUDY = Sweep(
     seeds=(0, 1),
     attacks=(replace(ONLINE, architecture=small, judged=20),),
 )
-NOT_MEASURED = ("seconds", "device", "git_commit")
+NOT_MEASURED = ("seconds", "seconds_compiling", "device", "git_commit")
 
 
 @pytest.fixture(scope="module")

@@ -184,6 +184,14 @@ def test_seeds_of_several_victims_are_points_of_one_curve():
     assert unknown.victims is None
 
 
+def test_the_agreement_with_the_victim_has_a_column_where_rows_have_it():
+    rows = [row(attacker_fidelity=70.0 + s, seed=s) for s in (0, 1)]
+    head, _, line = report.table(rows).splitlines()[-3:]
+    titles, values = (list(map(str.strip, each.split("|"))) for each in (head, line))
+    assert values[titles.index("attacker fidelity %")] == "70.50"
+    assert "attacker fidelity" not in report.table([row()])
+
+
 def test_tasks_that_differ_in_what_lies_behind_a_name_are_curves_of_their_own():
     rows = [row(dataset_source=name) for name in ("mnist", "mnist[:5000]")]
     rows += [row(dataset_source="mnist", query_splits=["train", "test"])]

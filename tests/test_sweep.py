@@ -39,6 +39,7 @@ from madjax.defenses import prediction_api
 from madjax.private import accounted_epsilon
 from madjax.report import read_rows
 from madjax.sweep import stages
+from madjax.train import train
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.05)
 BUDGET = 40
@@ -118,8 +119,9 @@ class Setting:
         network, surrogate = self.classifier, self.surrogate(seed)
         return stages.answers(self.defense, network, surrogate, *query, (strength,))[0]
 
-    def lesson(self):
-        return sweep.Lesson(self.images, self.x_test, self.labels_test)
+    def lesson(self, count):
+        told = self.x_test, self.labels_test, self.posterior(self.x_test)
+        return sweep.Lesson(self.images, *told, np.int32(count))
 
     def training(self, attack):
         return sweep.Training(self.classifier, attack.recipe, attack.examples(attack.budget))
@@ -197,7 +199,8 @@ def run_grid(setting, attack, identities, devices, mapping):
     def over(function):
         return sweep.over_cells(function, mesh, mapping)
 
-    training, lesson = setting.training(attack), setting.lesson()
+    training = setting.training(attack)
+    lesson = setting.lesson(attack.examples(attack.budget))
     transfer = over(program.begin)(stacked, shared)
     advance = over(program.proceed)
     for r in range(attack.rounds):
@@ -287,7 +290,7 @@ def test_no_device_talks_to_another(asked, attack, mapping):
     program, shared = asked.program(attack), asked.shared()
     _, stacked = stack([(0.4, seed) for seed in (0, 1, 2)], 4, partial(asked.told, attack))
     assert (stacked.told is None) == (attack is not KNOCKOFF)
-    training, lesson = asked.training(attack), asked.lesson()
+    training, lesson = asked.training(attack), asked.lesson(20)
     like, learner = (
         jax.eval_shape(sweep.over_cells(f, mesh, mapping), stacked, common)
         for f, common in ((program.begin, shared), (training.start, lesson))
@@ -296,6 +299,7 @@ def test_no_device_talks_to_another(asked, attack, mapping):
         (program.begin, stacked, shared),
         (program.proceed, (stacked, like), (shared, np.int32(0))),
         (training.advance, (like, learner), lesson),
+        (training.fidelity, learner, lesson),
     ):
         text = sweep.over_cells(function, mesh, mapping).lower(mine, common).compile().as_text()
         assert "HloModule" in text
@@ -335,7 +339,7 @@ CONFIG = Sweep(
 
 
 def results_of(rows):
-    timing = ("seconds", "seconds_collecting", "git_commit")
+    timing = ("seconds", "seconds_collecting", "seconds_compiling", "git_commit")
     return sorted(
         ({k: v for k, v in row.items() if k not in timing} for row in rows),
         key=lambda row: (row["strength"], row["seed"]),
@@ -347,6 +351,29 @@ def finished(tmp_path_factory):
     data = write_data(tmp_path_factory.mktemp("data"))
     out = tmp_path_factory.mktemp("runs") / "whole"
     return data, out, sweep.run(CONFIG, out, data_dir=data, log=lambda line: None)
+
+
+def test_one_program_of_each_stage_serves_three_attacks_at_three_budgets(tmp_path):
+    """Of attacks with equal training, against three strengths of a defence."""
+    data = write_data(tmp_path)
+    knockoff = CONFIG.attacks[0]
+    attacks = (
+        knockoff,
+        replace(knockoff, variant="argmax", targets=top_label),
+        Knockoff(
+            variant="nquery", repeats=2, budget=80, architecture=Linear, recipe=knockoff.recipe
+        ),
+    )
+    defenses = (Defended(MAD(layers="last"), (0.1, 0.5, 0.99)),)
+    grid = replace(CONFIG, attacks=attacks, budgets=(10, 20), defenses=defenses, seeds=(0,))
+    jax.clear_caches()
+    sweep.programs.clear()
+    rows = sweep.run(grid, tmp_path / "out", data_dir=data, log=lambda line: None)
+    assert len(rows) == 3 * 3 * 3
+    made = {name: sweep.programs[name] for name in ("start", "advance", "fidelity", "begin")}
+    # The victim's training has a start too.
+    assert made == {"start": 2, "advance": 1, "fidelity": 1, "begin": 3}
+    assert sweep.programs["at_strengths"] == 3  # to the test set, to 40 queries, and to 80
 
 
 @pytest.mark.smoke
@@ -440,9 +467,8 @@ def test_attacks_and_budgets_share_a_run_and_resume_in_the_middle(tmp_path, monk
     sweep.run(chosen, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
     rows = read_rows(tmp_path / "out")
     want = sweep.run(chosen, tmp_path / "whole", data_dir=data, log=lambda line: None)
-    assert [{**row, "seconds": 0, "seconds_collecting": 0} for row in rows] == [
-        {**row, "seconds": 0, "seconds_collecting": 0} for row in want
-    ]
+    untimed = dict.fromkeys(("seconds", "seconds_collecting", "seconds_compiling"), 0)
+    assert [row | untimed for row in rows] == [row | untimed for row in want]
     assert [(r["attack"], r["variant"], r["budget"], r["examples"]) for r in rows] == [
         ("jbda", "", 20, 20),
         ("jbda", "", 30, 30),
@@ -587,17 +613,23 @@ def test_a_smaller_budget_trains_anew_on_the_first_examples(asked):
     attack, cell = ATTACKS["jbda"], (0.9, 1)
     transfer, _ = asked.singly(attack, [cell])[cell]
     mesh, (_, stacked) = sweep.make_mesh(jax.devices()[:1]), stack([cell], 1)
-    training, lesson = sweep.Training(asked.classifier, RECIPE, 20), asked.lesson()
-    start, advance = (
-        sweep.over_cells(f, mesh, sweep.map_cells) for f in (training.start, training.advance)
+    training, lesson = asked.training(attack), asked.lesson(20)
+    start, advance, fidelity = (
+        sweep.over_cells(f, mesh, sweep.map_cells)
+        for f in (training.start, training.advance, training.fidelity)
     )
     state, transfers = start(stacked, lesson), jax.tree.map(lambda a: a[None], transfer)
     for _ in range(RECIPE.epochs):
         state = advance((transfers, state), lesson)
-    test, key = (asked.x_test, asked.labels_test), keys(cell[1])["train"]
-    want = fit(asked.classifier, RECIPE, key, transfer.take(asked.images, jnp.arange(20)), test)
+    key, first = keys(cell[1])["train"], transfer._replace(targets=transfer.targets.at[20:].set(0))
+    take = partial(first.take, asked.images)
+    want = train(asked.classifier, RECIPE, key, take, attack.budget, jnp.int32(20))
     got = jax.tree.map(lambda a: a[0], state)
-    chex.assert_trees_all_close(got.params, want.params, atol=1e-5)
+    chex.assert_trees_all_close(got.params, want, atol=1e-5)
+    y = asked.posterior(asked.x_test).argmax(-1)
+    agree = asked.classifier.apply(want, asked.x_test).argmax(-1) == y
+    np.testing.assert_allclose(fidelity(state, lesson), [100 * agree.mean()], atol=0.34)
+    assert 0 < agree.mean() < 1
 
 
 def logged(chosen, out, data, **options):

@@ -36,6 +36,7 @@ class Summary:
     defender_accuracy: Stat
     attacker_accuracy: Stat
     attacker_accuracy_best: Stat
+    attacker_fidelity: Stat
     l1_mean: Stat
     fidelity: Stat
     undefended_share: Stat

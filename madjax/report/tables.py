@@ -9,6 +9,7 @@ HEAD = ("n", "defender acc. %", "attacker acc. %", "attacker best epoch %", "L1"
 UNDEFENDED = ("undefended %", "undefended_share", "undefended_share")
 OPTIONAL = (
     UNDEFENDED,
+    ("attacker fidelity %", "attacker_fidelity", "attacker_fidelity"),
     ("fidelity %", "fidelity", "entropy_mean"),
     ("entropy, bits", "entropy_mean", "entropy_mean"),
     ("DP epsilon", "dp_epsilon", "dp_epsilon"),
@@ -28,9 +29,10 @@ def table(rows: list[dict]) -> str:
     """Markdown that is also aligned plain text: provenance, then a table for each curve.
 
     Accuracies in percent, mean ± sample std over seeds; "-" is undefined. Cells whose stolen model
-    diverged are counted beside n, and in a line of their own; no mean has them. Fidelity and
-    entropy, the epsilon of differential privacy, and angles over an online attacker's steps, where
-    the curve's rows have them. InputError for no rows.
+    diverged are counted beside n, and in a line of their own; no mean has them. Columns that the
+    curve's rows have: the stolen model's agreement with the victim, fidelity and entropy of the
+    answers, the epsilon of differential privacy, and angles over an online attacker's steps.
+    InputError for no rows.
     """
     by_curve = curves(rows)
     parts = [_provenance(rows)]

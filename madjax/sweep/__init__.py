@@ -15,6 +15,7 @@ from madjax.sweep.cells import (
     vmap_cells,
     waves,
 )
+from madjax.sweep.clock import Stopwatch, programs
 from madjax.sweep.defended import defended
 from madjax.sweep.grid import Cell, cell_id, expand
 from madjax.sweep.online import OnlineProgram, direction_kept
@@ -28,6 +29,7 @@ __all__ = [
     "Point",
     "Program",
     "Shared",
+    "Stopwatch",
     "Training",
     "cell_id",
     "default_mapping",
@@ -39,6 +41,7 @@ __all__ = [
     "make_mesh",
     "map_cells",
     "over_cells",
+    "programs",
     "run",
     "split_cpu",
     "vmap_cells",

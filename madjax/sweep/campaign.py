@@ -1,6 +1,5 @@
 """One defence and attack, wave after wave: what is computed is kept, rows are written once."""
 
-import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from madjax.sweep.cells import (
     default_mapping,
     over_cells,
 )
+from madjax.sweep.clock import Stopwatch
 from madjax.sweep.grid import Cell
 from madjax.sweep.rows import DIVERGED, measured, which
 from madjax.sweep.victim import Log
@@ -36,9 +36,10 @@ Place = tuple[float, int]
 
 
 @lru_cache(maxsize=64)
-def _compiled(training: Training, mesh: Mesh) -> tuple[Callable, Callable]:
+def _compiled(training: Training, mesh: Mesh) -> tuple[Callable, ...]:
     """The training's functions; no defence enters them, so that a sweep compiles them once."""
-    return tuple(over_cells(f, mesh, default_mapping()) for f in (training.start, training.advance))
+    functions = training.start, training.advance, training.fidelity
+    return tuple(over_cells(f, mesh, default_mapping()) for f in functions)
 
 
 def check_answers(rule: Defense, strength: float, seed: int, distance: float) -> None:
@@ -127,27 +128,33 @@ class TransferCampaign(Campaign):
     ):
         super().__init__(program, cells, shared, useful, mesh, *rest)
         self.begin, self.proceed = self.over(program.begin), self.over(program.proceed)
-        self.lesson = Lesson(shared.images, shared.test_images, shared.test_labels)
-        trainings = {
-            budget: Training(program.stolen, self.attack.recipe, self.attack.examples(budget))
-            for budget in self.budgets
-        }
-        self.trainings = {budget: _compiled(each, mesh) for budget, each in trainings.items()}
+        size = self.attack.examples(self.attack.budget)
+        training = Training(program.stolen, self.attack.recipe, size)
+        self.begin_training, self.advance, self.fidelity = _compiled(training, mesh)
 
     def run(self, wave: list[Place], stacked: Point) -> None:
         """Collect the transfer sets of a wave, and train the stolen models at each budget."""
         missing = {budget: self.missing(budget, wave) for budget in self.budgets}
         # On another count of devices a wave holds other cells, and begins anew.
         name = f"{self.name}-wave-{digest(wave)}-of-{stacked.seed.size}-cells"
-        transfer, spent = self._collect(f"{name}-transfer", stacked)
+        transfer, collecting = self._collect(f"{name}-transfer", stacked)
         for budget in filter(missing.get, self.budgets):
             at = f"{name}-budget-{budget}"
-            state, seconds = self._train(at, budget, transfer, stacked, len(missing[budget]))
-            results = jax.device_get((transfer.asked, state.accuracy, state.loss))
+            shared = self.shared
+            tests = shared.test_images, shared.test_labels, shared.test_posteriors
+            lesson = Lesson(shared.images, *tests, np.int32(self.attack.examples(budget)))
+            state, training = self._train(at, lesson, transfer, stacked, len(missing[budget]))
+            with training:
+                fidelity = jax.block_until_ready(self.fidelity(state, lesson))
+            results = jax.device_get((transfer.asked, state.accuracy, state.loss, fidelity))
+            running = collecting.running + training.running
+            compiling = collecting.compiling + training.compiling
             took = {
-                "seconds": round((seconds + spent) / len(wave), 3),
-                "seconds_collecting": round(spent / len(wave), 3),
+                "seconds": round(running / len(wave), 3),
+                "seconds_collecting": round(collecting.running / len(wave), 3),
+                "seconds_compiling": round(compiling / len(wave), 3),
             }
+            collecting.compiling = 0.0  # which rows of one budget have
             each = {i: jax.tree.map(lambda a, i=i: a[i], results) for i in missing[budget]}
             rows = {
                 wave[i]: measured(self.program, budget, self.useful[wave[i]], *mine) | took
@@ -157,53 +164,51 @@ class TransferCampaign(Campaign):
             store.discard(self.directory, at)
         store.discard(self.directory, f"{name}-transfer")
 
-    def _collect(self, name: str, stacked: Point) -> tuple[Transfer, float]:
+    def _collect(self, name: str, stacked: Point) -> tuple[Transfer, Stopwatch]:
         """The wave's transfer sets and the seconds; a checkpoint spares the rounds it holds."""
         rounds = self.attack.rounds
         like = jax.eval_shape(self.begin, stacked, self.shared), np.zeros(()), np.zeros((), int)
         saved = store.restore(self.directory, name, like)
         if saved is None:
-            began = time.perf_counter()
-            transfer = jax.block_until_ready(self.begin(stacked, self.shared))
-            seconds, first = time.perf_counter() - began, 0
+            watch, first = Stopwatch(), 0
+            with watch:
+                transfer = jax.block_until_ready(self.begin(stacked, self.shared))
             if stacked.told is None:  # else they are made anew at no cost
-                self._keep(name, transfer, seconds, 0)
+                self._keep(name, transfer, watch, 0)
         else:
             transfer = jax.device_put(saved[0], self.sharding)
-            seconds, first = float(saved[1]), int(saved[2])
+            watch, first = Stopwatch(float(saved[1])), int(saved[2])
         for r in range(first, rounds):
-            began = time.perf_counter()
-            transfer = self.proceed((stacked, transfer), (self.shared, np.int32(r)))
-            jax.block_until_ready(transfer)
-            seconds += time.perf_counter() - began
-            self._keep(name, transfer, seconds, r + 1)
+            with watch:
+                transfer = self.proceed((stacked, transfer), (self.shared, np.int32(r)))
+                jax.block_until_ready(transfer)
+            self._keep(name, transfer, watch, r + 1)
             self.log(
                 f"{self.program.label}: round {r + 1} of {rounds}, "
-                f"{int(transfer.asked[0]):,} queries, {seconds:.0f} s"
+                f"{int(transfer.asked[0]):,} queries, {watch.running:.0f} s"
             )
         check_transfer(self.attack, transfer)
-        return transfer, seconds
+        return transfer, watch
 
-    def _keep(self, name: str, transfer: Transfer, seconds: float, rounds: int) -> None:
-        state = transfer, np.asarray(seconds), np.asarray(rounds)
+    def _keep(self, name: str, transfer: Transfer, watch: Stopwatch, rounds: int) -> None:
+        state = transfer, np.asarray(watch.running), np.asarray(rounds)
         store.save(self.directory, name, rounds, state)
 
     def _train(
-        self, name: str, budget: int, transfer: Transfer, stacked: Point, cells: int
-    ) -> tuple[State, float]:
+        self, name: str, lesson: Lesson, transfer: Transfer, stacked: Point, cells: int
+    ) -> tuple[State, Stopwatch]:
         """The wave's stolen models after their last epoch, and the seconds."""
-        start, advance = self.trainings[budget]
-        state = start(stacked, self.lesson)
-        seconds = 0.0
+        watch = Stopwatch()
+        with watch:
+            state = self.begin_training(stacked._replace(told=None), lesson)
         saved = store.restore(self.directory, name, (state, np.zeros(())))
         if saved is not None:
-            state, seconds = jax.device_put(saved[0], self.sharding), float(saved[1])
+            state, watch.running = jax.device_put(saved[0], self.sharding), float(saved[1])
         finished = int(state.epoch[0])
         self.bar.update(cells * finished)
         for e in range(finished, self.attack.recipe.epochs):
-            began = time.perf_counter()
-            state = jax.block_until_ready(advance((transfer, state), self.lesson))
-            seconds += time.perf_counter() - began
-            store.save(self.directory, name, e + 1, (state, np.asarray(seconds)))
+            with watch:
+                state = jax.block_until_ready(self.advance((transfer, state), lesson))
+            store.save(self.directory, name, e + 1, (state, np.asarray(watch.running)))
             self.bar.update(cells)
-        return state, seconds
+        return state, watch

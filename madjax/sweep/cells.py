@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from madjax.attacks import Attack, Transfer, World, keys
+from madjax.batching import map_chunks
 from madjax.datasets import Family
 from madjax.defenses import Defense, prediction_api
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, State, epoch, start
+from madjax.train import Recipe, State, epoch, percent, start
 
 Array = jax.Array
 
@@ -137,11 +139,19 @@ class Lesson(NamedTuple):
     images: Array
     test_images: Array
     test_labels: Array
+    test_posteriors: Array
+    """The victim's, undefended."""
+    count: Array
+    """Examples, from the first, that a stolen model is trained on, int32."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """The training of the stolen model of one cell on `size` examples, whatever the defence was."""
+    """The training of the stolen model of one cell, whatever the defence was.
+
+    One program serves all budgets: the transfer set has `size` examples, of which `Lesson.count`,
+    from the first, are trained on.
+    """
 
     stolen: Classifier
     recipe: Recipe
@@ -163,7 +173,14 @@ class Training:
             self.size,
             lesson.test_images,
             lesson.test_labels,
+            lesson.count,
         )
+
+    def fidelity(self, state: State, lesson: Lesson) -> Array:
+        """The share of test images with the victim's own top class, in percent; NaN if diverged."""
+        logits = map_chunks(partial(self.stolen.apply, state.params), lesson.test_images, 250)
+        agree = percent(logits.argmax(-1) == lesson.test_posteriors.argmax(-1))
+        return jnp.where(jnp.isfinite(state.accuracy[-1]), agree, jnp.nan)
 
 
 def map_cells(function: Callable[[Any], Any], cells: Any) -> Any:
@@ -220,6 +237,7 @@ def over_cells(function: Callable[[Any, Any], Any], mesh: Mesh, mapping: Mapping
     def local(cells: Any, shared: Any) -> Any:
         return mapping(lambda cell: function(cell, shared), cells)
 
+    local.__name__ = getattr(function, "__name__", local.__name__)  # as the compiler's log says
     return jax.jit(
         jax.shard_map(
             local,

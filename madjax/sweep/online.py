@@ -1,6 +1,5 @@
 """Cells of the white-box study: an attacker trained online, its evaluations and its trace."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from madjax.evaluate import utility
 from madjax.linear import dot
 from madjax.sweep.campaign import Campaign, Place, check_answers
 from madjax.sweep.cells import Point, Program, Shared
+from madjax.sweep.clock import Stopwatch
 from madjax.sweep.grid import Cell
 from madjax.sweep.rows import after, number, numbers
 from madjax.train import cross_entropy, finite, percent
@@ -133,28 +133,27 @@ class OnlineCampaign(Campaign):
             field: np.full((self.attack.laps, len(stacked.seed)), np.nan, np.float32)
             for field in (*judged, "direction_kept")
         }
-        seconds, first = 0.0, 0
+        watch, first = Stopwatch(), 0
         saved = store.restore(self.directory, name, (training, laps, np.zeros(())))
         if saved is not None:
             training = jax.device_put(saved[0], self.sharding)
-            laps, seconds = saved[1], float(saved[2])
+            laps, watch.running = saved[1], float(saved[2])
             first = -(-int(training.step[0]) // self.attack.every)
         self.bar.update(len(missing) * first)
         for at in range(first, self.attack.laps):
-            began = time.perf_counter()
-            training = self.advance((stacked, training), self.shared)
-            results = self.judge((stacked, training), self.shared)
-            for place, distance in zip(wave, np.asarray(results["l1_mean"]), strict=False):
-                check_answers(self.program.defense, *place, distance)
-            results["direction_kept"] = direction_kept(
-                stacked, np.asarray(_products(origin, training.params))
-            )
-            for field, values in results.items():
-                laps[field][at] = values
-            seconds += time.perf_counter() - began
-            store.save(self.directory, name, at + 1, (training, laps, np.asarray(seconds)))
+            with watch:
+                training = self.advance((stacked, training), self.shared)
+                results = self.judge((stacked, training), self.shared)
+                for place, distance in zip(wave, np.asarray(results["l1_mean"]), strict=False):
+                    check_answers(self.program.defense, *place, distance)
+                results["direction_kept"] = direction_kept(
+                    stacked, np.asarray(_products(origin, training.params))
+                )
+                for field, values in results.items():
+                    laps[field][at] = values
+            store.save(self.directory, name, at + 1, (training, laps, np.asarray(watch.running)))
             self.bar.update(len(missing))
-        self._write(wave, missing, training, laps, seconds)
+        self._write(wave, missing, training, laps, watch)
         store.discard(self.directory, name)
 
     def _write(
@@ -163,7 +162,7 @@ class OnlineCampaign(Campaign):
         missing: list[int],
         training: Training,
         laps: dict[str, np.ndarray],
-        seconds: float,
+        watch: Stopwatch,
     ) -> None:
         """The trace of a wave, then its rows."""
         trace = {
@@ -185,7 +184,10 @@ class OnlineCampaign(Campaign):
             row |= _summary(self.attack, {k: v[i] for k, v in trace.items()})
             losses = np.array(row["train_losses"], float)
             row |= after(course["attacker_accuracy"], losses, self.program.num_classes)
-            rows[wave[i]] = row | {"seconds": round(seconds / len(wave), 3)}
+            rows[wave[i]] = row | {
+                "seconds": round(watch.running / len(wave), 3),
+                "seconds_compiling": round(watch.compiling / len(wave), 3),
+            }
         self.finish(self.attack.budget, rows)
 
 

@@ -28,6 +28,7 @@ def measured(
     asked: Array,
     accuracy: Array,
     loss: Array,
+    fidelity: Array,
 ) -> dict[str, Any]:
     """The fields of one cell that were measured: the defence's utility, the attacker's epochs."""
     attack = program.attack
@@ -36,6 +37,7 @@ def measured(
         "epochs": attack.recipe.epochs,
         **{name: number(value) for name, value in utility.items()},
         **after(accuracy, loss, program.num_classes),
+        "attacker_fidelity": number(fidelity),
         "attacker_losses": numbers(loss),
     }
 

@@ -1,0 +1,41 @@
+"""Seconds of work, with what compiling takes apart, and which programs were compiled."""
+
+import time
+from collections import Counter
+
+import jax
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_COMPILING = (_COMPILED, "/jax/core/compile/jaxpr_to_mlir_module_duration")
+
+programs: Counter[str] = Counter()
+"""How often this process has compiled a program, by the name of its function."""
+_spent = Counter(seconds=0.0)
+
+
+def _listen(event: str, seconds: float, **said: str) -> None:
+    if event in _COMPILING:
+        _spent["seconds"] += seconds
+    if event == _COMPILED:
+        programs[str(said.get("fun_name", "")).removeprefix("jit(").removesuffix(")")] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+class Stopwatch:
+    """Adds up the seconds of its `with` blocks: `running`, and `compiling` beside it.
+
+    Compiling is what JAX reports of lowering and of XLA; tracing counts as running.
+    """
+
+    def __init__(self, running: float = 0.0):
+        self.running, self.compiling = running, 0.0
+
+    def __enter__(self) -> None:
+        self._began, self._compiled = time.perf_counter(), _spent["seconds"]
+
+    def __exit__(self, *_: object) -> None:
+        compiling = _spent["seconds"] - self._compiled
+        self.compiling += compiling
+        self.running += time.perf_counter() - self._began - compiling

@@ -17,6 +17,7 @@ import optax
 from madjax.batching import map_chunks
 from madjax.errors import InputError
 from madjax.models import Classifier
+from madjax.streams import stream
 
 Array = jax.Array
 
@@ -183,7 +184,7 @@ def one_pass(
     steps = -(-n // recipe.batch_size)
     key = jax.random.wrap_key_data(state.key)
     visit = order(key, state.epoch, num_examples, count)
-    step_key = jax.random.fold_in(jax.random.fold_in(key, state.epoch), 1)
+    step_key = stream(jax.random.fold_in(key, state.epoch), "steps")
 
     def loss(trained: Any, params: Any, i: Array) -> tuple[Array, Any]:
         at = i * recipe.batch_size + jnp.arange(recipe.batch_size)

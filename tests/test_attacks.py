@@ -43,6 +43,7 @@ from madjax.attacks import (
     towards_top,
 )
 from madjax.datasets import MNIST_FAMILY
+from madjax.streams import stream
 from madjax.train import order
 
 SHAPE = (4, 4, 1)
@@ -259,7 +260,7 @@ def plain_jacobian(attack, sense):
     targets = respond(None, x)
     r = 0
     while len(x) < attack.budget:
-        train_key, base_key = jax.random.split(jax.random.fold_in(key, 1 + r))
+        train_key, base_key = jax.random.split(jax.random.fold_in(stream(key, "rounds"), r))
         params = plain_substitute(x, targets, attack.budget, train_key)
         if attack.as_published_code:
             step = attack.step * (-1) ** round(r / 5)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from madjax.attacks.attack import Attack, Transfer, World, check_budget
 from madjax.errors import InputError
+from madjax.streams import stream
 from madjax.train import Recipe, State, cross_entropy, one_pass, start
 
 Array = jax.Array
@@ -90,7 +91,7 @@ class AdaptiveKnockoff(Attack):
 
     def begin(self, world: World) -> Transfer:
         """All queries, a batch at a time."""
-        keys = jax.random.split(jax.random.fold_in(world.key, 1), 3)
+        keys = jax.random.split(stream(world.key, "bandit"), 3)
         line, first, size = _by_class(keys[0], world.labels, world.num_labels)
         batch = self.online.batch_size
         bandit = _Bandit(

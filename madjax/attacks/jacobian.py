@@ -23,6 +23,7 @@ import numpy as np
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.datasets import Family
 from madjax.errors import InputError
+from madjax.streams import stream
 from madjax.train import Recipe, cross_entropy, order, train
 
 Array = jax.Array
@@ -220,7 +221,7 @@ class JacobianAugmentation(Attack):
         """Train a substitute on all that was answered, and ask for new images around it."""
         plan = self._plan()
         now = _Round(*(jnp.asarray(np.array(column))[r] for column in zip(*plan, strict=True)))
-        train_key, base_key = jax.random.split(jax.random.fold_in(world.key, 1 + r))
+        train_key, base_key = jax.random.split(jax.random.fold_in(stream(world.key, "rounds"), r))
         known = now.known  # not `asked`: a count that all cells share keeps their loops in step
         params = train(
             world.classifier,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from madjax.attacks.attack import Attack, Transfer, World, check_budget, draw
 from madjax.errors import InputError
+from madjax.streams import stream
 
 Array = jax.Array
 Augment = Callable[[Array, Array], Array]
@@ -99,7 +100,7 @@ class Knockoff(Attack):
         """All queries; those of a later repetition come after all of an earlier one."""
         size = self.examples(self.budget)
         drawn = draw(world.key, len(world.images), size)
-        key = jax.random.fold_in(world.key, 1)
+        key = stream(world.key, "augment")
 
         def queries(r: Array) -> Array:
             if self.augment is unchanged:

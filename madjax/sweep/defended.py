@@ -13,6 +13,7 @@ from madjax.datasets import open_dataset
 from madjax.defenses import as_function, fingerprints
 from madjax.errors import InputError
 from madjax.models import Classifier
+from madjax.streams import stream
 from madjax.sweep.victim import finder, make_classifier, owner_of, train_victim
 
 Array = jax.Array
@@ -68,7 +69,7 @@ def defended(
 
     def predict(images: Array) -> Array:
         y = victim.posterior(params, images)
-        return defend(secret, images, y, fingerprints(jax.random.fold_in(secret, 2), images))
+        return defend(secret, images, y, fingerprints(stream(secret, "fingerprints"), images))
 
     return victim, jax.jit(predict)
 

@@ -17,6 +17,7 @@ from madjax.constraints import l1
 from madjax.defenses import answers
 from madjax.evaluate import utility
 from madjax.linear import dot
+from madjax.streams import stream
 from madjax.sweep.campaign import Campaign, Place, check_answers
 from madjax.sweep.cells import Point, Program, Shared
 from madjax.sweep.clock import Stopwatch
@@ -86,7 +87,7 @@ class OnlineProgram(Program):
         handed = training.surrogate if self.attack.refresh > 1 else training.params
         told = answers(
             self.defense,
-            jax.random.fold_in(keys(cell.seed)["defense"], 1),
+            stream(keys(cell.seed)["defense"], "tests"),
             y,
             self._evidence(cell, handed, shared, shared.test_images[few]),
             cell.strength,

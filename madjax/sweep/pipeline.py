@@ -28,6 +28,7 @@ from madjax.datasets import Dataset, check_compatible, open_dataset
 from madjax.defenses import Defense, Owner
 from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
+from madjax.streams import stream
 from madjax.sweep import stages
 from madjax.sweep.campaign import Place, TransferCampaign, check_answers
 from madjax.sweep.cells import Point, Program, Shared, make_mesh, waves
@@ -324,7 +325,7 @@ def _useful(
     images, labels, y = (judged[f"test_{name}"] for name in ("images", "labels", "posteriors"))
     found = {}
     for seed, own in known.items():
-        key = jax.random.fold_in(keys(seed)["defense"], 1)
+        key = stream(keys(seed)["defense"], "tests")
         strengths = tuple(dict.fromkeys(c.strength for c in cells if c.seed == seed))
         if not strengths:
             continue

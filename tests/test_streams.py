@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madjax import AdaptiveKnockoff, Classifier, Knockoff, RandomNoise, Recipe, jbda
+from madjax import AdaptiveKnockoff, Classifier, Knockoff, Recipe, jbda
 from madjax.attacks import World, crop_and_flip, keys
 from madjax.datasets import MNIST_FAMILY
-from madjax.defenses import answers
+from madjax.defenses import Custom, answers
 from madjax.streams import stream
 from madjax.train import epoch, start
 
@@ -75,6 +75,7 @@ def uses(monkeypatch):
 IMAGES = jax.random.randint(jax.random.key(5), (20, 6, 6, 1), 0, 256).astype(jnp.uint8)
 NETWORK = Classifier(Dropped(3), MNIST_FAMILY.preprocess, (6, 6, 1))
 SMALL = {"budget": 12, "recipe": RECIPE}
+NOISY = Custom(function=lambda key, x, y, strength: y + jax.random.uniform(key))
 ATTACKS = [
     Knockoff(repeats=2, augment=lambda k, x: crop_and_flip(k, x, 1), **SMALL),
     AdaptiveKnockoff(online=RECIPE, **SMALL),
@@ -93,7 +94,7 @@ def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):
 
     def respond(numbers, images):
         y = jnp.full((len(images), 3), 1 / 3)
-        return answers(RandomNoise(), key["defense"], y, (), 5.0, numbers)
+        return answers(NOISY, key["defense"], y, y, 1.0, numbers)
 
     with jax.disable_jit():
         own = IMAGES, jnp.arange(20) % 3, 3, 3
@@ -101,7 +102,7 @@ def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):
         transfer = attack.begin(world)
         for r in range(attack.rounds):
             transfer = attack.proceed(r, transfer, world)
-        answers(RandomNoise(), stream(key["defense"], "tests"), jnp.full((5, 3), 1 / 3), (), 5.0)
+        answers(NOISY, stream(key["defense"], "tests"), IMAGES[:, 0, 0], IMAGES, 1.0)
         state = start(NETWORK, RECIPE, 12, key["train"])
         for _ in range(2):
             take = lambda i: transfer.take(IMAGES, i)  # noqa: E731

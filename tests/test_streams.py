@@ -85,7 +85,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize(
     "attack",
-    [ATTACKS[0], pytest.param(ATTACKS[1], marks=pytest.mark.slow), ATTACKS[2]],
+    [ATTACKS[0], *(pytest.param(attack, marks=pytest.mark.slow) for attack in ATTACKS[1:])],
     ids=lambda attack: attack.title,
 )
 def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):

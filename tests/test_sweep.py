@@ -723,6 +723,13 @@ def too_few(world):
     return Transfer(x, *world.ask(jnp.int32(0), world.images[x]))
 
 
+class Broken(Knockoff):
+    """An attack whose queries could be foreseen, if they were not in error."""
+
+    def begin(self, world):
+        raise KeyError("nothing")
+
+
 def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
     data = write_data(tmp_path)
 
@@ -739,6 +746,7 @@ def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
         ({"tasks": (replace(TASK, query_splits=("train", "test")),)}, "30 of the 30 test images"),
         ({"attacks": (Custom(collect=too_few, architecture=Linear),)}, "makes targets of shape"),
         ({"attacks": (Custom(architecture=Linear),)}, "the attack custom fails on these data"),
+        ({"attacks": (Broken(budget=9, architecture=Linear),)}, "the attack knockoff fails on"),
     ):
         with pytest.raises(InputError, match=words):
             sweep.run(replace(CONFIG, **change), tmp_path / "out", data_dir=data)

@@ -39,14 +39,13 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
     name, *rest = path
     if isinstance(config, tuple) and any(map(is_section, config)):
         chosen, path = _meant(config, path, assignment)
-        return tuple(
-            item
-            if i not in chosen
-            else _replace(item, path, text, assignment)
-            if path
-            else _parse(text, item, assignment)
-            for i, item in enumerate(config)
-        )
+
+        def replaced(item: Any) -> Any:
+            if path:
+                return _replace(item, path, text, assignment)
+            return _parse(text, item, assignment)
+
+        return tuple(replaced(item) if i in chosen else item for i, item in enumerate(config))
     known = [f.name for f in dataclasses.fields(config)] if is_section(config) else []
     if name not in known:
         raise InputError(

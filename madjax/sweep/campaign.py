@@ -117,20 +117,12 @@ class Campaign:
 class TransferCampaign(Campaign):
     """Waves that collect transfer sets and train stolen models on them."""
 
-    def __init__(
-        self,
-        program: Program,
-        cells: dict[str, Cell],
-        shared: Shared,
-        useful: dict[Place, dict[str, float]],
-        mesh: Mesh,
-        *rest: Any,
-    ):
-        super().__init__(program, cells, shared, useful, mesh, *rest)
+    def __init__(self, program: Program, *rest: Any):
+        super().__init__(program, *rest)
         self.begin, self.proceed = self.over(program.begin), self.over(program.proceed)
         size = self.attack.examples(self.attack.budget)
         training = Training(program.stolen, self.attack.recipe, size)
-        self.begin_training, self.advance, self.fidelity = _compiled(training, mesh)
+        self.begin_training, self.advance, self.fidelity = _compiled(training, self.mesh)
 
     def run(self, wave: list[Place], stacked: Point) -> None:
         """Collect the transfer sets of a wave, and train the stolen models at each budget."""

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from madjax import store
 from madjax.attacks import keys
@@ -21,7 +20,6 @@ from madjax.streams import stream
 from madjax.sweep.campaign import Campaign, Place, check_answers
 from madjax.sweep.cells import Point, Program, Shared
 from madjax.sweep.clock import Stopwatch
-from madjax.sweep.grid import Cell
 from madjax.sweep.rows import after, number, numbers
 from madjax.train import cross_entropy, finite, percent
 
@@ -109,16 +107,8 @@ class OnlineProgram(Program):
 class OnlineCampaign(Campaign):
     """Waves of online attackers, evaluated and checkpointed after each lap."""
 
-    def __init__(
-        self,
-        program: OnlineProgram,
-        cells: dict[str, Cell],
-        shared: Shared,
-        useful: dict[Place, dict[str, float]],
-        mesh: Mesh,
-        *rest: Any,
-    ):
-        super().__init__(program, cells, shared, useful, mesh, *rest)
+    def __init__(self, program: OnlineProgram, *rest: Any):
+        super().__init__(program, *rest)
         self.start, self.advance, self.judge = (
             self.over(f) for f in (program.start, program.advance, program.judge)
         )

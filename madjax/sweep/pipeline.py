@@ -115,12 +115,12 @@ def run(
                     program, source = programs[task, rule, attack], own.sources[attack.source]
                     sent = drawn[task, attack]
                     told = _told(program, sent, state.params, known, source, cells, log)
-                    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *known.values())
+                    of_seeds = jax.tree.map(lambda *leaves: jnp.stack(leaves), *known.values())
                     images, labels = source.images, source.labels
-                    shared = Shared(state.params, stacked, images, labels, **judged)
+                    shared = Shared(state.params, of_seeds, images, labels, **judged)
                     shared = jax.device_put(shared, NamedSharding(mesh, P()))
                     online = isinstance(program, OnlineProgram)
-                    # Online cells each are held against the one of their seed at strength 0.
+                    # Each online cell is held against the one of its seed at strength 0.
                     every = [(strength, seed) for seed in seeds for strength in strengths]
                     waiting_at = {(cell.strength, cell.seed) for cell in cells.values()}
                     places = [place for place in every if online or place in waiting_at]
@@ -193,7 +193,10 @@ def _drawn(opened: _Opened, attack: Attack, seeds: tuple[int, ...]) -> Drawn:
     attack.check(len(own.images), data.num_classes, data.image_shape)
     found = {}
     for seed in seeds:
-        drawn = stages.foreseen(attack, seed, *own, data.num_classes, stolen, data.family)
+        try:
+            drawn = stages.foreseen(attack, seed, *own, data.num_classes, stolen, data.family)
+        except Exception:  # which the rehearsal meets again, and tells in one line
+            return None
         if drawn is None:
             return None
         found[seed] = drawn

@@ -15,6 +15,7 @@ Neither side evaluates anything here. LeNet, K = 10, random images and posterior
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ from measuring import HAS_TORCH, in_turns, parse, ratios, spread, use_devices, w
 
 from madjax import MAD, Classifier, LeNet, Online, sweep
 from madjax.datasets import MNIST_FAMILY
+from madjax.sweep import online
 
 EPSILONS = (0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0)
 IMAGES = 500
@@ -35,19 +37,18 @@ def grid(mapping, steps):
     attack = Online(budget=steps, images=IMAGES, every=steps)
     classifier = Classifier(LeNet(10), MNIST_FAMILY.preprocess, (28, 28, 1))
     defense = MAD(layers="all")
-    program = sweep.OnlineProgram(classifier, classifier, MNIST_FAMILY, defense, attack, 10, 10)
+    settings = sweep.Parties(classifier, classifier, MNIST_FAMILY, 10, 10), attack, defense
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.randint(keys[0], (IMAGES, 28, 28, 1), 0, 256).astype(jnp.uint8)
-    victim = jax.jit(classifier.init)(keys[1])
-    nothing = jnp.zeros(IMAGES, jnp.int32)
-    shared = sweep.Shared(victim, (), x, nothing, x, nothing, None)
-    mesh = sweep.make_mesh()
-    size = -(-len(EPSILONS) // mesh.size) * mesh.size
-    cells = [sweep.Point(np.float32(e), np.uint32(0), np.int32(0)) for e in EPSILONS]
-    ((_, stacked),) = sweep.waves(cells, size)
-    state = sweep.over_cells(program.start, mesh, mapping)(stacked, shared)
-    advance = sweep.over_cells(program.advance, mesh, mapping)
-    return lambda: jax.block_until_ready(advance((stacked, state), shared)), steps
+    victim = jax.tree.map(lambda a: a[None], jax.jit(classifier.init)(keys[1]))
+    own = sweep.Own(x[None], jnp.zeros((1, IMAGES), jnp.int32))
+    ground = online.Ground(own, sweep.Api(victim, ()), None)
+    over = partial(sweep.over_cells, mesh=sweep.make_mesh(), mapping=mapping)
+    size = -(-len(EPSILONS) // jax.device_count()) * jax.device_count()
+    cells = sweep.stack([sweep.Point(np.float32(e), np.uint32(0)) for e in EPSILONS], size)
+    state = over(online.start, *settings)(cells, ground)
+    advance = over(online.advance, *settings)
+    return lambda: jax.block_until_ready(advance((cells, state), ground)), steps
 
 
 def pytorch(lean, steps, threads):

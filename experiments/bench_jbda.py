@@ -36,6 +36,7 @@ from measuring import HAS_TORCH, parse, ratios, spread, write
 import madjax
 from madjax import sweep
 from madjax.datasets import MNIST_FAMILY
+from madjax.sweep import stages
 
 if HAS_TORCH:
     import torch
@@ -209,29 +210,22 @@ def ours(weights, surrogate, seeds, test, budget, final_epochs, threads):
     # Undefended is MAD at an epsilon of 0, so the surrogate's forward pass is paid for.
     epsilon, params, layers = (0.5, surrogate, "all") if surrogate else (0.0, weights, "last")
     begin, advance, start, learn, attack = compiled(budget, final_epochs, seeds.shape[1:], layers)
-    cell = sweep.Point(np.float32([epsilon]), np.uint32([0]), np.int32([0]))
-    shared = sweep.Shared(
-        weights,
-        jax.tree.map(lambda a: a[None], params),
-        seeds,
-        np.zeros(len(seeds), np.int32),
-        *test,
-        None,
-    )
-    shared, cell = jax.device_put((shared, cell))
+    cell = sweep.stack([sweep.Point(np.float32(epsilon), np.uint32(0))], 1)
+    own = sweep.Own(seeds[None], np.zeros((1, len(seeds)), np.int32))
+    api = sweep.Api(*(jax.tree.map(lambda a: a[None], each) for each in (weights, params)))
+    tests = sweep.Tests(*(each[None] for each in test), None)
+    own, api, tests, cell = jax.device_put((own, api, tests, cell))
     seconds = {}
     began = time.perf_counter()
-    transfer = begin(cell, shared)
+    transfer = begin(cell, (own, api))
     for r in range(attack.rounds):
-        transfer = advance((cell, transfer), (shared, np.int32(r)))
+        transfer = advance((cell, transfer), (own, api, np.int32(r)))
     jax.block_until_ready(transfer)
     seconds["collect"] = time.perf_counter() - began
     began = time.perf_counter()
-    tests = shared.test_images, shared.test_labels
-    lesson = sweep.Lesson(shared.images, *tests, None, np.int32(budget))
-    state = start(cell, lesson)
+    state = start(cell, None)
     for _ in range(final_epochs):
-        state = learn((transfer, state), lesson)
+        state = learn((cell, transfer, state), (own.images, tests, np.int32(budget)))
     accuracy = float(state.accuracy[0, -1])
     seconds["final"] = time.perf_counter() - began
     return accuracy, seconds
@@ -246,11 +240,12 @@ def compiled(budget, final_epochs, shape, layers):
     attack = madjax.jbda(budget=budget, recipe=final)
     network = madjax.Classifier(madjax.LeNet(10), MNIST_FAMILY.preprocess, shape)
     defense = madjax.MAD(layers=layers)
-    program = sweep.Program(network, network, MNIST_FAMILY, defense, attack, 10, 10)
-    training = sweep.Training(network, final, budget)
-    mesh = sweep.make_mesh(jax.devices()[:1])
-    functions = (program.begin, program.proceed, training.start, training.advance)
-    return (*(sweep.over_cells(f, mesh, sweep.default_mapping()) for f in functions), attack)
+    asking = sweep.Parties(network, network, MNIST_FAMILY, 10, 10), attack, defense
+    learning = network, final, budget
+    over = partial(sweep.over_cells, mesh=sweep.make_mesh(jax.devices()[:1]))
+    begin, advance = (over(stage, *asking) for stage in (stages.begin, stages.proceed))
+    start, learn = (over(stage, *learning) for stage in (stages.start, stages.advance))
+    return begin, advance, start, learn, attack
 
 
 # ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from measuring import HAS_TORCH, in_turns, parse, ratios, spread, use_devices, w
 from madjax import Classifier, LeNet, Recipe, sweep
 from madjax.attacks import Transfer
 from madjax.datasets import MNIST_FAMILY
+from madjax.sweep import stages
 from madjax.train import epoch, start
 
 CELLS = 8
@@ -55,17 +56,17 @@ def grid(mapping, x, y):
     """One epoch of `CELLS` attackers as the sweep runs them, over all devices."""
     classifier = Classifier(LeNet(10), MNIST_FAMILY.preprocess, (28, 28, 1))
     n = len(x)
-    mesh = sweep.make_mesh()
-    training = sweep.Training(classifier, RECIPE, n)
-    lesson = sweep.Lesson(x, x[:64], y[:64].argmax(-1), y[:64], np.int32(n))
-    cells = [sweep.Point(np.float32(e / 10), np.uint32(0), np.int32(0)) for e in range(CELLS)]
-    ((_, stacked),) = sweep.waves(cells, CELLS)
+    settings = classifier, RECIPE, n
+    tests = sweep.Tests(x[None, :64], y[None, :64].argmax(-1), y[None, :64])
+    lesson = x[None], tests, np.int32(n)
+    cells = [sweep.Point(np.float32(e / 10), np.uint32(0)) for e in range(CELLS)]
+    stacked = sweep.stack(cells, CELLS)
     bought = Transfer(jnp.arange(n), y, jnp.int32(n))
     transfers = jax.tree.map(lambda a: jnp.stack([a] * CELLS), bought)
-    start = sweep.over_cells(training.start, mesh, mapping)
-    advance = sweep.over_cells(training.advance, mesh, mapping)
-    state = start(stacked, lesson)
-    return lambda: jax.block_until_ready(advance((transfers, state), lesson)), CELLS * n
+    over = partial(sweep.over_cells, mesh=sweep.make_mesh(), mapping=mapping)
+    advance = over(stages.advance, *settings)
+    state = over(stages.start, *settings)(stacked, None)
+    return lambda: jax.block_until_ready(advance((stacked, transfers, state), lesson)), CELLS * n
 
 
 def pytorch(x, y, threads):

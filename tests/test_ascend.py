@@ -553,7 +553,7 @@ def test_cells_that_ascend_run_on_several_devices():
         solver = jax.vmap(partial(solve, epsilon=epsilon, solver=Ascend()))
         return map_chunks(lambda query: solver(*query), shared, 50)
 
-    run = sweep.over_cells(cell, sweep.make_mesh(), sweep.map_cells)
+    run = sweep.over_cells(cell, mesh=sweep.make_mesh(), mapping=sweep.map_cells)
     answers = run(jnp.array([0.1, 0.5, 0.9, 1.5]), (y, gram))
     alone = answered(y[:50], gram[:50], epsilon=0.5, solver=Ascend())
     values = jax.vmap(deviation)(answers[1, :50], y[:50], gram[:50])

@@ -352,17 +352,13 @@ def test_the_direction_kept_is_the_cosine_between_the_ways():
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_the_grid_is_its_single_cells_on_any_devices(
-    finished, data, tmp_path, monkeypatch, devices
-):
+def test_the_grid_is_its_single_cells_on_any_devices(finished, data, tmp_path, devices):
     """Seed 1 at epsilon 2 alone, on one device, and the whole grid again on four."""
     _, rows = finished
-    monkeypatch.setattr(
-        sweep.pipeline, "make_mesh", lambda: sweep.make_mesh(jax.devices()[:devices])
-    )
     two = (Defended(MAD(layers="all"), (0.0, 2.0)),)
     few = STUDY if devices == 4 else replace(STUDY, defenses=two, seeds=(1,))
-    again = sweep.run(few, tmp_path / "run", data_dir=data, log=lambda _: None)
+    on = jax.devices()[:devices]
+    again = sweep.run(few, tmp_path / "run", data_dir=data, devices=on, log=lambda _: None)
     for row in again:
         (old,) = [r for r in rows if (r["seed"], r["strength"]) == (row["seed"], row["strength"])]
         np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)
@@ -373,7 +369,7 @@ def test_the_grid_is_its_single_cells_on_any_devices(
 @pytest.mark.slow  # a sweep's cells at once are tested elsewhere
 def test_all_cells_of_an_accelerator_at_once_are_the_same(finished, data, tmp_path, monkeypatch):
     _, rows = finished
-    monkeypatch.setattr(sweep.campaign, "default_mapping", lambda: sweep.vmap_cells)
+    monkeypatch.setattr("madjax.sweep.mesh.default_mapping", lambda: sweep.vmap_cells)
     again = sweep.run(STUDY, tmp_path / "run", data_dir=data, log=lambda _: None)
     for row, old in zip(again, rows, strict=True):
         np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)
@@ -385,7 +381,7 @@ def test_all_cells_of_an_accelerator_at_once_are_the_same(finished, data, tmp_pa
 )
 def test_a_stopped_run_goes_on_to_the_same_rows(finished, data, tmp_path, monkeypatch, stop):
     out, rows = finished
-    save, calls = madjax.sweep.online.store.save, []
+    save, calls = madjax.store.save, []
 
     def interrupted(directory, name, *rest):
         save(directory, name, *rest)
@@ -393,7 +389,7 @@ def test_a_stopped_run_goes_on_to_the_same_rows(finished, data, tmp_path, monkey
         if len(calls) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(madjax.sweep.online.store, "save", interrupted)
+    monkeypatch.setattr(madjax.store, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.run(STUDY, tmp_path / "run", data_dir=data, log=lambda _: None)
     monkeypatch.undo()

@@ -48,11 +48,10 @@ STRENGTHS = (0.0, 0.4, 1.2)
 
 @pytest.mark.parametrize("rule", [MAD(), RandomNoise()], ids=lambda rule: rule.name)
 @pytest.mark.parametrize("queries", [1000, 37, 36, 5])
-def test_answers_are_those_of_each_strength_alone_in_any_chunks(monkeypatch, rule, queries):
+def test_answers_are_those_of_each_strength_alone_in_any_chunks(rule, queries):
     """The noise of a query depends on its number, not on its chunk."""
-    monkeypatch.setattr(stages, "QUERIES", queries)
     key = jax.random.key(7)
-    told = stages.answers(rule, NETWORK, SURROGATE, key, IMAGES, Y, STRENGTHS)
+    told = stages.answers(rule, NETWORK, SURROGATE, key, IMAGES, Y, STRENGTHS, chunk=queries)
     assert told.shape == (3, 37, 4)
     for each, strength in zip(told, STRENGTHS, strict=True):
         want = as_function(rule, NETWORK.apply, SURROGATE, strength)(key, IMAGES, Y)
@@ -73,18 +72,16 @@ def test_a_cell_takes_memory_for_its_answers_and_transfer_set_alone():
     classes, queries = 50, 400
     network = Classifier(Linear(classes), MNIST_FAMILY.preprocess, (6, 6, 1))
     attack = Knockoff(budget=queries, architecture=Linear)
-    program = sweep.Program(network, network, MNIST_FAMILY, MAD(), attack, classes, 3)
-    victim = network.init(jax.random.key(0))
-    images, labels = np.zeros((queries, 6, 6, 1), np.uint8), np.zeros(queries, np.int32)
-    known = jax.tree.map(lambda a: a[None], victim)
-    shared = sweep.Shared(victim, known, images, labels, images, labels, None)
+    parties = sweep.Parties(network, network, MNIST_FAMILY, classes, 3)
+    own = sweep.Own(np.zeros((1, queries, 6, 6, 1), np.uint8), np.zeros((1, queries), np.int32))
     mesh = sweep.make_mesh(jax.devices()[:1])
 
     def taken(cells):
         told = np.zeros((cells, queries, classes), np.float32)
-        point = sweep.Point(*np.zeros((3, cells), np.int32), told)
-        begin = sweep.over_cells(program.begin, mesh, sweep.vmap_cells)
-        held = begin.lower(point, shared).compile().memory_analysis()
+        point = sweep.Point(*np.zeros((4, cells), np.int32), told)
+        settings = {"mesh": mesh, "mapping": sweep.vmap_cells}
+        begin = sweep.over_cells(stages.begin, parties, attack, None, **settings)
+        held = begin.lower(point, (own, None)).compile().memory_analysis()
         return held.temp_size_in_bytes + held.argument_size_in_bytes + held.output_size_in_bytes
 
     answers = 4 * queries * classes
@@ -133,8 +130,8 @@ def numbers(y):
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_what_an_attack_says_that_it_sends_is_tried(attack, told):
-    world = IMAGES, LABELS, 3, 4, NETWORK, MNIST_FAMILY
-    drawn = stages.foreseen(attack, 5, *world)
+    parties = sweep.Parties(NETWORK, NETWORK, MNIST_FAMILY, 4, 3)
+    drawn = stages.foreseen(parties, attack, 5, IMAGES, LABELS)
     assert (drawn is not None) == told
     if told:
         np.testing.assert_array_equal(drawn, attack.foreseen(keys(5)["draw"], 37))

@@ -90,24 +90,22 @@ class Setting:
         self.defense = defense
         self.seeds = (0, 1, 2)
         surrogates = [self.surrogate(seed) for seed in self.seeds]
-        self.common = {
-            "victim": self.victim,
-            "known": jax.tree.map(lambda *leaves: jnp.stack(leaves), *surrogates),
-            "images": self.images,
-            "labels": self.labels,
-            "test_images": self.x_test,
-            "test_labels": self.labels_test,
-            "test_posteriors": self.posterior(self.x_test),
-        }
+        known = jax.tree.map(lambda *leaves: jnp.stack(leaves), *surrogates)
+        victim = jax.tree.map(lambda a: a[None], self.victim)
+        self.own, self.api = (
+            sweep.Own(self.images[None], self.labels[None]),
+            sweep.Api(victim, known),
+        )
+        tests = self.x_test, self.labels_test, self.posterior(self.x_test)
+        self.tests = sweep.Tests(*(each[None] for each in tests))
+        network = self.classifier
+        self.parties = sweep.Parties(network, network, MNIST_FAMILY, 4, 3)
 
     def surrogate(self, seed):
         return jax.jit(self.classifier.init)(keys(seed)["surrogate"])
 
     def posterior(self, x):
         return self.classifier.posterior(self.victim, x)
-
-    def shared(self):
-        return sweep.Shared(**self.common)
 
     def told(self, attack, strength, seed):
         """The answers to an attack's queries, if they are foreseen."""
@@ -120,16 +118,7 @@ class Setting:
         return stages.answers(self.defense, network, surrogate, *query, (strength,))[0]
 
     def lesson(self, count):
-        told = self.x_test, self.labels_test, self.posterior(self.x_test)
-        return sweep.Lesson(self.images, *told, np.int32(count))
-
-    def training(self, attack):
-        return sweep.Training(self.classifier, attack.recipe, attack.examples(attack.budget))
-
-    def program(self, attack):
-        return sweep.Program(
-            self.classifier, self.classifier, MNIST_FAMILY, self.defense, attack, 4, 3
-        )
+        return self.own.images, self.tests, np.int32(count)
 
     def singly(self, attack, cells):
         """Cells one by one in a Python loop, nothing shared: {(epsilon, seed): (transfer, state)}.
@@ -184,33 +173,30 @@ def singly(setting):
 def stack(identities, devices, told=lambda strength, seed: None):
     """One wave of cells over so many devices."""
     cells = [
-        sweep.Point(np.float32(e), np.uint32(s), np.int32(s), told(e, s)) for e, s in identities
+        sweep.Point(np.float32(e), np.uint32(s), known=np.int32(s), told=told(e, s))
+        for e, s in identities
     ]
-    (wave,) = sweep.waves(cells, devices * -(-len(cells) // devices))
-    return wave
+    return sweep.stack(cells, devices * -(-len(cells) // devices))
 
 
 def run_grid(setting, attack, identities, devices, mapping):
     """The grid through the compiled program: [(transfer, state)] in order."""
-    mesh = sweep.make_mesh(jax.devices()[:devices])
-    program, shared = setting.program(attack), setting.shared()
-    wave, stacked = stack(identities, devices, partial(setting.told, attack))
-
-    def over(function):
-        return sweep.over_cells(function, mesh, mapping)
-
-    training = setting.training(attack)
-    lesson = setting.lesson(attack.examples(attack.budget))
-    transfer = over(program.begin)(stacked, shared)
-    advance = over(program.proceed)
+    over = partial(sweep.over_cells, mesh=sweep.make_mesh(jax.devices()[:devices]), mapping=mapping)
+    stacked = stack(identities, devices, partial(setting.told, attack))
+    rule, api = (setting.defense, setting.api) if stacked.told is None else (None, None)
+    settings = setting.parties, attack, rule
+    size = attack.examples(attack.budget)
+    transfer = over(stages.begin, *settings)(stacked, (setting.own, api))
+    proceed = over(stages.proceed, *settings)
     for r in range(attack.rounds):
-        transfer = advance((stacked, transfer), (shared, np.int32(r)))
-    state = over(training.start)(stacked, lesson)
-    advance = over(training.advance)
+        transfer = proceed((stacked, transfer), (setting.own, api, np.int32(r)))
+    points, settings = stacked._replace(told=None), (setting.classifier, attack.recipe, size)
+    state = over(stages.start, *settings)(points, None)
+    advance = over(stages.advance, *settings)
     for _ in range(attack.recipe.epochs):
-        state = advance((transfer, state), lesson)
+        state = advance((points, transfer, state), setting.lesson(size))
     results = jax.device_get((transfer, state))
-    return [jax.tree.map(lambda a, i=i: a[i], results) for i in range(len(wave))]
+    return [jax.tree.map(lambda a, i=i: a[i], results) for i in range(len(identities))]
 
 
 GRIDS = {
@@ -287,32 +273,33 @@ def test_the_grid_of_every_attack_is_a_loop_over_cells(asked, name, mapping):
 def test_no_device_talks_to_another(asked, attack, mapping):
     mesh = sweep.make_mesh()
     assert mesh.size == 4
-    program, shared = asked.program(attack), asked.shared()
-    _, stacked = stack([(0.4, seed) for seed in (0, 1, 2)], 4, partial(asked.told, attack))
+    stacked = stack([(0.4, seed) for seed in (0, 1, 2)], 4, partial(asked.told, attack))
     assert (stacked.told is None) == (attack is not KNOCKOFF)
-    training, lesson = asked.training(attack), asked.lesson(20)
-    like, learner = (
-        jax.eval_shape(sweep.over_cells(f, mesh, mapping), stacked, common)
-        for f, common in ((program.begin, shared), (training.start, lesson))
-    )
+    points = stacked._replace(told=None)
+    asking = asked.parties, attack, asked.defense
+    learning = asked.classifier, attack.recipe, attack.examples(attack.budget)
+    known = asked.own, asked.api
+    over = partial(sweep.over_cells, mesh=mesh, mapping=mapping)
+    like = jax.eval_shape(over(stages.begin, *asking), stacked, known)
+    learner = jax.eval_shape(over(stages.start, *learning), points, None)
     for function, mine, common in (
-        (program.begin, stacked, shared),
-        (program.proceed, (stacked, like), (shared, np.int32(0))),
-        (training.advance, (like, learner), lesson),
-        (training.fidelity, learner, lesson),
+        (over(stages.begin, *asking), stacked, known),
+        (over(stages.proceed, *asking), (stacked, like), (*known, np.int32(0))),
+        (over(stages.advance, *learning), (points, like, learner), asked.lesson(20)),
+        (over(stages.fidelity, asked.classifier), (points, learner), asked.tests),
     ):
-        text = sweep.over_cells(function, mesh, mapping).lower(mine, common).compile().as_text()
+        text = function.lower(mine, common).compile().as_text()
         assert "HloModule" in text
         for word in ("all-reduce", "all-gather", "all-to-all", "collective", "reduce-scatter"):
             assert word not in text
 
 
 @pytest.mark.smoke
-def test_waves_cover_the_grid_once_and_have_one_size():
-    cells = [sweep.Point(np.float32(i), np.uint32(0), np.int32(0)) for i in range(7)]
-    cut = list(sweep.waves(cells, 3))
-    assert [len(wave) for wave, _ in cut] == [3, 3, 1]
-    assert [stacked.strength.tolist() for _, stacked in cut] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+def test_a_wave_that_devices_do_not_divide_is_filled_up():
+    cells = [sweep.Point(np.float32(i), np.uint32(i)) for i in range(3)]
+    stacked = sweep.stack(cells, 4)
+    assert stacked.strength.tolist() == stacked.seed.tolist() == [0, 1, 2, 2]
+    assert stacked.told is None
 
 
 def write_data(folder, images=(60, 30), shape=(6, 6), classes=4, seed=0, name="tiny"):
@@ -429,9 +416,8 @@ def test_resume_on_other_devices_finishes_the_run(finished, tmp_path, monkeypatc
     """Stopped in a wave of four cells, gone on in waves of three."""
     data, _, want = finished
     stopped_run(tmp_path / "out", data, monkeypatch, "save", 4)
-    three = sweep.make_mesh(jax.devices()[:3])
-    monkeypatch.setattr("madjax.sweep.pipeline.make_mesh", lambda: three)
-    rows = sweep.run(CONFIG, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
+    three = {"devices": jax.devices()[:3], "resume": True}
+    rows = sweep.run(CONFIG, tmp_path / "out", data_dir=data, log=lambda line: None, **three)
     for row, same in zip(results_of(rows), results_of(want), strict=True):
         assert row["device"] != same["device"]
         np.testing.assert_allclose(row["attacker_accuracies"], same["attacker_accuracies"])
@@ -612,15 +598,14 @@ def test_an_exported_random_defence_cannot_be_averaged_out(finished):
 def test_a_smaller_budget_trains_anew_on_the_first_examples(asked):
     attack, cell = ATTACKS["jbda"], (0.9, 1)
     transfer, _ = asked.singly(attack, [cell])[cell]
-    mesh, (_, stacked) = sweep.make_mesh(jax.devices()[:1]), stack([cell], 1)
-    training, lesson = asked.training(attack), asked.lesson(20)
-    start, advance, fidelity = (
-        sweep.over_cells(f, mesh, sweep.map_cells)
-        for f in (training.start, training.advance, training.fidelity)
-    )
-    state, transfers = start(stacked, lesson), jax.tree.map(lambda a: a[None], transfer)
+    points = stack([cell], 1)
+    learning = asked.classifier, RECIPE, attack.budget
+    over = partial(sweep.over_cells, mesh=sweep.make_mesh(jax.devices()[:1]))
+    advance = over(stages.advance, *learning)
+    state = over(stages.start, *learning)(points, None)
+    transfers = jax.tree.map(lambda a: a[None], transfer)
     for _ in range(RECIPE.epochs):
-        state = advance((transfers, state), lesson)
+        state = advance((points, transfers, state), asked.lesson(20))
     key, first = keys(cell[1])["train"], transfer._replace(targets=transfer.targets.at[20:].set(0))
     take = partial(first.take, asked.images)
     want = train(asked.classifier, RECIPE, key, take, attack.budget, jnp.int32(20))
@@ -628,7 +613,8 @@ def test_a_smaller_budget_trains_anew_on_the_first_examples(asked):
     chex.assert_trees_all_close(got.params, want, atol=1e-5)
     y = asked.posterior(asked.x_test).argmax(-1)
     agree = asked.classifier.apply(want, asked.x_test).argmax(-1) == y
-    np.testing.assert_allclose(fidelity(state, lesson), [100 * agree.mean()], atol=0.34)
+    found = over(stages.fidelity, asked.classifier)((points, state), asked.tests)
+    np.testing.assert_allclose(found, [100 * agree.mean()], atol=0.34)
     assert 0 < agree.mean() < 1
 
 

@@ -1,36 +1,52 @@
-"""The grid strength x seed as one program over all devices, and the pipeline around it."""
+"""The grid task x defence x strength x attack x budget x seed, from a config to rows.
 
-from madjax.sweep.cells import (
-    Lesson,
-    Point,
-    Program,
-    Shared,
-    Training,
+    task          a data set, a query set, a network for them     tasks.py    open_tasks
+      |           the whole grid is tried on shapes               trial.py    tried
+    victim        trained once, with a checkpoint an epoch        victim.py   train_victim
+      |
+    posteriors    y of the test set and of the queries            stages.py   victim_posteriors
+      |
+    answers       y~ at all strengths of a defence, in one pass   stages.py   answers
+      |
+    transfer set  what an attacker has asked and been told        stages.py   begin, proceed
+      |
+    stolen model  trained on it, and judged                       stages.py   start, advance
+      |
+    row           what was measured, and of which cell            rows.py     measured
+
+`run` (run.py) goes through this for the cells that have no row yet; what several of them share is
+made once (stock.py). Cells of one defence and attack, on tasks of equal shapes, are a group
+(work.py), and go through the last stages together, in waves spread over the devices (mesh.py).
+Online attackers, who leave no transfer set, have stages and a loop of their own (online.py and
+study.py).
+"""
+
+from madjax.sweep.clock import Stopwatch, programs
+from madjax.sweep.defended import defended
+from madjax.sweep.grid import Cell, cell_id, expand
+from madjax.sweep.mesh import (
     default_mapping,
     device_name,
     make_mesh,
     map_cells,
     over_cells,
     split_cpu,
+    stack,
     vmap_cells,
-    waves,
 )
-from madjax.sweep.clock import Stopwatch, programs
-from madjax.sweep.defended import defended
-from madjax.sweep.grid import Cell, cell_id, expand
-from madjax.sweep.online import OnlineProgram, direction_kept
-from madjax.sweep.pipeline import run
 from madjax.sweep.rows import git_commit
+from madjax.sweep.run import run
+from madjax.sweep.stages import Api, Own, Parties, Point, Tests
+from madjax.sweep.study import direction_kept
 
 __all__ = [
+    "Api",
     "Cell",
-    "Lesson",
-    "OnlineProgram",
+    "Own",
+    "Parties",
     "Point",
-    "Program",
-    "Shared",
     "Stopwatch",
-    "Training",
+    "Tests",
     "cell_id",
     "default_mapping",
     "defended",
@@ -44,6 +60,6 @@ __all__ = [
     "programs",
     "run",
     "split_cpu",
+    "stack",
     "vmap_cells",
-    "waves",
 ]

@@ -14,7 +14,8 @@ from madjax.defenses import as_function, fingerprints
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.streams import stream
-from madjax.sweep.victim import finder, make_classifier, owner_of, train_victim
+from madjax.sweep.tasks import make_classifier
+from madjax.sweep.victim import finder, owner_of, train_victim
 
 Array = jax.Array
 

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from madjax.attacks import Attack
 from madjax.config import Sweep, digest, name_of
 from madjax.datasets import Dataset, base_name
-from madjax.sweep.cells import Program, device_name
 from madjax.sweep.grid import Cell
+from madjax.sweep.mesh import device_name
 from madjax.train import State
 
 Array = jax.Array
@@ -22,7 +23,8 @@ _PACKAGES = ("madjax", "jax", "flax", "optax")
 
 
 def measured(
-    program: Program,
+    attack: Attack,
+    num_classes: int,
     budget: int,
     utility: dict[str, float],
     asked: Array,
@@ -31,12 +33,11 @@ def measured(
     fidelity: Array,
 ) -> dict[str, Any]:
     """The fields of one cell that were measured: the defence's utility, the attacker's epochs."""
-    attack = program.attack
     return {
         "queries": int(asked) if budget == attack.budget else budget,
         "epochs": attack.recipe.epochs,
         **{name: number(value) for name, value in utility.items()},
-        **after(accuracy, loss, program.num_classes),
+        **after(accuracy, loss, num_classes),
         "attacker_fidelity": number(fidelity),
         "attacker_losses": numbers(loss),
     }
@@ -103,16 +104,10 @@ def number(value: Any) -> float | None:
     return float(str(np.float32(value))) if np.isfinite(value) else None
 
 
-def shared_facts(
-    config: Sweep, description: dict[str, Any], data: Dataset, victim: State, mesh: Mesh
-) -> dict[str, Any]:
-    """The fields that all rows of a victim in one run share."""
+def run_facts(config: Sweep, description: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The fields that all rows of one run share."""
     return {
         "config": config.name,
-        "victim_accuracy": number(victim.accuracy[-1]),
-        "num_classes": data.num_classes,
-        "n_train": len(data.x_train),
-        "n_test": len(data.x_test),
         "device": device_name(mesh),
         "versions": {
             "python": platform.python_version(),
@@ -120,6 +115,16 @@ def shared_facts(
         },
         "git_commit": git_commit(),
         "config_hash": digest(description),
+    }
+
+
+def task_facts(data: Dataset, victim: State) -> dict[str, Any]:
+    """The fields that all rows of one task share."""
+    return {
+        "victim_accuracy": number(victim.accuracy[-1]),
+        "num_classes": data.num_classes,
+        "n_train": len(data.x_train),
+        "n_test": len(data.x_test),
     }
 
 

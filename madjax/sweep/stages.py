@@ -2,31 +2,126 @@
 
     victim -> posteriors -> answers -> transfer set -> stolen model
 
-Answers at all strengths are made in one pass over the queries. What the defence needs to know of a
-query (for MAD: its Gram matrix) lives as long as its chunk of queries; answers alone are kept.
+`posteriors` and `answers` belong to a victim and its defence, and many cells share them; answers at
+all strengths are made in one pass over the queries, and what the defence needs to know of a query
+(for MAD: its Gram matrix) lives as long as its chunk of queries. The others are of a single cell:
+`begin` and `proceed` make its transfer set, `start` and `advance` its stolen model, whose
+`fidelity` is the last. Settings come first, then what the cell is, then what many cells read:
+`mesh.over_cells` compiles each for a wave of cells.
 """
 
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from madjax import defenses, evaluate
-from madjax.attacks import Attack, World, keys, posteriors
+from madjax import train as training
+from madjax.attacks import Attack, Transfer, World, keys, posteriors
 from madjax.batching import QUERIES, map_chunks
 from madjax.datasets import Family
-from madjax.defenses import Defense
+from madjax.defenses import Defense, prediction_api
+from madjax.errors import InputError
 from madjax.models import Classifier
+from madjax.train import Recipe, State, percent
 
 Array = jax.Array
 
 
-@partial(jax.jit, static_argnums=0)
-def victim_posteriors(network: Classifier, params: Any, images: Array) -> Array:
+@dataclass(frozen=True)
+class Parties:
+    """The networks of victim and attacker, and what their images are; hashable, without arrays.
+
+    network is the victim's and the surrogate's, stolen the attacker's, both with num_classes
+    outputs; the attacker's own images have num_labels classes.
+    """
+
+    network: Classifier
+    stolen: Classifier
+    family: Family
+    num_classes: int
+    num_labels: int
+
+
+class Point(NamedTuple):
+    """The numbers in which the cells of a wave differ; with a leading axis, those of a wave."""
+
+    strength: Array
+    """Of the defence."""
+    seed: Array
+    task: Array = np.int32(0)
+    """Position of the cell's task in the tables `Api.victim`, `Own` and `Tests`."""
+    known: Array = np.int32(0)
+    """Position of task and seed in `Api.known`."""
+    told: Array | None = None
+    """The answers [Q, K] to the queries of the attack, in order, if they were foreseen."""
+
+
+class Api(NamedTuple):
+    """What stands behind the defended prediction APIs of a group of cells."""
+
+    victim: Any
+    """The victims' parameters, with a leading axis of tasks."""
+    known: Any
+    """What the defence has prepared (for MAD: surrogates), with one of tasks and seeds."""
+
+
+class Own(NamedTuple):
+    """The attackers' own images [T, N, H, W, C] of T tasks, and their classes [T, N]."""
+
+    images: Array
+    labels: Array
+
+
+class Tests(NamedTuple):
+    """The test sets of T tasks, by which stolen models are judged."""
+
+    images: Array
+    labels: Array
+    posteriors: Array
+    """The victim's, undefended."""
+
+
+def entry(table: Any, at: Array) -> Any:
+    """One entry of a table, or the only one, which all cells then share without a copy each."""
+    return jax.tree.map(lambda a: a[0] if len(a) == 1 else a[at], table)
+
+
+Over = Callable[..., Callable[[Any, Any], Any]]
+"""over(function, *settings) -> compiled(rows, shared): function(*settings, rows, shared), by rows.
+
+The function takes many rows, each with a result of its own, which may so be made anywhere.
+"""
+
+
+@lru_cache(maxsize=128)
+def on_one_device(function: Callable[..., Any], *settings: Any) -> Callable[[Any, Any], Any]:
+    """The `Over` that spreads nothing; equal settings share a program."""
+
+    def run(rows: Any, shared: Any) -> Any:
+        return function(*settings, rows, shared)
+
+    run.__name__ = function.__name__  # as the compiler's log says
+    return jax.jit(run)
+
+
+def victim_posteriors(
+    network: Classifier,
+    params: Any,
+    images: np.ndarray,
+    *,
+    over: Over = on_one_device,
+) -> np.ndarray:
     """The victim's posteriors y [N, K] of images [N, H, W, C]."""
+    return np.asarray(over(posterior, network)(images, params))
+
+
+def posterior(network: Classifier, images: Array, params: Any) -> Array:
+    """`victim_posteriors` of the images of one device."""
     return map_chunks(partial(network.posterior, params), images, 250)
 
 
@@ -38,42 +133,64 @@ def answers(
     images: np.ndarray,
     y: np.ndarray,
     strengths: tuple[float, ...],
+    *,
+    sent: np.ndarray | None = None,
+    over: Over = on_one_device,
+    chunk: int = QUERIES,
 ) -> np.ndarray:
-    """The answers to queries 0, 1, ..., N - 1 at each of E strengths: float32 [E, N, K].
+    """The answers to Q queries at each of E strengths: float32 [E, Q, K].
 
-    images [N, H, W, C] are the queries, y [N, K] the victim's posteriors of them; known is what the
-    rule has prepared, and its randomness a function of key and a query's number. At most `QUERIES`
-    queries at a time are on the device.
+    Query i sends images[sent[i]]; by default each image is sent once, in order. images [N, H, W, C]
+    are all sent at least once, and y [N, K] are the victim's posteriors of them; known is what the
+    rule has prepared, and its randomness a function of key and a query's number. What the rule has
+    to know of an image is made once, for `chunk` images at a time.
     """
     count = len(y)
-    size = min(count, QUERIES)
-    told = np.empty((len(strengths), *y.shape), np.float32)
+    numbers = _senders(np.arange(count) if sent is None else sent)
+    told = np.empty((len(strengths), int(numbers.max()) + 1, y.shape[1]), np.float32)
+    size = min(count, chunk)
+    answer = over(at_strengths, rule, network)
     for at in range(0, count, size):
         # The last chunk is filled up with copies, so that one program serves all.
-        numbers = np.minimum(np.arange(at, at + size, dtype=np.int32), count - 1)
-        query = numbers, images[numbers], y[numbers]
-        some = at_strengths(rule, network, known, key, query, np.float32(strengths))
-        told[:, at : at + size] = some[:, : count - at]
+        some = np.minimum(np.arange(at, at + size), count - 1)
+        rows = numbers[some], images[some], y[some]
+        found = np.asarray(answer(rows, (known, key, np.float32(strengths))))
+        asked = numbers[some] >= 0
+        told[:, numbers[some][asked]] = np.moveaxis(found[asked], 1, 0)
     return told
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+def _senders(sent: np.ndarray) -> np.ndarray:
+    """The numbers of the queries that send each image, int32 [N, most]; -1 fills up."""
+    times = np.bincount(sent)
+    order = np.argsort(sent, kind="stable")
+    first = np.cumsum(times) - times
+    numbers = np.full((len(times), times.max()), -1, np.int32)
+    numbers[sent[order], np.arange(len(sent)) - first[sent[order]]] = order
+    return numbers
+
+
 def at_strengths(
     rule: Defense,
     network: Classifier,
-    known: Any,
-    key: Array,
-    query: tuple[Array, Array, Array],
-    strengths: Array,
+    rows: tuple[Array, Array, Array],
+    shared: tuple[Any, Array, Array],
 ) -> Array:
-    """`answers` to one chunk of queries (numbers [B], images [B, H, W, C], y [B, K]): [E, B, K]."""
-    numbers, images, y = query
+    """`answers` to queries (numbers [B, R], images [B, H, W, C], y [B, K]): [B, R, E, K].
+
+    shared = (known, key, strengths [E]). Each of B images is sent by R queries.
+    """
+    numbers, images, y = rows
+    known, key, strengths = shared
     evidence = rule.evidence(network.apply, known, images)
 
     def at(strength: Array) -> Array:
-        return defenses.answers(rule, key, y, evidence, strength, numbers)
+        def of(numbers: Array) -> Array:
+            return defenses.answers(rule, key, y, evidence, strength, numbers)
 
-    return jax.lax.map(at, strengths)
+        return jax.lax.map(of, numbers.T)
+
+    return jnp.transpose(jax.lax.map(at, strengths), (2, 1, 0, 3))
 
 
 @jax.jit
@@ -82,35 +199,155 @@ def utility(y: Array, y_tilde: Array, labels: Array) -> dict[str, Array]:
     return jax.lax.map(lambda told: evaluate.utility(y, told, labels), y_tilde)
 
 
-def foreseen(
+def begin(
+    parties: Parties,
     attack: Attack,
-    seed: int,
-    images: np.ndarray,
-    labels: np.ndarray,
-    num_labels: int,
-    num_classes: int,
+    rule: Defense | None,
+    cell: Point,
+    shared: tuple[Own, Api | None],
+) -> Transfer:
+    """The attack's first queries. With `Point.told` the rule and what is behind it are not used."""
+    return attack.begin(_world(parties, attack, rule, cell, *shared))
+
+
+def proceed(
+    parties: Parties,
+    attack: Attack,
+    rule: Defense | None,
+    cell: tuple[Point, Transfer],
+    shared: tuple[Own, Api | None, Array],
+) -> Transfer:
+    """Round r of the attack's queries; shared ends with r."""
+    point, transfer = cell
+    own, api, r = shared
+    return attack.proceed(r, transfer, _world(parties, attack, rule, point, own, api))
+
+
+def rehearse(
+    parties: Parties, attack: Attack, rule: Defense, cell: Point, own: Own, api: Api
+) -> None:
+    """Trace all queries of a cell.
+
+    Raises:
+        InputError: an attack that makes another transfer set than it says.
+    """
+    transfer = begin(parties, attack, rule, cell, (own, api))
+    if attack.rounds:
+        transfer = proceed(parties, attack, rule, (cell, transfer), (own, api, jnp.int32(0)))
+    wanted = attack.examples(attack.budget), parties.num_classes
+    if transfer.targets.shape != wanted:
+        raise InputError(
+            f"the attack {attack.label} makes targets of shape {transfer.targets.shape}: return "
+            f"{wanted}, one row for each example"
+        )
+
+
+def _world(
+    parties: Parties,
+    attack: Attack,
+    rule: Defense | None,
+    cell: Point,
+    own: Own,
+    api: Api | None,
+) -> World:
+    """What the attacker of a cell knows, its prediction API included."""
+    key = keys(cell.seed)
+    if cell.told is None:
+        victim, known = entry(api.victim, cell.task), entry(api.known, cell.known)
+        respond = prediction_api(
+            rule, parties.network, victim, known, key["defense"], cell.strength
+        )
+        told = None
+    else:
+        respond = _unanswered(parties.num_classes)
+
+        def told(numbers: Array, index: Array) -> Array:
+            del index  # those of the queries of these numbers, which was tried (`foreseen`)
+            return cell.told[numbers]
+
+    return World(
+        respond,
+        attack.budget,
+        *entry(own, cell.task),
+        parties.num_labels,
+        parties.num_classes,
+        parties.stolen,
+        parties.family,
+        key["draw"],
+        told,
+    )
+
+
+def _unanswered(num_classes: int) -> Callable[[Array, Array], Array]:
+    """A victim that answers NaN: for attacks whose every answer is known before."""
+
+    def respond(numbers: Array, images: Array) -> Array:
+        del images
+        return jnp.full((len(numbers), num_classes), jnp.nan)
+
+    return respond
+
+
+def start(stolen: Classifier, recipe: Recipe, size: int, cell: Point, shared: None) -> State:
+    """A fresh stolen model, to be trained on a transfer set of `size` examples."""
+    del shared
+    return training.start(stolen, recipe, size, keys(cell.seed)["train"])
+
+
+def advance(
     stolen: Classifier,
-    family: Family,
+    recipe: Recipe,
+    size: int,
+    cell: tuple[Point, Transfer, State],
+    shared: tuple[Array, Tests, Array],
+) -> State:
+    """One epoch of the stolen model, and its accuracy after it; whatever the defence was.
+
+    shared = (own images [T, N, H, W, C], tests, count): of the transfer set the first `count`
+    examples are trained on, so that one program serves all budgets.
+    """
+    point, transfer, state = cell
+    own, tests, count = shared
+    if transfer.x.ndim == 1 and len(own) > 1:  # read where they are, without a copy for each cell
+        transfer = transfer._replace(x=transfer.x + point.task * own.shape[1])
+    images = own.reshape(-1, *own.shape[2:])
+    judged = entry(tests, point.task)
+    return training.epoch(
+        stolen,
+        recipe,
+        state,
+        lambda i: transfer.take(images, i),
+        size,
+        judged.images,
+        judged.labels,
+        count,
+    )
+
+
+def fidelity(stolen: Classifier, cell: tuple[Point, State], tests: Tests) -> Array:
+    """The share of test images with the victim's own top class, in percent; NaN if diverged."""
+    point, state = cell
+    judged = entry(tests, point.task)
+    logits = map_chunks(partial(stolen.apply, state.params), judged.images, 250)
+    agree = percent(logits.argmax(-1) == judged.posteriors.argmax(-1))
+    return jnp.where(jnp.isfinite(state.accuracy[-1]), agree, jnp.nan)
+
+
+def foreseen(
+    parties: Parties, attack: Attack, seed: int, images: np.ndarray, labels: np.ndarray
 ) -> np.ndarray | None:
     """The own images that an attack sends, in order, int32 [budget]; None where it cannot be told.
 
     What `Attack.foreseen` says is tried: an attack that does not ask for these images by their
     index, in this order, is one that cannot be told.
     """
-    tried = _tried(attack, num_labels, num_classes, stolen, family, seed, images, labels)
+    tried = _tried(parties, attack, seed, images, labels)
     return None if tried is None or not tried[1] else np.asarray(tried[0])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1))
 def _tried(
-    attack: Attack,
-    num_labels: int,
-    num_classes: int,
-    stolen: Classifier,
-    family: Family,
-    seed: Array,
-    images: Array,
-    labels: Array,
+    parties: Parties, attack: Attack, seed: Array, images: Array, labels: Array
 ) -> tuple[Array, Array] | None:
     """What an attack says it will send, and whether it is what it asks for."""
     key = keys(seed)["draw"]
@@ -120,14 +357,13 @@ def _tried(
 
     def told(numbers: Array, index: Array) -> Array:
         right = (drawn[numbers] == index)[:, None]
-        return jnp.where(right, jnp.full((1, num_classes), 1 / num_classes), jnp.nan)
+        return jnp.where(
+            right, jnp.full((1, parties.num_classes), 1 / parties.num_classes), jnp.nan
+        )
 
-    def never(numbers: Array, images: Array) -> Array:
-        del images
-        return jnp.full((len(numbers), num_classes), jnp.nan)
-
-    own = images, labels, num_labels, num_classes
-    world = World(never, attack.budget, *own, stolen, family, key, told)
+    never = _unanswered(parties.num_classes)
+    own = images, labels, parties.num_labels, parties.num_classes
+    world = World(never, attack.budget, *own, parties.stolen, parties.family, key, told)
     attack = replace(attack, targets=posteriors)  # which say whether answers are numbers
     transfer = attack.begin(world)
     for r in range(attack.rounds):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from madjax import store
 from madjax.config import Task, describe, digest, name_of
 from madjax.datasets import Dataset
 from madjax.defenses import Owner
-from madjax.errors import InputError, in_one_line
+from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.train import Recipe, State, check_converges, fit, start
 
@@ -24,31 +23,6 @@ Keep = Callable[[str, Recipe, Array, Callable[..., State]], State]
 
 VICTIM = 6
 """Folded into the victim's key, so that it shares no randomness with an attacker of its seed."""
-
-
-def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
-    """The network of one party, checked on the victim's image shape and classes."""
-    name = name_of(architecture)
-    blank = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.uint8)
-    try:
-        module = architecture(data.num_classes)
-        classifier = Classifier(module, data.family.preprocess, data.image_shape)
-        variables = jax.eval_shape(classifier.init, jax.random.key(0))
-        logits = jax.eval_shape(classifier.apply, variables, blank)
-        classifier.check_learns(variables)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"the {role}'s {name} cannot take images of shape {data.image_shape} "
-            f"({in_one_line(error)}): choose another architecture or data set"
-        ) from error
-    if logits.shape != (1, data.num_classes):
-        raise InputError(
-            f"the {role}'s {name} gives outputs {logits.shape[1:]} for the "
-            f"{data.num_classes} classes of {data.name}: choose another architecture"
-        )
-    return classifier
 
 
 def owner_of(task: Task, victim: Classifier, data: Dataset, keep: Keep) -> Owner:

@@ -1,0 +1,155 @@
+"""Devices: the only file that knows them. Many cells at once, spread over a mesh."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Mapping = Callable[[Callable[[Any], Any], Any], Any]
+"""Applies a function to each of some values with a leading axis, on one device."""
+
+
+def map_cells(function: Callable[[Any], Any], cells: Any) -> Any:
+    """One cell after another on a device: the faster on a CPU, whose cores one cell can fill."""
+    return jax.lax.map(function, cells)
+
+
+def vmap_cells(function: Callable[[Any], Any], cells: Any) -> Any:
+    """All cells of a device at once, as batched products: what an accelerator needs to be full."""
+    return jax.vmap(function)(cells)
+
+
+def at_once(function: Callable[[Any], Any], cells: Any) -> Any:
+    """All rows of a device in one call, of a function that takes many itself."""
+    return function(cells)
+
+
+def default_mapping() -> Mapping:
+    """`map_cells` on a CPU (measured by experiments/bench_training.py), `vmap_cells` elsewhere."""
+    return map_cells if jax.default_backend() == "cpu" else vmap_cells
+
+
+def split_cpu(most: int) -> None:
+    """Make every core a device of its own, `most` at most, unless the user chose a number.
+
+    Cells side by side keep the cores busier than one cell that uses all of them
+    (experiments/bench_training.py). Cores are those that this process may use. Without effect on
+    accelerators, and once anything has been computed.
+    """
+    if jax.config.jax_num_cpu_devices < 0:
+        # Later it cannot be changed: the devices are there.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", max(min(_cores(), most), 1))
+
+
+def _cores() -> int:
+    """How many cores this process may use, where the system says so; else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices (by default all) along one axis, `cells`."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("cells",), (AxisType.Auto,), devices=devices)
+
+
+def over_cells(
+    function: Callable[..., Any], *settings: Any, mesh: Mesh, mapping: Mapping | None = None
+) -> Callable[[Any, Any], Any]:
+    """Compile function(*settings, cell, shared) for cells with a leading axis, over a mesh.
+
+    The mesh divides the number of cells; no device talks to another. settings are hashable and no
+    arrays: equal ones share a program. mapping is `default_mapping` by default. `check_vma` must
+    stay off: with it, gradients of parameters that are made inside the mapped function from
+    constants are summed over the mesh.
+    """
+    return _compiled(function, settings, mesh, mapping or default_mapping())
+
+
+@lru_cache(maxsize=128)
+def _compiled(
+    function: Callable[..., Any], settings: tuple[Any, ...], mesh: Mesh, mapping: Mapping
+) -> Callable[[Any, Any], Any]:
+    def local(cells: Any, shared: Any) -> Any:
+        return mapping(lambda cell: function(*settings, cell, shared), cells)
+
+    local.__name__ = getattr(function, "__name__", local.__name__)  # as the compiler's log says
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(P("cells"), P()),
+            out_specs=P("cells"),
+            check_vma=False,
+        )
+    )
+
+
+def over_rows(mesh: Mesh) -> Callable[..., Callable[[Any, Any], Any]]:
+    """A `stages.Over` that spreads rows over the devices, in equal parts.
+
+    Copies of the last row fill up what the mesh does not divide; their results are dropped.
+    """
+
+    def over(function: Callable[..., Any], *settings: Any) -> Callable[[Any, Any], Any]:
+        compiled = over_cells(function, *settings, mesh=mesh, mapping=at_once)
+
+        def run(rows: Any, shared: Any) -> Any:
+            count = len(jax.tree.leaves(rows)[0])
+            every = np.minimum(np.arange(-(-count // mesh.size) * mesh.size), count - 1)
+            results = compiled(jax.tree.map(lambda a: a[every], rows), shared)
+            return jax.tree.map(lambda a: a[:count], results)
+
+        return run
+
+    return over
+
+
+def stack(cells: Sequence[Any], size: int) -> Any:
+    """Cells as one pytree with a leading axis; copies of the last fill it up to `size`."""
+    padded = [*cells, *[cells[-1]] * (size - len(cells))]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
+
+
+def spread(cells: Any, mesh: Mesh) -> Any:
+    """Put arrays with a leading axis of cells where `over_cells` wants them."""
+    return jax.device_put(cells, NamedSharding(mesh, P("cells")))
+
+
+def everywhere(shared: Any, mesh: Mesh) -> Any:
+    """Put what all cells read on every device."""
+    return jax.device_put(shared, NamedSharding(mesh, P()))
+
+
+def wave_size(cells: int, mesh: Mesh, per_device: int | None, *, together: bool = False) -> int:
+    """How many cells are trained side by side: so many a device, or as many as there are.
+
+    By default one a device on a CPU, so that rows come early, and all on an accelerator, or where
+    they are to stay together.
+    """
+    all_of_them = -(-cells // mesh.size)
+    one_by_one = jax.default_backend() == "cpu" and not together
+    wanted = per_device or (1 if one_by_one else all_of_them)
+    return mesh.size * min(wanted, all_of_them)
+
+
+def device_name(mesh: Mesh) -> str:
+    """How many devices the mesh has and of what kind; for a CPU its model and cores."""
+    device = mesh.devices.flat[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.is_file() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"CPU {models[0]}, {len(models)} cores" if models else f"CPU {platform.machine()}"
+    return f"{mesh.size} x {name}"

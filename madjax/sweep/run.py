@@ -1,0 +1,206 @@
+"""From a config to rows.
+
+What cells share is made once (stock.py), by the first stages of stages.py. Then groups of cells,
+each of one defence and attack, go wave by wave through the stages that are a cell's own: a wave
+collects its transfer sets, and trains and judges its stolen models at each budget. Its rows are
+written when it ends, and a checkpoint after each of its rounds and epochs.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from madjax import store
+from madjax.attacks import Online, Transfer, check_transfer
+from madjax.config import Sweep, describe
+from madjax.defenses import Defense
+from madjax.sweep import stages
+from madjax.sweep.clock import Stopwatch
+from madjax.sweep.grid import cell_id, expand
+from madjax.sweep.mesh import make_mesh, over_cells, spread, stack, wave_size
+from madjax.sweep.rows import measured, run_facts
+from madjax.sweep.stages import Api, Own, Point, Tests
+from madjax.sweep.stock import Stock
+from madjax.sweep.study import study
+from madjax.sweep.tasks import open_tasks
+from madjax.sweep.trial import tried
+from madjax.sweep.victim import Log
+from madjax.sweep.work import Desk, Group, Place, grouped
+from madjax.train import State
+
+Array = jax.Array
+
+
+def run(
+    config: Sweep,
+    directory: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    resume: bool = False,
+    cells_per_device: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    log: Log = tqdm.write,
+) -> list[dict[str, Any]]:
+    """Run a sweep into a directory and return its rows, one dict a cell.
+
+    Everything the user gave is checked before anything is computed or written. With resume, cells
+    that have their row are left alone and a wave goes on from its last whole epoch or round; the
+    config may have more cells than that of the run had. cells_per_device: how many cells of a wave
+    a device trains; by default one on a CPU, so that rows come early, and all on an accelerator.
+    devices: those to run on, by default all.
+
+    Raises:
+        InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,
+            architectures and budgets that do not fit each other; attackers that would train on the
+            images they are judged by.
+    """
+    directory = Path(directory)
+    opened = open_tasks(config.tasks, data_dir)
+    ahead = tried(config, opened)
+    cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
+    description = describe(config) | {"data": [each.checksums for each in opened.values()]}
+    rows = store.open_run(directory, description, list(cells), resume=resume)
+    done = {row["id"] for row in rows}
+    groups = grouped({i: cell for i, cell in cells.items() if i not in done}, config, ahead)
+    if not groups:
+        store.discard(directory, "attack-*")
+        log(f"{directory}: all cells are done")
+        return rows
+
+    mesh = make_mesh(devices)
+    stock = Stock(opened, directory, mesh, log)
+    epochs = sum(group.epochs * len(group.cells) for group in groups)
+    with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
+        desk = Desk(directory, mesh, run_facts(config, description, mesh), rows, bar, log)
+        for group in groups:
+            if isinstance(group.attack, Online):
+                study(group, stock, desk)
+            else:
+                _steal(group, stock, desk, cells_per_device)
+    store.discard(directory, "attack-*")  # of waves that were stopped after their last row
+    return rows
+
+
+class _Wave(NamedTuple):
+    """Cells that are trained side by side: their checkpoints' name, their places, their numbers."""
+
+    name: str
+    places: list[Place]
+    points: Point
+
+
+def _steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> None:
+    """Collect the transfer sets of a group's cells, train stolen models on them, and judge them."""
+    useful, own, tests = stock.utility(group), stock.own(group), stock.tests(group)
+    if group.drawn is None:
+        rule, api, told = group.rule, stock.api(group), {}
+    else:  # all answers are made before, and no cell meets the defence
+        rule, api, told = None, None, stock.told(group)
+    size = wave_size(len(group.places), desk.mesh, per_device)
+    for at in range(0, len(group.places), size):
+        places = group.places[at : at + size]
+        points = stack([group.point(place, told.get(place)) for place in places], size)
+        wave = _Wave(group.checkpoint(places, size), places, points)
+        transfer, collecting = _collect(wave, group, rule, own, api, desk)
+        for budget in group.budgets:
+            waiting = {i: p for i, p in enumerate(places) if (p, budget) in group.waiting}
+            if not waiting:
+                continue
+            state, agreed, learning = _learn(wave, group, budget, transfer, own, tests, desk)
+            found = jax.device_get((transfer.asked, state.accuracy, state.loss, agreed))
+            took = {
+                "seconds": collecting.running + learning.running,
+                "seconds_collecting": collecting.running,
+                "seconds_compiling": collecting.compiling + learning.compiling,
+            }
+            collecting.compiling = 0.0  # which rows of one budget have
+            took = {name: round(seconds / len(places), 3) for name, seconds in took.items()}
+            judged = partial(measured, group.attack, group.parties.num_classes, budget)
+            rows = {
+                place: judged(useful[place], *(each[i] for each in found))
+                | stock.facts(place.task)
+                | took
+                for i, place in waiting.items()
+            }
+            desk.finish(group, budget, rows)
+            store.discard(desk.directory, f"{wave.name}-budget-{budget}")
+        store.discard(desk.directory, f"{wave.name}-transfer")
+
+
+def _collect(
+    wave: _Wave, group: Group, rule: Defense | None, own: Own, api: Api | None, desk: Desk
+) -> tuple[Transfer, Stopwatch]:
+    """The wave's transfer sets and the seconds; a checkpoint spares the rounds it holds."""
+    name, rounds = f"{wave.name}-transfer", group.attack.rounds
+    settings = group.parties, group.attack, rule
+    begin, proceed = (
+        over_cells(stage, *settings, mesh=desk.mesh) for stage in (stages.begin, stages.proceed)
+    )
+
+    def keep(done: int) -> None:
+        state = transfer, np.asarray(watch.running), np.asarray(done)
+        store.save(desk.directory, name, done, state)
+
+    like = jax.eval_shape(begin, wave.points, (own, api)), np.zeros(()), np.zeros((), int)
+    saved = store.restore(desk.directory, name, like)
+    if saved is None:
+        watch, first = Stopwatch(), 0
+        with watch:
+            transfer = jax.block_until_ready(begin(wave.points, (own, api)))
+        if rule is not None:  # else they are made anew at no cost
+            keep(0)
+    else:
+        transfer = spread(saved[0], desk.mesh)
+        watch, first = Stopwatch(float(saved[1])), int(saved[2])
+    for r in range(first, rounds):
+        with watch:
+            transfer = proceed((wave.points, transfer), (own, api, np.int32(r)))
+            jax.block_until_ready(transfer)
+        keep(r + 1)
+        desk.log(
+            f"{group.label}: round {r + 1} of {rounds}, {int(transfer.asked[0]):,} queries, "
+            f"{watch.running:.0f} s"
+        )
+    check_transfer(group.attack, transfer)
+    return transfer, watch
+
+
+def _learn(
+    wave: _Wave,
+    group: Group,
+    budget: int,
+    transfer: Transfer,
+    own: Own,
+    tests: Tests,
+    desk: Desk,
+) -> tuple[State, Array, Stopwatch]:
+    """The wave's stolen models after their last epoch, their fidelity, and the seconds."""
+    attack, stolen, name = group.attack, group.parties.stolen, f"{wave.name}-budget-{budget}"
+    settings = stolen, attack.recipe, attack.examples(attack.budget)
+    start = over_cells(stages.start, *settings, mesh=desk.mesh)
+    advance = over_cells(stages.advance, *settings, mesh=desk.mesh)
+    fidelity = over_cells(stages.fidelity, stolen, mesh=desk.mesh)
+    points, count = wave.points._replace(told=None), np.int32(attack.examples(budget))
+    cells = sum((place, budget) in group.waiting for place in wave.places)
+    watch = Stopwatch()
+    with watch:
+        state = start(points, None)
+    saved = store.restore(desk.directory, name, (state, np.zeros(())))
+    if saved is not None:
+        state, watch.running = spread(saved[0], desk.mesh), float(saved[1])
+    finished = int(state.epoch[0])
+    desk.bar.update(cells * finished)
+    for e in range(finished, group.epochs):
+        with watch:
+            shared = own.images, tests, count
+            state = jax.block_until_ready(advance((points, transfer, state), shared))
+        store.save(desk.directory, name, e + 1, (state, np.asarray(watch.running)))
+        desk.bar.update(cells)
+    with watch:
+        agreed = jax.block_until_ready(fidelity((points, state), tests))
+    return state, agreed, watch

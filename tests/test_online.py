@@ -345,10 +345,11 @@ def test_the_clean_path_is_kept_and_a_poisoned_one_is_not(finished):
 
 
 def test_the_direction_kept_is_the_cosine_between_the_ways():
-    cells = sweep.Point(np.float32([0.5, 0, 0.5, 0]), np.uint32([1, 1, 2, 1]), np.zeros(4, int))
-    ways = np.array([[1.0, 1, 0], [2, 0, 0], [1, 2, 3], [0, 0, 0]])
+    strength, seed, task = [0.5, 0, 0.5, 0, 0.5], [1, 1, 2, 1, 1], [0, 0, 0, 0, 1]
+    cells = sweep.Point(np.float32(strength), np.uint32(seed), np.int32(task))
+    ways = np.array([[1.0, 1, 0], [2, 0, 0], [1, 2, 3], [0, 0, 0], [1, 1, 1]])
     kept = sweep.direction_kept(cells, ways @ ways.T)
-    np.testing.assert_allclose(kept, [np.sqrt(0.5), 1, np.nan, np.nan], atol=1e-6)
+    np.testing.assert_allclose(kept, [np.sqrt(0.5), 1, np.nan, np.nan, np.nan], atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -398,6 +399,28 @@ def test_a_stopped_run_goes_on_to_the_same_rows(finished, data, tmp_path, monkey
     new, old = report.read_trace(tmp_path / "run"), report.read_trace(out)
     assert all((new[name] == old[name]).all() for name in old)
     assert not list((tmp_path / "run" / "checkpoints").glob("attack-*"))
+
+
+def test_a_study_grows_by_tasks_and_seeds_and_keeps_its_traces(finished, data, tmp_path):
+    """Two victims train their attackers side by side; a seed that comes later has its own file."""
+    _, rows = finished
+    (task,), run = STUDY.tasks, tmp_path / "run"
+    two = replace(STUDY, tasks=(task, replace(task, victim_seed=1)), seeds=(1,))
+    both = sweep.run(two, run, data_dir=data, log=lambda _: None)
+    for row, old in zip(both[:3], rows[3:], strict=True):
+        assert (row["id"], row["seed"]) == (old["id"], old["seed"])
+        np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)
+        np.testing.assert_allclose(row["directions_kept"], old["directions_kept"], atol=1e-4)
+    other = both[3]
+    assert (other["victim_seed"], other["strength"]) == (1, 0)
+    np.testing.assert_allclose(other["directions_kept"], 1, atol=1e-5)
+    assert other["test_losses"] != both[0]["test_losses"]
+    more = replace(two, seeds=(1, 2))
+    sweep.run(more, run, data_dir=data, resume=True, log=lambda _: None)
+    trace = report.read_trace(run)
+    kinds = set(zip(trace["victim_seed"], trace["seed"], trace["strength"], strict=True))
+    assert kinds == {(v, s, np.float64(e)) for v in (0, 1) for s in (1, 2) for e in (0, 0.7, 2)}
+    assert len(trace["angle"]) == 12 * 24
 
 
 def test_white_box_and_knockoff_share_a_sweep(data, tmp_path):

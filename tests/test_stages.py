@@ -26,6 +26,7 @@ from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import as_function
 from madjax.evaluate import utility
 from madjax.sweep import stages
+from madjax.sweep.mesh import over_rows
 
 pytestmark = pytest.mark.smoke
 
@@ -57,6 +58,39 @@ def test_answers_are_those_of_each_strength_alone_in_any_chunks(rule, queries):
         want = as_function(rule, NETWORK.apply, SURROGATE, strength)(key, IMAGES, Y)
         np.testing.assert_allclose(each, want, atol=1e-6)
     assert np.abs(told[2] - told[1]).max() > 1e-3
+
+
+@dataclass(frozen=True)
+class Counting(RandomNoise):
+    """Noise that depends on the image and on the number of the query."""
+
+    def evidence(self, apply, known, x):
+        LOOKED_AT.append(len(x))
+        return x.astype(jnp.float32).mean((1, 2, 3)) / 255
+
+    def answer(self, key, y, evidence, strength):
+        return super().answer(key, y, (), strength * evidence)
+
+
+LOOKED_AT = []
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_an_image_that_is_sent_often_is_looked_at_once(devices):
+    """And every query has its own answer, wherever it was made."""
+    LOOKED_AT.clear()
+    key, few, rule = jax.random.key(3), slice(11), Counting(variant=str(devices))
+    sent = np.random.default_rng(0).permutation(np.r_[np.arange(11), np.arange(0, 11, 2)])
+    over = over_rows(sweep.make_mesh(jax.devices()[:devices]))
+    query = key, IMAGES[few], Y[few]
+    told = stages.answers(
+        rule, NETWORK, (), *query, STRENGTHS, sent=sent, over=over, chunk=4 * devices
+    )
+    assert [{1: 4, 4: 3}[devices]] == LOOKED_AT  # a chunk of one device; one program
+    for each, strength in zip(told, STRENGTHS, strict=True):
+        want = as_function(rule, NETWORK.apply, (), strength)(key, IMAGES[sent], Y[sent])
+        np.testing.assert_allclose(each, want, atol=1e-6)
+    assert len(np.unique(np.round(told[2], 5), axis=0)) == len(sent)
 
 
 def test_the_utility_at_each_strength_is_that_of_its_answers():

@@ -676,6 +676,82 @@ def test_a_sweep_of_several_tasks_is_several_sweeps(tmp_path):
     assert rows[0]["attacker_losses"] != rows[2]["attacker_losses"] != rows[4]["attacker_losses"]
 
 
+ALIKE = (
+    TASK,
+    replace(TASK, dataset="other", victim_seed=3),
+    replace(TASK, dataset="other", queryset="third"),
+)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "attack"),
+    [
+        (sweep.map_cells, CONFIG.attacks[0]),
+        (sweep.vmap_cells, CONFIG.attacks[0]),
+        (
+            sweep.vmap_cells,
+            jbda(budget=30, recipe=RECIPE, substitute=SUBSTITUTE, seeds=10, architecture=Linear),
+        ),
+    ],
+    ids=["map", "vmap", "asking"],
+)
+def test_tasks_of_equal_shapes_are_one_axis_of_one_program(tmp_path, monkeypatch, mapping, attack):
+    """Their cells share waves; each reads its own victim, images and test set."""
+    data = write_data(tmp_path)
+    for seed, name in ((1, "other"), (2, "third")):
+        write_data(tmp_path, seed=seed, name=name)
+    monkeypatch.setattr("madjax.sweep.mesh.default_mapping", lambda: mapping)
+    grid = replace(CONFIG, tasks=ALIKE, attacks=(attack,), seeds=(0, 1))
+    waves, written = [], store.append_rows
+
+    def append_rows(directory, rows):
+        waves.append(len(rows))
+        written(directory, rows)
+
+    monkeypatch.setattr(store, "append_rows", append_rows)
+    jax.clear_caches()
+    sweep.programs.clear()
+    rows = sweep.run(
+        grid, tmp_path / "out", data_dir=data, cells_per_device=2, log=lambda line: None
+    )
+    assert waves == [8, 4]
+    made = {name: sweep.programs[name] for name in ("advance", "fidelity", "begin")}
+    assert made == {"advance": 1, "fidelity": 1, "begin": 1}
+    for i, task in enumerate(ALIKE):
+        out = tmp_path / str(i)
+        alone = sweep.run(replace(grid, tasks=(task,)), out, data_dir=data, log=lambda line: None)
+        for row, same in zip(rows[4 * i : 4 * i + 4], alone, strict=True):
+            assert row["id"] == same["id"]
+            np.testing.assert_allclose(row["attacker_losses"], same["attacker_losses"], rtol=1e-3)
+            for name in ("attacker_accuracy", "attacker_fidelity", "defender_accuracy"):
+                np.testing.assert_allclose(row[name], same[name], atol=3.4)  # one image of 30
+    losses = [row["attacker_losses"][-1] for row in rows]
+    assert len(np.unique(np.round(losses, 3))) == 12
+
+
+def test_equal_queries_are_answered_once(tmp_path, monkeypatch):
+    """By attacks that draw the same images, and at more budgets and targets."""
+    data, calls, answers = write_data(tmp_path), [], stages.answers
+
+    def counting(rule, network, known, key, images, *rest, **options):
+        calls.append((rule.name, len(images)))
+        return answers(rule, network, known, key, images, *rest, **options)
+
+    monkeypatch.setattr(stages, "answers", counting)
+    knockoff = CONFIG.attacks[0]
+    attacks = (
+        knockoff,
+        replace(knockoff, variant="argmax", targets=top_label),
+        replace(knockoff, variant="slow", recipe=RECIPE),
+        replace(knockoff, variant="nquery", repeats=2),
+    )
+    defenses = (Defended(MAD(), (0.5, 0.99)), Defended(RandomNoise(), (1.0,)))
+    grid = replace(CONFIG, attacks=attacks, defenses=defenses, budgets=(10,), seeds=(0,))
+    sweep.run(grid, tmp_path / "out", data_dir=data, log=lambda line: None)
+    each = [30, 40, 20]  # the test set, the queries, and half as many that are sent twice
+    assert calls == [(name, n) for name in ("mad", "random_noise") for n in each]
+
+
 def test_resume_refuses_other_data_of_the_same_name(finished, tmp_path):
     _, out, _ = finished
     other = write_data(tmp_path, images=(60, 31))

@@ -687,7 +687,7 @@ ALIKE = (
     ("mapping", "attack"),
     [
         (sweep.map_cells, CONFIG.attacks[0]),
-        (sweep.vmap_cells, CONFIG.attacks[0]),
+        pytest.param(sweep.vmap_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
         (
             sweep.vmap_cells,
             jbda(budget=30, recipe=RECIPE, substitute=SUBSTITUTE, seeds=10, architecture=Linear),

@@ -701,7 +701,8 @@ def test_tasks_of_equal_shapes_are_one_axis_of_one_program(tmp_path, monkeypatch
     for seed, name in ((1, "other"), (2, "third")):
         write_data(tmp_path, seed=seed, name=name)
     monkeypatch.setattr("madjax.sweep.mesh.default_mapping", lambda: mapping)
-    grid = replace(CONFIG, tasks=ALIKE, attacks=(attack,), seeds=(0, 1))
+    known = Defended(MAD(surrogate_epochs=1), (0.0, 0.99))  # from the victim's own data
+    grid = replace(CONFIG, tasks=ALIKE, defenses=(known,), attacks=(attack,), seeds=(0, 1))
     waves, written = [], store.append_rows
 
     def append_rows(directory, rows):

@@ -723,11 +723,11 @@ def test_tasks_of_equal_shapes_are_one_axis_of_one_program(tmp_path, monkeypatch
         alone = sweep.run(replace(grid, tasks=(task,)), out, data_dir=data, log=lambda line: None)
         for row, same in zip(rows[4 * i : 4 * i + 4], alone, strict=True):
             assert row["id"] == same["id"]
-            np.testing.assert_allclose(row["attacker_losses"], same["attacker_losses"], rtol=1e-3)
+            np.testing.assert_allclose(row["attacker_losses"], same["attacker_losses"], rtol=1e-4)
             for name in ("attacker_accuracy", "attacker_fidelity", "defender_accuracy"):
                 np.testing.assert_allclose(row[name], same[name], atol=3.4)  # one image of 30
     losses = [row["attacker_losses"][-1] for row in rows]
-    assert len(np.unique(np.round(losses, 3))) == 12
+    assert len(np.unique(np.round(losses, 4))) == 12
 
 
 def test_equal_queries_are_answered_once(tmp_path, monkeypatch):

@@ -2,11 +2,11 @@
 
     victim -> posteriors -> answers -> transfer set -> stolen model
 
-`posteriors` and `answers` belong to a victim and its defence, and many cells share them; answers at
-all strengths are made in one pass over the queries, and what the defence needs to know of a query
-(for MAD: its Gram matrix) lives as long as its chunk of queries. The others are of a single cell:
-`begin` and `proceed` make its transfer set, `start` and `advance` its stolen model, whose
-`fidelity` is the last. Settings come first, then what the cell is, then what many cells read:
+`victim_posteriors` and `answers` belong to a victim and its defence, and many cells share them.
+Answers at all strengths are made in one pass over the queries; what the defence needs to know of a
+query (for MAD: its Gram matrix) lives as long as its chunk of queries. The others are of a single
+cell: `begin` and `proceed` make its transfer set, `start` and `advance` its stolen model, and
+`fidelity` judges that. Settings come first, then what the cell is, then what many cells read:
 `mesh.over_cells` compiles each for a wave of cells.
 """
 

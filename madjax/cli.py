@@ -1,4 +1,4 @@
-"""The command line: `madjax sweep`, `madjax angle`, `madjax report` and `madjax export`."""
+"""The command line: `madjax sweep`, `angle`, `report`, `export` and `cache`."""
 
 import argparse
 import importlib.metadata
@@ -12,6 +12,7 @@ from madjax import config, report, serving, sweep
 from madjax.attacks import Online
 from madjax.errors import InputError
 from madjax.files import check_can_write
+from madjax.sweep import cache
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,6 +101,36 @@ def _export(options: argparse.Namespace) -> None:
     print(f"run it: madjax.load({str(path)!r})(images)")
 
 
+def _cache(options: argparse.Namespace) -> None:
+    where = cache.folder()
+    if where is None:
+        print(f"{cache.VARIABLE} is empty: nothing is kept")
+        return
+    if options.prune is not None:
+        gone = cache.prune(where, options.prune)
+        print(f"{where}: {len(gone)} results removed, {_megabytes(gone)}")
+        return
+    found = cache.entries(where)
+    for entry in found:
+        made = f"{entry.made} by {entry.maker.get('git_commit')} on {entry.maker.get('device')}"
+        size = _megabytes([entry])
+        print(
+            f"{entry.path.stem}  {size}, last used {entry.idle:.0f} days ago, {entry.what}, {made}"
+        )
+    print(f"{where}: {len(found)} results, {_megabytes(found)}")
+
+
+def _megabytes(entries: list[cache.Entry]) -> str:
+    return f"{sum(entry.size for entry in entries) / 1e6:,.1f} MB"
+
+
+def _days(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of days: give one >= 0")
+    return value
+
+
 def _epsilon(text: str) -> float:
     value = float(text)
     if not value >= 0:
@@ -165,6 +196,17 @@ def _parser() -> argparse.ArgumentParser:
         help="also write every step of the run's online attackers to FILE.npz or FILE.parquet",
     )
     command.set_defaults(command=_report)
+
+    command = commands.add_parser(
+        "cache", help=f"what runs share, in ${cache.VARIABLE} or the user's cache directory"
+    )
+    command.add_argument(
+        "--prune",
+        type=_days,
+        metavar="DAYS",
+        help="remove what was not used for so many days; 0 removes all",
+    )
+    command.set_defaults(command=_cache)
     for command in commands.choices.values():
         command.add_argument(
             "--traceback", action="store_true", help="show where an error comes from, in full"

@@ -3,7 +3,8 @@
     DIR/config.json     the config as run, and its hash
     DIR/rows.jsonl      one JSON object a line, one line a cell, written once and whole
     DIR/traces/         one .npz file for every wave of online attackers: each of their steps
-    DIR/checkpoints/    Orbax checkpoints of what is under way
+    DIR/checkpoints/    Orbax checkpoints: what the victim's owner trained, and what is under way
+    DIR/.lock           held by the command that is at work there
 
 No array in a checkpoint belongs to a device: a run may go on on another machine.
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 
 from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
@@ -30,23 +32,49 @@ from madjax.files import write_atomically
 CONFIG = "config.json"
 ROWS = "rows.jsonl"
 TRACES = "traces"
+LOCK = ".lock"
 
 
+@contextlib.contextmanager
 def open_run(
     directory: Path, description: dict[str, Any], cells: list[str], *, resume: bool
-) -> list[dict[str, Any]]:
-    """Make a run's directory, or reopen it, and return the rows it already holds.
+) -> Iterator[list[dict[str, Any]]]:
+    """Make a run's directory, or reopen it, and keep other commands out; gives the rows it holds.
 
     cells are the ids of the run's cells. A run may be resumed with more of them, so that a grid
-    can grow; the directory then holds the larger config. A half-written last row is cut off.
+    can grow; the directory then holds the larger config. A half-written last row is cut off. A
+    command that ends, in any way, keeps no other out any more.
 
     Raises:
         InputError: the directory cannot be written, holds something else, holds a run and resume
-            was not asked for, or holds a run with cells that are not among these.
+            was not asked for, holds a run with cells that are not among these, or another command
+            is at work there.
     """
+    if not (directory / CONFIG).is_file() and _has_content(directory):
+        raise InputError(f"{directory} exists and holds no run: give another --out")
+    lock = FileLock(directory / LOCK)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"another command is at work in {directory}: wait until it has ended, or give another "
+            "--out"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{directory} cannot be written ({error.strerror}): give another --out"
+        ) from error
+    try:
+        # As JSON has it, so that what is read can be compared.
+        yield _rows(directory, json.loads(json.dumps(description | {"cells": cells})), resume)
+    finally:
+        lock.release()
+
+
+def _rows(directory: Path, description: dict[str, Any], resume: bool) -> list[dict[str, Any]]:
+    """The rows of a run that is gone on with, or none, the config having been written."""
     path = directory / CONFIG
-    # As JSON has it, so that what is read can be compared.
-    description = json.loads(json.dumps(description | {"cells": cells}))
     rows: list[dict[str, Any]] = []
     if path.is_file():
         if not resume:
@@ -61,22 +89,16 @@ def open_run(
         rows = _repair(directory / ROWS)
         if old == description:
             return rows
-    elif directory.exists() and (not directory.is_dir() or _has_content(directory)):
-        raise InputError(f"{directory} exists and holds no run: give another --out")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(description, indent=2) + "\n"
-        write_atomically(path, lambda draft: draft.write_text(text))
-    except OSError as error:
-        raise InputError(
-            f"{directory} cannot be written ({error.strerror}): give another --out"
-        ) from error
+    text = json.dumps(description, indent=2) + "\n"
+    write_atomically(path, lambda draft: draft.write_text(text))
     return rows
 
 
 def _has_content(directory: Path) -> bool:
-    """Whether a directory holds anything but what a crash left of its first file."""
-    return any(path.name != f".{CONFIG}.part" for path in directory.iterdir())
+    """Whether this is a file, or a directory with more than what a crash left of its first file."""
+    if not directory.is_dir():
+        return directory.exists()
+    return any(path.name not in (LOCK, f".{CONFIG}.part") for path in directory.iterdir())
 
 
 def _check_contains(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

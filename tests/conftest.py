@@ -16,6 +16,7 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
         # Its older code generators compile in half the time.
         flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+os.environ["MADJAX_CACHE"] = ""  # no test finds what another made, but those of the cache
 # Python's collector would walk millions of objects of traced programs, again and again.
 gc.disable()
 

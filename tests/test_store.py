@@ -1,6 +1,7 @@
 """What a run leaves on disk survives a crash, and is never overwritten."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -18,8 +19,37 @@ CONFIG = {"name": "a", "attack": {"budget": 10}, "seeds": [0]}
 CELLS = ["a", "b"]
 
 
+def reopened(*run, **options):
+    """The rows of a run that is opened and closed."""
+    with store.open_run(*run, **options) as rows:
+        return rows
+
+
+def test_two_commands_never_share_a_directory(tmp_path):
+    """The second is refused at once; a command that ended, well or not, keeps none out."""
+    with store.open_run(tmp_path / "run", CONFIG, CELLS, resume=False):
+        for resume in (False, True):
+            with pytest.raises(InputError, match=r"another command is at work in \S+run: wait"):
+                reopened(tmp_path / "run", CONFIG, CELLS, resume=resume)
+    with (
+        pytest.raises(ZeroDivisionError),
+        store.open_run(tmp_path / "run", CONFIG, CELLS, resume=True),
+    ):
+        1 / 0  # noqa: B018
+    killed = multiprocessing.get_context("spawn").Process(target=die_in, args=(tmp_path / "run",))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert reopened(tmp_path / "run", CONFIG, CELLS, resume=True) == []
+
+
+def die_in(directory):
+    with store.open_run(directory, CONFIG, CELLS, resume=True):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_rows_are_whole_lines(tmp_path):
-    store.open_run(tmp_path / "run", CONFIG, CELLS, resume=False)
+    reopened(tmp_path / "run", CONFIG, CELLS, resume=False)
     for i in range(3):
         store.append_rows(tmp_path / "run", [{"i": i}])
     lines = (tmp_path / "run" / "rows.jsonl").read_text().splitlines()
@@ -27,24 +57,24 @@ def test_rows_are_whole_lines(tmp_path):
 
 
 def test_a_half_written_row_is_cut_off_on_resume(tmp_path):
-    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    reopened(tmp_path, CONFIG, CELLS, resume=False)
     store.append_rows(tmp_path, [{"i": 0}])
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"i": 1, "accur')
-    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
+    assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
     store.append_rows(tmp_path, [{"i": 1}])
-    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}, {"i": 1}]
+    assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}, {"i": 1}]
 
 
 def test_a_row_that_json_cannot_hold_is_an_error_and_not_written(tmp_path):
-    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    reopened(tmp_path, CONFIG, CELLS, resume=False)
     with pytest.raises(ValueError, match="JSON"):
         store.append_rows(tmp_path, [{"kl_mean": float("inf")}])
     assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_a_write_cut_short_leaves_no_part_of_a_row(tmp_path, monkeypatch):
-    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    reopened(tmp_path, CONFIG, CELLS, resume=False)
     store.append_rows(tmp_path, [{"i": 0}])
     write = store.os.write
     monkeypatch.setattr(store.os, "write", lambda handle, data: write(handle, data[:4]))
@@ -52,69 +82,69 @@ def test_a_write_cut_short_leaves_no_part_of_a_row(tmp_path, monkeypatch):
         store.append_rows(tmp_path, [{"i": 1}])
     monkeypatch.undo()
     store.append_rows(tmp_path, [{"i": 2}])
-    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}, {"i": 2}]
+    assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}, {"i": 2}]
 
 
 def test_damaged_files_are_named(tmp_path):
-    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    reopened(tmp_path, CONFIG, CELLS, resume=False)
     (tmp_path / "rows.jsonl").write_text('{"i": 0}\n{"i": \n{"i": 2}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:2 is damaged"):
-        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
+        reopened(tmp_path, CONFIG, CELLS, resume=True)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json is damaged"):
-        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
+        reopened(tmp_path, CONFIG, CELLS, resume=True)
 
 
 def test_another_run_is_never_touched(tmp_path):
-    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    reopened(tmp_path, CONFIG, CELLS, resume=False)
     store.append_rows(tmp_path, [{"i": 0}])
     with pytest.raises(InputError, match="already holds a run: add --resume"):
-        store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+        reopened(tmp_path, CONFIG, CELLS, resume=False)
     changed = {**CONFIG, "attack": {"budget": 20}}
     with pytest.raises(InputError, match=r"attack\.budget = 10, not 20"):
-        store.open_run(tmp_path, changed, ["c"], resume=True)
+        reopened(tmp_path, changed, ["c"], resume=True)
     with pytest.raises(InputError, match="of the same config by another madjax"):
-        store.open_run(tmp_path, CONFIG, ["c"], resume=True)
+        reopened(tmp_path, CONFIG, ["c"], resume=True)
     with pytest.raises(InputError, match=r"with seeds = \[0\], not \[1\]"):
-        store.open_run(tmp_path, {**CONFIG, "seeds": [1]}, ["c"], resume=True)
-    assert store.open_run(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
+        reopened(tmp_path, {**CONFIG, "seeds": [1]}, ["c"], resume=True)
+    assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
 
 
 def test_a_run_may_grow_and_not_shrink(tmp_path):
-    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    reopened(tmp_path, CONFIG, CELLS, resume=False)
     store.append_rows(tmp_path, [{"i": 0}])
     larger = {**CONFIG, "seeds": [0, 1]}
-    assert store.open_run(tmp_path, larger, [*CELLS, "c"], resume=True) == [{"i": 0}]
+    assert reopened(tmp_path, larger, [*CELLS, "c"], resume=True) == [{"i": 0}]
     with pytest.raises(
         InputError, match=r"with seeds = \[0, 1\], not \[0\]: resume with that config"
     ):
-        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
+        reopened(tmp_path, CONFIG, CELLS, resume=True)
 
 
 def test_a_run_of_before_there_were_ids_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(InputError, match="holds a run of an older madjax"):
-        store.open_run(tmp_path, CONFIG, CELLS, resume=True)
+        reopened(tmp_path, CONFIG, CELLS, resume=True)
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="holds no run"):
-        store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+        reopened(tmp_path, CONFIG, CELLS, resume=False)
     with pytest.raises(InputError, match="holds no run"):
-        store.open_run(tmp_path / "thesis.tex", CONFIG, CELLS, resume=True)
+        reopened(tmp_path / "thesis.tex", CONFIG, CELLS, resume=True)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
 def test_resume_of_nothing_starts_a_run(tmp_path):
-    assert store.open_run(tmp_path / "new", CONFIG, CELLS, resume=True) == []
+    assert reopened(tmp_path / "new", CONFIG, CELLS, resume=True) == []
     assert (tmp_path / "new" / "config.json").is_file()
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        store.open_run(tmp_path / "file" / "run", CONFIG, CELLS, resume=False)
+        reopened(tmp_path / "file" / "run", CONFIG, CELLS, resume=False)
 
 
 def test_checkpoints_come_back_as_they_were_and_only_the_newest_stays(tmp_path):
@@ -186,11 +216,11 @@ def test_an_interrupt_waits_for_the_checkpoint(tmp_path, monkeypatch):
 
 def test_what_a_crash_left_of_the_first_file_blocks_nothing(tmp_path):
     (tmp_path / ".config.json.part").write_text('{"na')
-    assert store.open_run(tmp_path, CONFIG, CELLS, resume=False) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert reopened(tmp_path, CONFIG, CELLS, resume=False) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
 
 
 def test_rows_of_a_run_are_what_a_report_reads(tmp_path):
-    store.open_run(tmp_path, CONFIG, CELLS, resume=False)
+    reopened(tmp_path, CONFIG, CELLS, resume=False)
     with pytest.raises(InputError, match=r"rows\.jsonl"):
         read_rows(tmp_path)

@@ -69,9 +69,9 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def digest(description: Any) -> str:
-    """Twelve hexadecimal digits that change with any value of a described config."""
-    return _sha(json.dumps(description, sort_keys=True).encode())
+def digest(description: Any, digits: int = 12) -> str:
+    """Hexadecimal digits that change with any value of a described config."""
+    return _sha(json.dumps(description, sort_keys=True).encode(), digits)
 
 
 def _described_code(code: Any) -> Any:
@@ -98,5 +98,5 @@ def _source_digest(code: Any) -> str | None:
         return None
 
 
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def _sha(data: bytes, digits: int = 12) -> str:
+    return hashlib.sha256(data).hexdigest()[:digits]

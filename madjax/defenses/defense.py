@@ -9,6 +9,7 @@ What it needs to know before the first query (a surrogate, another victim) it ma
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,13 +62,13 @@ class Owner:
     def train(self, name: str, recipe: Recipe, key: Array, fit: Fit = fit) -> Any:
         """The parameters of the victim's network, trained by a recipe on the victim's data.
 
-        name, recipe and key tell its checkpoint from those of other networks of one sweep.
+        name, recipe, key and fit tell its checkpoint from those of other networks of one sweep.
         """
+        return self.keep(name, recipe, key, self.training(recipe, key, fit)).params
 
-        def train(**options: Any) -> State:
-            return fit(self.classifier, recipe, key, self.data, self.test, **options)
-
-        return self.keep(name, recipe, key, train).params
+    def training(self, recipe: Recipe, key: Array, fit: Fit = fit) -> Callable[..., State]:
+        """What `keep` is given to train: fit(classifier, recipe, key, data, test, ...)."""
+        return partial(fit, self.classifier, recipe, key, self.data, self.test)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ def run_facts(config: Sweep, description: dict[str, Any], mesh: Mesh) -> dict[st
     }
 
 
+def made_with(facts: dict[str, Any]) -> dict[str, Any]:
+    """Those of `run_facts` that a result may depend on."""
+    return {name: facts[name] for name in ("device", "versions", "git_commit")}
+
+
 def task_facts(data: Dataset, victim: State) -> dict[str, Any]:
     """The fields that all rows of one task share."""
     return {

@@ -20,10 +20,11 @@ from madjax.attacks import Online, Transfer, check_transfer
 from madjax.config import Sweep, describe
 from madjax.defenses import Defense
 from madjax.sweep import stages
+from madjax.sweep.cache import open_cache
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.mesh import make_mesh, over_cells, spread, stack, wave_size
-from madjax.sweep.rows import measured, run_facts
+from madjax.sweep.rows import made_with, measured, run_facts
 from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.stock import Stock
 from madjax.sweep.study import study
@@ -64,25 +65,25 @@ def run(
     ahead = tried(config, opened)
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
     description = describe(config) | {"data": [each.checksums for each in opened.values()]}
-    rows = store.open_run(directory, description, list(cells), resume=resume)
-    done = {row["id"] for row in rows}
-    groups = grouped({i: cell for i, cell in cells.items() if i not in done}, config, ahead)
-    if not groups:
-        store.discard(directory, "attack-*")
-        log(f"{directory}: all cells are done")
-        return rows
-
-    mesh = make_mesh(devices)
-    stock = Stock(opened, directory, mesh, log)
-    epochs = sum(group.epochs * len(group.cells) for group in groups)
-    with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
-        desk = Desk(directory, mesh, run_facts(config, description, mesh), rows, bar, log)
-        for group in groups:
-            if isinstance(group.attack, Online):
-                study(group, stock, desk)
-            else:
-                _steal(group, stock, desk, cells_per_device)
-    store.discard(directory, "attack-*")  # of waves that were stopped after their last row
+    with store.open_run(directory, description, list(cells), resume=resume) as rows:
+        done = {row["id"] for row in rows}
+        missing = {name: cell for name, cell in cells.items() if name not in done}
+        if missing:
+            mesh = make_mesh(devices)
+            facts = run_facts(config, description, mesh)
+            stock = Stock(opened, directory, mesh, open_cache(made_with(facts)), log)
+            groups = grouped(missing, config, ahead)
+            epochs = sum(group.epochs * len(group.cells) for group in groups)
+            with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
+                desk = Desk(directory, mesh, facts, rows, bar, log)
+                for group in groups:
+                    if isinstance(group.attack, Online):
+                        study(group, stock, desk)
+                    else:
+                        _steal(group, stock, desk, cells_per_device)
+        else:
+            log(f"{directory}: all cells are done")
+        store.discard(directory, "attack-*")  # of waves that were stopped after their last row
     return rows
 
 
@@ -106,7 +107,7 @@ def _steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> No
         places = group.places[at : at + size]
         points = stack([group.point(place, told.get(place)) for place in places], size)
         wave = _Wave(group.checkpoint(places, size), places, points)
-        transfer, collecting = _collect(wave, group, rule, own, api, desk)
+        transfer, collecting = _collect(wave, group, rule, own, api, stock, desk)
         for budget in group.budgets:
             waiting = {i: p for i, p in enumerate(places) if (p, budget) in group.waiting}
             if not waiting:
@@ -123,7 +124,7 @@ def _steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> No
             judged = partial(measured, group.attack, group.parties.num_classes, budget)
             rows = {
                 place: judged(useful[place], *(each[i] for each in found))
-                | stock.facts(place.task)
+                | stock.facts(group, place)
                 | took
                 for i, place in waiting.items()
             }
@@ -133,9 +134,18 @@ def _steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> No
 
 
 def _collect(
-    wave: _Wave, group: Group, rule: Defense | None, own: Own, api: Api | None, desk: Desk
+    wave: _Wave,
+    group: Group,
+    rule: Defense | None,
+    own: Own,
+    api: Api | None,
+    stock: Stock,
+    desk: Desk,
 ) -> tuple[Transfer, Stopwatch]:
-    """The wave's transfer sets and the seconds; a checkpoint spares the rounds it holds."""
+    """The wave's transfer sets and the seconds; a checkpoint spares the rounds it holds.
+
+    Those that the cache has for all cells of the wave are taken from there.
+    """
     name, rounds = f"{wave.name}-transfer", group.attack.rounds
     settings = group.parties, group.attack, rule
     begin, proceed = (
@@ -146,8 +156,12 @@ def _collect(
         state = transfer, np.asarray(watch.running), np.asarray(done)
         store.save(desk.directory, name, done, state)
 
-    like = jax.eval_shape(begin, wave.points, (own, api)), np.zeros(()), np.zeros((), int)
-    saved = store.restore(desk.directory, name, like)
+    like = jax.eval_shape(begin, wave.points, (own, api))
+    if rule is not None:
+        held = stock.transfers(group, wave.places, like)
+        if held is not None:
+            return spread(stack(held, len(wave.points.seed)), desk.mesh), Stopwatch()
+    saved = store.restore(desk.directory, name, (like, np.zeros(()), np.zeros((), int)))
     if saved is None:
         watch, first = Stopwatch(), 0
         with watch:
@@ -167,6 +181,8 @@ def _collect(
             f"{watch.running:.0f} s"
         )
     check_transfer(group.attack, transfer)
+    if rule is not None:
+        stock.keep_transfers(group, wave.places, transfer)
     return transfer, watch
 
 

@@ -1,7 +1,9 @@
 """What the cells of a run share, each made once: victims, prepared defences, utility, answers."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,44 +15,78 @@ from jax.sharding import Mesh
 
 from madjax.attacks import keys
 from madjax.batching import QUERIES
-from madjax.config import Task
+from madjax.config import Task, describe
 from madjax.defenses import Defense, Owner
 from madjax.streams import stream
-from madjax.sweep import stages
+from madjax.sweep import cache, stages
+from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.mesh import everywhere, over_rows
 from madjax.sweep.rows import task_facts
 from madjax.sweep.stages import Api, Own, Tests
 from madjax.sweep.tasks import Opened
-from madjax.sweep.victim import Log, keeper, owner_of, train_victim
+from madjax.sweep.victim import (
+    Keep,
+    Log,
+    keeper,
+    network_key,
+    owner_of,
+    train_victim,
+)
 from madjax.sweep.work import Group, Place, check_answers
 from madjax.train import State
 
 Array = jax.Array
 
+LARGEST_TRANSFER = 2**26
+"""Bytes of a transfer set that the cache keeps; synthetic images of a grid would fill disks."""
+
 
 class _Victim(NamedTuple):
-    """A trained victim, its owner, and its posteriors of the test set."""
+    """A trained victim, its owner, its key, and its posteriors of the test set."""
 
     owner: Owner
     state: State
+    key: Key
     y: np.ndarray
 
 
+class _Asked(NamedTuple):
+    """Images that a victim is asked about, in the queries of this order, or each once."""
+
+    images: np.ndarray
+    sent: np.ndarray | None
+    inputs: list[Any]
+    """What tells them from others."""
+
+
 class Stock:
-    """The results of the stages that many cells read.
+    """The results of the stages that many cells read, from the cache or made and kept there.
 
     What belongs to a defence is dropped as soon as another one is asked for.
     """
 
-    def __init__(self, opened: Mapping[Task, Opened], directory: Path, mesh: Mesh, log: Log):
-        self._opened, self._directory, self._mesh, self._log = opened, directory, mesh, log
+    def __init__(
+        self,
+        opened: Mapping[Task, Opened],
+        directory: Path,
+        mesh: Mesh,
+        kept: Cache,
+        log: Log,
+    ):
+        self._opened, self._directory, self._mesh = opened, directory, mesh
+        self._kept, self._log = kept, log
         self._victims: dict[Task, _Victim] = {}
         self._rule: Defense | None = None
         self._of_rule: dict[Any, Any] = {}
+        self._makers: dict[Any, dict[str, Maker]] = defaultdict(dict)
 
-    def facts(self, task: Task) -> dict[str, Any]:
-        """The fields that all rows of a task share."""
-        return task_facts(self._opened[task].data, self._victim(task).state)
+    def facts(self, group: Group, place: Place) -> dict[str, Any]:
+        """The fields of a row that its task says, and what made results of other runs behind it."""
+        scopes = place.task, (group.rule, place.task, place.seed), (group.rule, place)
+        found = {stage: maker for scope in scopes for stage, maker in self._makers[scope].items()}
+        elsewhere = {stage: maker for stage, maker in found.items() if maker != self._kept.maker}
+        known = task_facts(self._opened[place.task].data, self._victim(place.task).state)
+        return known | {"made_elsewhere": elsewhere}
 
     def own(self, group: Group) -> Own:
         """The attackers' images, on every device: one table where all tasks share it."""
@@ -101,6 +137,37 @@ class Stock:
         )
         return found
 
+    def transfers(self, group: Group, places: list[Place], like: Any) -> list[Any] | None:
+        """The transfer sets of a wave, if the cache has all; like has a leading axis of cells."""
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), like)
+        held = [self._kept.get(self._transfer_key(group, place), like) for place in places]
+        if None in held:
+            return None
+        for place, (_, maker) in zip(places, held, strict=True):
+            self._makers[group.rule, place]["transfer"] = maker
+        return [transfer for transfer, _ in held]
+
+    def keep_transfers(self, group: Group, places: list[Place], transfers: Any) -> None:
+        """Put the finished transfer sets of a wave into the cache, if they are no large ones."""
+        for i, place in enumerate(places):
+            mine = jax.tree.map(lambda a, i=i: np.asarray(a[i]), transfers)
+            if sum(a.nbytes for a in jax.tree.leaves(mine)) <= LARGEST_TRANSFER:
+                self._kept.put(self._transfer_key(group, place), mine)
+
+    def _transfer_key(self, group: Group, place: Place) -> Key:
+        task, strength, seed = place
+        return cache.key(
+            "transfer",
+            f"{task.label}, {group.label}, strength {strength:g}, seed {seed}",
+            victim=self._victim(task).key,
+            rule=describe(group.rule),
+            attack=describe(group.attack),
+            own=self._opened[task].checksums[group.attack.source],
+            labels=group.parties.num_labels,
+            strength=strength,
+            seed=seed,
+        )
+
     def _at_places(
         self,
         group: Group,
@@ -120,20 +187,21 @@ class Stock:
     def _utility(
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[dict[str, float]]:
-        data, y = self._opened[task].data, self._victim(task).y
+        data = self._opened[task].data
+        asked = _Asked(data.x_test, None, [data.checksum(), "test"])
         key = stream(keys(seed)["defense"], "tests")
-        told = self._answers(group, task, seed, key, data.x_test, y, strengths)
-        measured = jax.device_get(stages.utility(y, told, data.y_test))
+        told = np.stack(self._answers(group, task, seed, key, asked, strengths, "test answers"))
+        measured = jax.device_get(stages.utility(self._victim(task).y, told, data.y_test))
         return [{name: each[i] for name, each in measured.items()} for i in range(len(told))]
 
     def _told(
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...], sent: np.ndarray
-    ) -> np.ndarray:
-        images = self._opened[task].sources[group.attack.source].images
+    ) -> list[np.ndarray]:
+        opened, source = self._opened[task], group.attack.source
         which, at = np.unique(sent, return_inverse=True)
-        y = self._posteriors(task, self._victim(task).state.params, images[which])
-        key = keys(seed)["defense"]
-        return self._answers(group, task, seed, key, images[which], y, strengths, at)
+        inputs = [opened.checksums[source], describe(sent)]
+        asked = _Asked(opened.sources[source].images[which], at, inputs)
+        return self._answers(group, task, seed, keys(seed)["defense"], asked, strengths, "answers")
 
     def _answers(
         self,
@@ -141,40 +209,91 @@ class Stock:
         task: Task,
         seed: int,
         key: Array,
-        images: np.ndarray,
-        y: np.ndarray,
+        asked: _Asked,
         strengths: tuple[float, ...],
-        sent: np.ndarray | None = None,
-    ) -> np.ndarray:
-        return stages.answers(
-            group.rule,
-            self._opened[task].network,
-            self._known(group, task, seed),
-            key,
-            images,
-            y,
-            strengths,
-            sent=sent,
-            over=over_rows(self._mesh),
-            chunk=QUERIES * self._mesh.size,
+        stage: str,
+    ) -> list[np.ndarray]:
+        """The answers [Q, K] at each strength; those that the cache lacks are made in one pass."""
+        victim, rule = self._victim(task), group.rule
+        kind = partial(
+            cache.key,
+            "answers",
+            victim=victim.key,
+            rule=describe(rule),
+            seed=seed,
+            asked=asked.inputs,
         )
+        what = f"{task.label}, {rule.label}, seed {seed}"
+        names = {each: kind(f"{what}, strength {each:g}", strength=each) for each in strengths}
+        count = len(asked.images if asked.sent is None else asked.sent)
+        like = jax.ShapeDtypeStruct((count, group.parties.num_classes), np.float32)
+        with self._kept.alone(kind(what), self._log):
+            found = {}
+            for strength, name in names.items():
+                held = self._kept.get(name, like)
+                if held is not None:
+                    found[strength] = held[0]
+                    place = Place(task, strength, seed)
+                    self._makers[rule, place][stage] = held[1]
+            missing = tuple(each for each in strengths if each not in found)
+            if missing:
+                made = stages.answers(
+                    rule,
+                    self._opened[task].network,
+                    self._known(group, task, seed),
+                    key,
+                    asked.images,
+                    self._posteriors(task, victim.state, victim.key, asked),
+                    missing,
+                    sent=asked.sent,
+                    over=over_rows(self._mesh),
+                    chunk=QUERIES * self._mesh.size,
+                )
+                found |= zip(missing, made, strict=True)
+                for strength in missing:
+                    self._kept.put(names[strength], found[strength])
+        return [found[each] for each in strengths]
 
-    def _posteriors(self, task: Task, params: Any, images: np.ndarray) -> np.ndarray:
-        network, over = self._opened[task].network, over_rows(self._mesh)
-        return stages.victim_posteriors(network, params, images, over=over)
+    def _posteriors(self, task: Task, state: State, victim: Key, asked: _Asked) -> np.ndarray:
+        """The victim's own posteriors of each image."""
+        opened = self._opened[task]
+        name = cache.key("posteriors", task.label, victim=victim, asked=asked.inputs)
+        like = jax.ShapeDtypeStruct((len(asked.images), opened.data.num_classes), np.float32)
+        with self._kept.alone(name, self._log):
+            held = self._kept.get(name, like)
+            if held is not None:
+                return held[0]
+            over = over_rows(self._mesh)
+            y = stages.victim_posteriors(opened.network, state.params, asked.images, over=over)
+            self._kept.put(name, y)
+        return y
 
     def _known(self, group: Group, task: Task, seed: int) -> Any:
-        """What the defence has prepared for a victim and a seed."""
+        """What a defence has prepared for a victim and a seed."""
         rule, strengths = group.rule, group.strengths
         made = self._of(rule)
         if (task, seed) not in made:
             began = time.perf_counter()
             owner = self._victim(task).owner
+            owner = replace(owner, keep=self._keeper(task, (rule, task, seed)))
             known = rule.prepare(owner, keys(seed)["surrogate"], strengths)
             made[task, seed] = jax.block_until_ready(known)
             took = f"{time.perf_counter() - began:.1f} s"
             self._log(f"{task.label}, {rule.label}: prepared for seed {seed} in {took}")
         return made[task, seed]
+
+    def _keeper(self, task: Task, scope: Hashable) -> Keep:
+        """Trains networks; what made one that the cache had is noted under a scope."""
+        opened = self._opened[task]
+        return keeper(
+            self._directory,
+            task,
+            opened.network,
+            opened.data,
+            self._kept,
+            self._makers[scope].__setitem__,
+            self._log,
+        )
 
     def _of(self, rule: Defense) -> dict[Any, Any]:
         """The results that belong to a defence."""
@@ -185,11 +304,13 @@ class Stock:
     def _victim(self, task: Task) -> _Victim:
         if task not in self._victims:
             each = self._opened[task]
-            keep = keeper(self._directory, task, each.network, each.data, self._log)
-            owner = owner_of(task, each.network, each.data, keep)
+            owner = owner_of(task, each.network, each.data, self._keeper(task, task))
             state = train_victim(owner)
-            y = self._posteriors(task, state.params, each.data.x_test)
-            self._victims[task] = _Victim(owner, state, y)
+            train = owner.training(owner.recipe, owner.key)
+            key = network_key("victim", task, each.data, owner.recipe, owner.key, train)
+            asked = _Asked(each.data.x_test, None, [each.data.checksum(), "test"])
+            y = self._posteriors(task, state, key, asked)
+            self._victims[task] = _Victim(owner, state, key, y)
         return self._victims[task]
 
 

@@ -79,7 +79,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
         losses = np.array(row["train_losses"], float)
         row |= after(course["attacker_accuracy"], losses, group.parties.num_classes)
         rows[place] = (
-            stock.facts(place.task)
+            stock.facts(group, place)
             | row
             | {
                 "seconds": round(watch.running / len(places), 3),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from madjax.datasets import Dataset
 from madjax.defenses import Owner
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, State, check_converges, fit, start
+from madjax.sweep import cache
+from madjax.sweep.cache import Cache, Key, Maker
+from madjax.train import Recipe, State, check_converges, start
 
 Array = jax.Array
 Log = Callable[[str], None]
@@ -32,27 +35,48 @@ def owner_of(task: Task, victim: Classifier, data: Dataset, keep: Keep) -> Owner
     return Owner(victim, task.victim, key, train, test, keep)
 
 
-def keeper(directory: Path, task: Task, victim: Classifier, data: Dataset, log: Log) -> Keep:
+def keeper(
+    directory: Path,
+    task: Task,
+    victim: Classifier,
+    data: Dataset,
+    kept: Cache,
+    found: Callable[[str, Maker], None],
+    log: Log,
+) -> Keep:
     """The `Owner.keep` of a run: training goes on from the checkpoint in its directory.
 
-    Victims that several tasks share are trained once. It raises InputError as soon as training
-    diverges, and keeps no checkpoint of that.
+    A finished network lies there, and in the cache for other runs; found(name, maker) is told of
+    one that the cache had. Victims that several tasks share are trained once. It raises InputError
+    as soon as training diverges, and keeps no checkpoint of that.
     """
     num_examples = len(data.x_train)
 
     def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-        folder = _folder(name, task, data, recipe, key)
-        saved = _restore(directory, folder, victim, recipe, num_examples)
+        folder = _folder(name, task, data, recipe, key, train)
+        whole = network_key(name, task, data, recipe, key, train)
+        like = _like(victim, recipe, num_examples)
+        saved = store.restore(directory, folder, like)
         done = int(saved.epoch) if saved else 0
-        bar = tqdm(total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None)
 
         def after_epoch(state: State) -> None:
             check_converges(name, recipe, state)
             store.save(directory, folder, int(state.epoch), state)
             bar.update()
 
-        with bar:
-            state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
+        with kept.alone(whole, log):
+            held = kept.get(whole, like)
+            if held is not None:
+                state, maker = held
+                found(name, maker)
+                if done < recipe.epochs:
+                    store.save(directory, folder, recipe.epochs, state)
+                return jax.tree.map(jnp.asarray, state)
+            with tqdm(
+                total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None
+            ) as bar:
+                state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
+            kept.put(whole, state)
         if done < recipe.epochs:
             log(
                 f"{task.name}, {name}: {name_of(type(victim.module))}, {num_examples:,} images, "
@@ -65,21 +89,15 @@ def keeper(directory: Path, task: Task, victim: Classifier, data: Dataset, log: 
 
 def train_victim(owner: Owner) -> State:
     """The undefended victim."""
-    return owner.keep(
-        "victim",
-        owner.recipe,
-        owner.key,
-        partial(fit, owner.classifier, owner.recipe, owner.key, owner.data, owner.test),
-    )
+    return owner.keep("victim", owner.recipe, owner.key, owner.training(owner.recipe, owner.key))
 
 
 def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Keep:
     """The `Owner.keep` of who reads a finished run: what is not there is an error, not trained."""
 
     def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-        del train
-        folder = _folder(name, task, data, recipe, key)
-        saved = _restore(directory, folder, victim, recipe, len(data.x_train))
+        folder = _folder(name, task, data, recipe, key, train)
+        saved = store.restore(directory, folder, _like(victim, recipe, len(data.x_train)))
         if saved is None or int(saved.epoch) < recipe.epochs:
             raise InputError(
                 f"{directory} holds no {name} trained for {recipe.epochs} epochs: finish the run "
@@ -90,14 +108,42 @@ def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Ke
     return keep
 
 
-def _folder(name: str, task: Task, data: Dataset, recipe: Recipe, key: Array) -> str:
-    """A checkpoint's name: other data, networks, recipes and keys have others."""
-    said = [describe(task.architecture), data.checksum(), describe(recipe)]
-    return f"{name}-{digest([*said, jax.random.key_data(key).tolist()])}"
+def network_key(
+    name: str,
+    task: Task,
+    data: Dataset,
+    recipe: Recipe,
+    key: Array,
+    train: Callable[..., State],
+) -> Key:
+    """What a network of a task's owner is in the cache."""
+    inputs = _inputs(task, data, recipe, key, train)
+    return cache.key("network", f"{task.name}, {name}", **inputs)
 
 
-def _restore(
-    directory: Path, folder: str, victim: Classifier, recipe: Recipe, num_examples: int
-) -> State | None:
-    like = jax.eval_shape(partial(start, victim, recipe, num_examples), jax.random.key(0))
-    return store.restore(directory, folder, like)
+def _folder(name: str, *network: Any) -> str:
+    """A checkpoint's name: other data, networks, recipes, keys and ways to train have others."""
+    return f"{name}-{digest(_inputs(*network))}"
+
+
+def _inputs(
+    task: Task, data: Dataset, recipe: Recipe, key: Array, train: Callable[..., State]
+) -> dict[str, Any]:
+    """All that determines a network but the machine."""
+    try:
+        # Its positional arguments are what the rest says: network, recipe, key and data.
+        said = describe(partial(train.func, **train.keywords))
+    except (AttributeError, InputError):  # no partial, or of what has no import path
+        said = {"path": "", "source": None}
+    return {
+        "architecture": describe(task.architecture),
+        "data": [data.checksum(), data.num_classes, describe(data.family)],
+        "recipe": describe(recipe),
+        "key": jax.random.key_data(key).tolist(),
+        "train": said,
+    }
+
+
+def _like(victim: Classifier, recipe: Recipe, num_examples: int) -> State:
+    """The shapes of a training's state."""
+    return jax.eval_shape(partial(start, victim, recipe, num_examples), jax.random.key(0))

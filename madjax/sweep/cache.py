@@ -1,0 +1,222 @@
+"""Results of stages on disk, named by what determines them: made once for all runs and commands.
+
+    $MADJAX_CACHE/STAGE-DIGEST.npz    the arrays of one result, and what it is and what made it
+
+The default is the user's cache directory; with an empty MADJAX_CACHE nothing is kept. What is kept
+may be deleted at any time.
+"""
+
+import contextlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import platformdirs
+from filelock import FileLock, Timeout
+
+from madjax.config import digest
+from madjax.errors import InputError, in_one_line
+from madjax.files import write_atomically
+
+VARIABLE = "MADJAX_CACHE"
+VERSIONS = {"network": 1, "posteriors": 1, "answers": 1, "transfer": 1}
+"""Of each stage: to be raised when its results change though nothing that a key holds does."""
+DAY = 24 * 60 * 60
+Maker = dict[str, Any]
+"""Device, commit and versions that a result was made with."""
+
+
+class Key(NamedTuple):
+    """What a result of a stage is, and the digest of all that determines it."""
+
+    stage: str
+    what: str
+    """For people: a part of it."""
+    digest: str | None
+    """None where it cannot be told from another, as a function has no source: it is not kept."""
+
+    @property
+    def name(self) -> str:
+        """Of its file, without the suffix."""
+        return f"{self.stage}-{self.digest}"
+
+
+def key(stage: str, what: str, **inputs: Any) -> Key:
+    """The key of a result: a described value, or another key, for each of the stage's inputs.
+
+    JAX's version, the platform and the version of the stage are inputs of all.
+    """
+    keys = [value for value in inputs.values() if isinstance(value, Key)]
+    inputs |= {n: value.digest for n, value in inputs.items() if isinstance(value, Key)}
+    inputs |= {
+        "stage": [stage, VERSIONS[stage]],
+        "jax": [
+            jax.__version__,
+            jax.default_backend(),
+            jax.config.jax_enable_x64,
+            str(jax.config.jax_default_matmul_precision),
+        ],
+    }
+    if any(each.digest is None for each in keys) or _has_unknown_source(inputs):
+        return Key(stage, what, None)
+    return Key(stage, what, digest(inputs, 24))
+
+
+def _has_unknown_source(value: Any) -> bool:
+    """Whether code is described of which `madjax.config.describe` found no source."""
+    if isinstance(value, dict):
+        unknown = "source" in value and "path" in value and value["source"] is None
+        return unknown or any(map(_has_unknown_source, value.values()))
+    return isinstance(value, list | tuple) and any(map(_has_unknown_source, value))
+
+
+class Entry(NamedTuple):
+    """A result on disk."""
+
+    path: Path
+    what: str
+    maker: Maker
+    made: str
+    size: int
+    """Bytes."""
+    idle: float
+    """Days since it was last used."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of results; without one, nothing is kept and nothing is found.
+
+    maker is this run's.
+    """
+
+    folder: Path | None = None
+    maker: Maker = field(default_factory=dict)
+
+    def get(self, key: Key, like: Any) -> tuple[Any, Maker] | None:
+        """A result with the structure and shapes of `like`, and what made it, or None.
+
+        One that is damaged is named in a warning, and None.
+        """
+        path = self._path(key)
+        if path is None or not path.is_file():
+            return None
+        try:
+            with path.open("rb") as file, np.load(file) as held:
+                facts = json.loads(str(held["facts"]))
+                leaves, structure = jax.tree.flatten(like)
+                found = [_as(held[f"leaf{i}"], leaf) for i, leaf in enumerate(leaves)]
+        except Exception as error:  # of many kinds, by what is damaged
+            warnings.warn(
+                f"cache entry {path} is damaged ({in_one_line(error)}): it is made anew",
+                stacklevel=2,
+            )
+            return None
+        with contextlib.suppress(OSError):  # of another user, perhaps
+            os.utime(path)
+        return jax.tree.unflatten(structure, found), facts["maker"]
+
+    def put(self, key: Key, tree: Any) -> None:
+        """Keep a result. Where that cannot be, a warning says so, and the run goes on."""
+        path = self._path(key)
+        if path is None:
+            return
+        facts = {"what": key.what, "maker": self.maker, "made": f"{datetime.now(UTC):%F %T}"}
+        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+        def write(draft: Path) -> None:
+            with draft.open("wb") as file:  # savez adds a suffix to a path
+                np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
+
+        try:
+            write_atomically(path, write)
+        except InputError as error:
+            warnings.warn(f"a result is not kept for other runs: {error}", stacklevel=2)
+
+    @contextlib.contextmanager
+    def alone(self, key: Key, log: Callable[[str], None]) -> Iterator[None]:
+        """Hold a result while it is looked for and made: who else wants it waits, and finds it.
+
+        A command that ends, in any way, holds nothing any more.
+        """
+        path = self._path(key)
+        if path is None:
+            yield
+            return
+        lock = FileLock(path.parent / "locks" / f"{key.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log(f"{key.stage} of {key.what}: another command makes it, waiting")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _path(self, key: Key) -> Path | None:
+        if self.folder is None or key.digest is None:
+            return None
+        return self.folder / f"{key.name}.npz"
+
+
+def _as(array: np.ndarray, like: Any) -> np.ndarray:
+    """An array as it was put in; files do not know types such as bfloat16."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == np.dtype(like.dtype).itemsize:
+        array = array.view(like.dtype)
+    if (array.shape, array.dtype) != (like.shape, like.dtype):
+        raise ValueError(f"it holds {array.dtype}{list(array.shape)}")
+    return array
+
+
+def folder() -> Path | None:
+    """The folder of `$MADJAX_CACHE`, by default the user's; None where that is empty."""
+    said = os.environ.get(VARIABLE)
+    if said is None:
+        return Path(platformdirs.user_cache_dir("madjax"))
+    return Path(said).expanduser() if said else None
+
+
+def open_cache(maker: Maker) -> Cache:
+    """The cache of this machine, or, with a warning, one that keeps nothing where none can be."""
+    where = folder()
+    if where is not None:
+        try:
+            (where / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            warnings.warn(
+                f"{where} cannot be written ({error.strerror}): no result is kept for other runs; "
+                f"set {VARIABLE} to another folder, or to nothing",
+                stacklevel=2,
+            )
+            where = None
+    return Cache(where, maker)
+
+
+def entries(where: Path) -> list[Entry]:
+    """What a folder holds, what was used last first."""
+    found = []
+    for path in where.glob("*.npz"):
+        facts = {"what": "damaged", "maker": {}, "made": "?"}
+        with contextlib.suppress(Exception), path.open("rb") as file, np.load(file) as held:
+            facts = json.loads(str(held["facts"]))
+        said = path.stat()
+        idle = (time.time() - said.st_mtime) / DAY
+        found.append(Entry(path, facts["what"], facts["maker"], facts["made"], said.st_size, idle))
+    return sorted(found, key=lambda entry: entry.idle)
+
+
+def prune(where: Path, days: float) -> list[Entry]:
+    """Remove what was not used for so many days, and return what it was."""
+    gone = [entry for entry in entries(where) if entry.idle >= days]
+    for entry in gone:
+        entry.path.unlink(missing_ok=True)
+    return gone

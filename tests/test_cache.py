@@ -1,0 +1,315 @@
+"""What determines a result finds it again, in any run; nothing else does."""
+
+import os
+import threading
+from dataclasses import dataclass, replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madjax import MAD, Defended, Knockoff, LineSearch, Recipe, Sweep, Task, jbda, sweep
+from madjax.cli import main
+from madjax.config import describe
+from madjax.sweep import cache, stages
+
+TREE = {"w": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "b": np.int32(7)}
+LIKE = jax.eval_shape(lambda: TREE)
+MAKER = {"device": "1 x this", "git_commit": "abc"}
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "cache"))
+    return cache.open_cache(MAKER)
+
+
+@pytest.mark.smoke
+def test_a_result_comes_back_as_it_was_with_what_made_it(kept):
+    key = cache.key("network", "mnist, victim", seed=1)
+    assert kept.get(key, LIKE) is None
+    kept.put(key, TREE)
+    tree, maker = replace(kept, maker={}).get(key, LIKE)
+    assert maker == MAKER
+    for name, value in TREE.items():
+        assert tree[name].dtype == value.dtype
+        np.testing.assert_array_equal(tree[name], value)
+
+
+@pytest.mark.smoke
+def test_a_key_changes_with_all_that_it_is_made_of(monkeypatch):
+    first = cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.5)
+    others = [
+        cache.key("answers", "one", victim=cache.key("network", "v", seed=2), strength=0.5),
+        cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.6),
+        cache.key("transfer", "one", victim=cache.key("network", "v", seed=1), strength=0.5),
+    ]
+    monkeypatch.setitem(cache.VERSIONS, "network", 99)
+    others.append(
+        cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.5)
+    )
+    monkeypatch.undo()
+    for target, value in (("jax.__version__", "0"), ("jax.default_backend", lambda: "gpu")):
+        monkeypatch.setattr(target, value)
+        others.append(
+            cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.5)
+        )
+        monkeypatch.undo()
+    assert len({first.digest, *(key.digest for key in others)}) == 7
+    same = cache.key("answers", "two", victim=cache.key("network", "u", seed=1), strength=0.5)
+    assert same.digest == first.digest  # what people read is no part of it
+
+
+@pytest.mark.smoke
+def test_what_has_no_source_is_not_kept(kept):
+    """A function of which only the path is known may be another one tomorrow."""
+    names = {"__name__": "anywhere"}
+    exec("def oracle(y, gram): return y", names)
+    unknown = cache.key("answers", "x", rule=describe(MAD(solver=LineSearch(names["oracle"]))))
+    after = cache.key("transfer", "x", answers=unknown)
+    assert (unknown.digest, after.digest) == (None, None)
+    kept.put(unknown, TREE)
+    assert kept.get(unknown, LIKE) is None
+    with kept.alone(unknown, print):
+        pass
+    assert cache.entries(kept.folder) == []
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("damage", ["cut", "bytes", "shape", "facts"])
+def test_a_damaged_result_is_named_and_made_anew(kept, damage):
+    key = cache.key("network", "mnist, victim")
+    kept.put(key, TREE)
+    (entry,) = cache.entries(kept.folder)
+    data = bytearray(entry.path.read_bytes())
+    if damage == "cut":
+        entry.path.write_bytes(data[:-40])
+    elif damage == "bytes":
+        at = data.index(np.asarray(TREE["w"]).tobytes())
+        data[at + 2] ^= 1
+        entry.path.write_bytes(data)
+    elif damage == "shape":
+        kept.put(key, TREE | {"b": np.zeros(3, np.int32)})
+    else:
+        np.savez(entry.path, leaf0=1)
+    with pytest.warns(UserWarning, match=rf"{entry.path.name} is damaged \(.*made anew"):
+        assert kept.get(key, LIKE) is None
+    kept.put(key, TREE)
+    assert kept.get(key, LIKE) is not None
+
+
+@pytest.mark.smoke
+def test_a_place_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="set MADJAX_CACHE to another folder"):
+        kept = cache.open_cache(MAKER)
+    assert kept.folder is None
+    monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "cache"))
+    kept, key = cache.open_cache(MAKER), cache.key("network", "x")
+    (kept.folder / f"{key.name}.npz").mkdir()
+    with pytest.warns(UserWarning, match="a result is not kept for other runs"):
+        kept.put(key, TREE)
+
+
+@pytest.mark.smoke
+def test_who_wants_what_another_makes_waits_for_it(kept):
+    key, lines, order = cache.key("network", "mnist, victim"), [], []
+    begun, told = threading.Event(), threading.Event()
+
+    def log(line):
+        lines.append(line)
+        told.set()
+
+    def first():
+        with kept.alone(key, print):
+            begun.set()
+            assert told.wait(20)
+            order.append("made")
+            kept.put(key, TREE)
+
+    def second():
+        assert begun.wait(20)
+        with kept.alone(key, log):
+            order.append("found" if kept.get(key, LIKE) else "lost")
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["made", "found"]
+    assert lines == ["network of mnist, victim: another command makes it, waiting"]
+
+
+@pytest.mark.smoke
+def test_the_command_lists_and_prunes(kept, capsys, monkeypatch):
+    for i in range(2):
+        kept.put(cache.key("network", "mnist, victim", seed=i), TREE)
+    old = max(entry.path for entry in cache.entries(kept.folder))
+    os.utime(old, (0, 0))
+    assert main(["cache"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "mnist, victim" in said[0]
+    assert "by abc on 1 x this" in said[0]
+    assert "last used 0 days ago" in said[0]
+    assert said[-1].endswith("2 results, 0.0 MB")
+    assert main(["cache", "--prune", "30"]) == 0
+    assert "1 results removed" in capsys.readouterr().out
+    assert not old.exists()
+    assert len(cache.entries(kept.folder)) == 1
+    main(["cache", "--prune", "0"])
+    assert cache.entries(kept.folder) == []
+    monkeypatch.setenv("MADJAX_CACHE", "")
+    capsys.readouterr()
+    assert main(["cache"]) == 0
+    assert "MADJAX_CACHE is empty" in capsys.readouterr().out
+
+
+# --- in a sweep -----------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class Mine(MAD):
+    """A rule of the user's, with nothing changed."""
+
+
+RECIPE = Recipe(epochs=2, batch_size=16)
+CONFIG = Sweep(
+    "cached",
+    (Task("tiny", "tiny", architecture=Linear, victim=RECIPE),),
+    (Defended(MAD(surrogate_epochs=1), (0.5, 0.99)),),
+    (Knockoff(budget=40, architecture=Linear, recipe=RECIPE),),
+    seeds=(0, 1),
+)
+JBDA = jbda(budget=30, architecture=Linear, recipe=RECIPE, seeds=10, substitute=RECIPE)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many strengths were answered, and how many networks the owner trained."""
+    made, answers = {"answers": 0, "posteriors": 0}, stages.answers
+    posteriors = stages.victim_posteriors
+
+    def count_answers(*args, **options):
+        told = answers(*args, **options)
+        made["answers"] += len(told)
+        return told
+
+    def count_posteriors(*args, **options):
+        made["posteriors"] += 1
+        return posteriors(*args, **options)
+
+    monkeypatch.setattr(stages, "answers", count_answers)
+    monkeypatch.setattr(stages, "victim_posteriors", count_posteriors)
+    return made
+
+
+def run(config, out, folder, **options):
+    """The rows without their times, and how many networks the victim's owner trained."""
+    lines = []
+    rows = sweep.run(config, out, data_dir=folder, log=lines.append, **options)
+    timing = ("seconds", "seconds_collecting", "seconds_compiling")
+    trained = sum("% of the test images" in line for line in lines)
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows], trained
+
+
+def test_another_run_makes_nothing_twice(kept, folder, tmp_path, monkeypatch, counted):
+    rows, trained = run(CONFIG, tmp_path / "one", folder)
+    assert trained == 3  # a victim and two surrogates
+    # Two seeds at two strengths, on the test set and on the queries.
+    assert counted == {"answers": 8, "posteriors": 3}
+    assert all(row["made_elsewhere"] == {} for row in rows)
+    more = replace(CONFIG, defenses=(Defended(MAD(surrogate_epochs=1), (0.3, 0.5, 0.99)),))
+    monkeypatch.setattr("madjax.sweep.rows.git_commit", lambda: "later")
+    again, trained = run(more, tmp_path / "two", folder)
+    assert (trained, counted) == (0, {"answers": 12, "posteriors": 3})
+    first = {row["id"]: row for row in rows}
+    said = {"made_elsewhere", "git_commit", "config_hash"}
+    for row in again:
+        elsewhere = {stage: maker["git_commit"] for stage, maker in row["made_elsewhere"].items()}
+        assert row["git_commit"] == "later"
+        before = rows[0]["git_commit"]
+        if row["strength"] == 0.3:
+            # The answers are this run's own; what they were made with is not.
+            assert elsewhere == {"victim": before, "surrogate": before}
+            continue
+        same = first[row["id"]]
+        assert {k: row[k] for k in row if k not in said} == {
+            k: same[k] for k in same if k not in said
+        }
+        assert set(elsewhere) > {"victim", "answers", "test answers"}
+    monkeypatch.setenv("MADJAX_CACHE", "")
+    without, trained = run(more, tmp_path / "three", folder)
+    assert trained == 3
+    for row, same in zip(without, again, strict=True):
+        assert row["attacker_losses"] == same["attacker_losses"]
+        assert row["made_elsewhere"] == {}
+
+
+def test_a_result_that_is_damaged_changes_no_row(kept, folder, tmp_path):
+    rows, _ = run(CONFIG, tmp_path / "one", folder)
+    for entry in cache.entries(kept.folder):
+        entry.path.write_bytes(entry.path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="is damaged") as warned:
+        again, trained = run(CONFIG, tmp_path / "two", folder)
+    assert trained == 3
+    assert again == rows
+    assert len(warned) == len(cache.entries(kept.folder)) == 3 + 3 + 8
+
+
+def test_rules_and_fields_that_differ_share_nothing(kept, folder, tmp_path, counted):
+    run(CONFIG, tmp_path / "one", folder)
+    for rule in (Mine(surrogate_epochs=1), MAD(layers="last", surrogate_epochs=1)):
+        before = counted["answers"]
+        other = replace(CONFIG, defenses=(Defended(rule, (0.5,)),), seeds=(0,))
+        _, trained = run(other, tmp_path / str(before), folder)
+        assert trained == 0  # the surrogate is the same
+        assert counted["answers"] == before + 2
+
+
+def test_a_transfer_set_that_was_asked_for_is_not_asked_for_again(kept, folder, tmp_path):
+    """More budgets of an attack, whose rounds are all in the cache."""
+    config = replace(CONFIG, attacks=(JBDA,), seeds=(0,))
+    rows, _ = run(config, tmp_path / "one", folder)
+    more, lines = replace(config, budgets=(20,)), []
+    again = sweep.run(more, tmp_path / "two", data_dir=folder, log=lines.append)
+    assert not any("round" in line for line in lines)
+    for row in (row for row in again if row["budget"] == 30):
+        (same,) = (each for each in rows if each["id"] == row["id"])
+        assert row["attacker_losses"] == same["attacker_losses"]
+        assert row["queries"] == 30
+    other, lines = replace(more, attacks=(replace(JBDA, step=0.2),)), []
+    sweep.run(other, tmp_path / "three", data_dir=folder, log=lines.append)
+    assert any("round" in line for line in lines)
+
+
+def test_large_transfer_sets_are_not_kept(kept, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("madjax.sweep.stock.LARGEST_TRANSFER", 30 * 6 * 6 * 4)
+    run(replace(CONFIG, attacks=(JBDA,), seeds=(0,)), tmp_path / "one", folder)
+    assert not any(entry.path.name.startswith("transfer") for entry in cache.entries(kept.folder))
+
+
+def test_two_runs_at_once_train_one_victim(kept, folder, tmp_path):
+    found = {}
+
+    def one(name):
+        found[name] = run(replace(CONFIG, seeds=(0,)), tmp_path / name, folder)
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found["a"][0] == found["b"][0]
+    assert found["a"][1] + found["b"][1] == 2  # a victim and a surrogate

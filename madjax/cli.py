@@ -1,4 +1,4 @@
-"""The command line: `madjax sweep`, `angle`, `report`, `export` and `cache`."""
+"""The command line: `madjax sweep`, `plan`, `angle`, `report`, `export` and `cache`."""
 
 import argparse
 import importlib.metadata
@@ -64,9 +64,20 @@ def _angle(options: argparse.Namespace) -> None:
     _run(options, chosen, out)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    chosen, out = _chosen(options)
+    _split_cpu(chosen)
+    found = sweep.plan(chosen, out, data_dir=options.data_dir)
+    print(found.as_json() if options.json else found.table())
+
+
+def _split_cpu(chosen: config.Sweep) -> None:
+    strengths = max(len(each.strengths) for each in chosen.defenses)
+    sweep.split_cpu(len(chosen.tasks) * strengths * len(chosen.seeds))
+
+
 def _run(options: argparse.Namespace, chosen: config.Sweep, out: Path) -> None:
-    abreast = max(len(each.strengths) for each in chosen.defenses) * len(chosen.seeds)
-    sweep.split_cpu(abreast)
+    _split_cpu(chosen)
     sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume)
     print(report.write_report(out))
     print(f"rows, table and figures: {out}/{', '.join(report.files(out))}")
@@ -153,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     _name_a_run(command)
     _resume(command)
     command.set_defaults(command=_sweep)
+
+    command = commands.add_parser(
+        "plan", help="what a sweep would do, and how long that takes; nothing is computed"
+    )
+    _name_a_run(command)
+    command.add_argument("--json", action="store_true", help="as one JSON object")
+    command.set_defaults(command=_plan)
 
     command = commands.add_parser(
         "angle", help="white-box mode: train attackers online and trace the angle of each step"

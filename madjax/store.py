@@ -234,6 +234,19 @@ def restore(directory: Path, name: str, like: Any) -> Any | None:
     return None
 
 
+def holds(directory: Path, name: str, step: int) -> bool:
+    """Whether there is a checkpoint of that name at that step."""
+    return step in _steps(directory / "checkpoints" / name)
+
+
+def ids(directory: Path) -> set[str]:
+    """The ids of the rows of a run, which another command may be writing; nothing where none is."""
+    path = directory / ROWS
+    data = path.read_bytes() if path.is_file() else b""
+    rows = (json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines())
+    return {row["id"] for row in rows if "id" in row}
+
+
 def discard(directory: Path, name: str) -> None:
     """Remove the checkpoints whose names match; nothing happens where there is none.
 

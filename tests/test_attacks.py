@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -512,6 +513,17 @@ def test_the_bandit_is_sound_on_degenerate_answers():
 def test_classes_are_drawn_without_replacement_until_they_are_used_up():
     transfer = collect(AdaptiveKnockoff(budget=60, recipe=RECIPE, online=RECIPE))
     assert sorted(transfer.x.tolist()) == list(range(60))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_rounds_change_nothing_but_where_the_adaptive_attacker_may_stop(monkeypatch, steps):
+    attack = AdaptiveKnockoff(budget=45, recipe=RECIPE, online=replace(RECIPE, batch_size=8))
+    assert attack.rounds == 1
+    want = collect(attack, noisy)
+    monkeypatch.setattr(adaptive, "STEPS", steps)
+    assert attack.rounds == -(-6 // steps)
+    assert int(attack.begin(make_world(attack)).asked) == 0
+    chex.assert_trees_all_close(collect(attack, noisy), want, atol=1e-6)
 
 
 def test_the_adaptive_attacker_prefers_classes_whose_answers_it_likes():

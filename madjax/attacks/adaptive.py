@@ -12,7 +12,7 @@ class is drawn once its images are used up.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from madjax.attacks.attack import Attack, Transfer, World, check_budget
 from madjax.errors import InputError
 from madjax.streams import stream
-from madjax.train import Recipe, State, cross_entropy, one_pass, start
+from madjax.train import Recipe, cross_entropy, one_pass, start
 
 Array = jax.Array
 
+STEPS = 100
+"""Of a round, after which a sweep writes a checkpoint."""
 _RECENT = 25
 """Steps whose rewards and answers count as recent, the paper's Delta."""
 
@@ -89,11 +91,17 @@ class AdaptiveKnockoff(Attack):
         del num_classes, image_shape
         check_budget(self.budget, num_images)
 
+    @property
+    def _steps(self) -> int:
+        return -(-self.budget // self.online.batch_size)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of `STEPS` steps; that there are rounds changes nothing but how often it stops."""
+        return -(-self._steps // STEPS)
+
     def begin(self, world: World) -> Transfer:
-        """All queries, a batch at a time."""
-        keys = jax.random.split(stream(world.key, "bandit"), 3)
-        line, first, size = _by_class(keys[0], world.labels, world.num_labels)
-        batch = self.online.batch_size
+        """Nothing asked, and no class preferred."""
         bandit = _Bandit(
             jnp.zeros(world.num_labels),
             jnp.zeros(world.num_labels, jnp.int32),
@@ -102,9 +110,21 @@ class AdaptiveKnockoff(Attack):
             jnp.full(_RECENT, jnp.nan),
             jnp.full((_RECENT, world.num_classes), jnp.nan),
         )
+        scratch = start(world.classifier, self.online, self.online.batch_size, _keys(world)[1])
+        return Transfer(
+            jnp.zeros(self.budget, jnp.int32),
+            jnp.full((self.budget, world.num_classes), -jnp.inf),
+            jnp.zeros((), jnp.int32),
+            (bandit, scratch),
+        )
 
-        def step(t: Array, carry: tuple[Transfer, _Bandit, State]) -> Any:
-            transfer, bandit, scratch = carry
+    def proceed(self, r: Array, transfer: Transfer, world: World) -> Transfer:
+        """The queries of the next steps, a batch at a time."""
+        keys, batch = _keys(world), self.online.batch_size
+        line, first, size = _by_class(keys[0], world.labels, world.num_labels)
+
+        def step(t: Array, transfer: Transfer) -> Transfer:
+            bandit, scratch = transfer.memory
             at = t * batch + jnp.arange(batch)
             wanted = at < self.budget
             key = jax.random.fold_in(keys[2], t)
@@ -125,21 +145,15 @@ class AdaptiveKnockoff(Attack):
                 wanted.sum(),
             )
             into = jnp.where(wanted, at, self.budget)  # which is dropped
-            transfer = Transfer(
+            return Transfer(
                 transfer.x.at[into].set(chosen, mode="drop"),
                 transfer.targets.at[into].set(targets, mode="drop"),
                 asked,
+                (bandit, scratch),
             )
-            return transfer, bandit, scratch
 
-        transfer = Transfer(
-            jnp.zeros(self.budget, jnp.int32),
-            jnp.full((self.budget, world.num_classes), -jnp.inf),
-            jnp.zeros((), jnp.int32),
-        )
-        scratch = start(world.classifier, self.online, batch, keys[1])
-        steps = -(-self.budget // batch)
-        return jax.lax.fori_loop(0, steps, step, (transfer, bandit, scratch))[0]
+        last = jnp.minimum((r + 1) * STEPS, self._steps)
+        return jax.lax.fori_loop(r * STEPS, last, step, transfer)
 
     def _reward(
         self,
@@ -176,6 +190,11 @@ class AdaptiveKnockoff(Attack):
             bandit.rewards.at[slot].set(now),
             bandit.means.at[slot].set(targets.sum(0) / count),
         )
+
+
+def _keys(world: World) -> Array:
+    """Of the order within classes, of the scratch network, and of the choices."""
+    return jax.random.split(stream(world.key, "bandit"), 3)
 
 
 def _nanmean(a: Array) -> Array:

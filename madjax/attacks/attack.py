@@ -39,6 +39,8 @@ class Transfer(NamedTuple):
     """What the attacker makes of the answers, [N, K]; -inf where it has none yet."""
     asked: Array
     """Queries answered so far, int32."""
+    memory: Any = ()
+    """What else the attack knows between two rounds: a pytree of arrays, dropped in the end."""
 
     def take(self, images: Array, i: Array) -> tuple[Array, Array]:
         """The examples of indices i: (images, targets); images are the attacker's own."""
@@ -371,5 +373,6 @@ def steal(
             raise failure from None
         raise
     check_transfer(attack, transfer)
+    transfer = transfer._replace(memory=())
     data = transfer.take(images, jnp.arange(attack.examples(attack.budget)))
     return transfer, fit(classifier, attack.recipe, key["train"], data, test)

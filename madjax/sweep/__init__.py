@@ -34,6 +34,7 @@ from madjax.sweep.mesh import (
     stack,
     vmap_cells,
 )
+from madjax.sweep.plan import Plan, plan
 from madjax.sweep.rows import git_commit
 from madjax.sweep.run import run
 from madjax.sweep.stages import Api, Own, Parties, Point, Tests
@@ -44,6 +45,7 @@ __all__ = [
     "Cell",
     "Own",
     "Parties",
+    "Plan",
     "Point",
     "Stopwatch",
     "Tests",
@@ -57,6 +59,7 @@ __all__ = [
     "make_mesh",
     "map_cells",
     "over_cells",
+    "plan",
     "programs",
     "run",
     "split_cpu",

@@ -107,7 +107,7 @@ class Cache:
         One that is damaged is named in a warning, and None.
         """
         path = self._path(key)
-        if path is None or not path.is_file():
+        if not self.has(key):
             return None
         try:
             with path.open("rb") as file, np.load(file) as held:
@@ -123,6 +123,11 @@ class Cache:
         with contextlib.suppress(OSError):  # of another user, perhaps
             os.utime(path)
         return jax.tree.unflatten(structure, found), facts["maker"]
+
+    def has(self, key: Key) -> bool:
+        """Whether there is a result, which may be damaged."""
+        path = self._path(key)
+        return path is not None and path.is_file()
 
     def put(self, key: Key, tree: Any) -> None:
         """Keep a result. Where that cannot be, a warning says so, and the run goes on."""

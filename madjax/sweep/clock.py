@@ -32,8 +32,9 @@ class Stopwatch:
     def __init__(self, running: float = 0.0):
         self.running, self.compiling = running, 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Stopwatch":
         self._began, self._compiled = time.perf_counter(), _spent["seconds"]
+        return self
 
     def __exit__(self, *_: object) -> None:
         compiling = _spent["seconds"] - self._compiled

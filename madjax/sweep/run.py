@@ -19,11 +19,12 @@ from madjax import store
 from madjax.attacks import Online, Transfer, check_transfer
 from madjax.config import Sweep, describe
 from madjax.defenses import Defense
-from madjax.sweep import stages
+from madjax.sweep import rates, stages
 from madjax.sweep.cache import open_cache
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.mesh import make_mesh, over_cells, spread, stack, wave_size
+from madjax.sweep.plan import planned
 from madjax.sweep.rows import made_with, measured, run_facts
 from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.stock import Stock
@@ -73,9 +74,11 @@ def run(
             facts = run_facts(config, description, mesh)
             stock = Stock(opened, directory, mesh, open_cache(made_with(facts)), log)
             groups = grouped(missing, config, ahead)
+            ways = stock, directory, mesh, cells_per_device
+            log(planned(config.name, len(cells), groups, *ways).summary())
             epochs = sum(group.epochs * len(group.cells) for group in groups)
             with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
-                desk = Desk(directory, mesh, facts, rows, bar, log)
+                desk = Desk(directory, mesh, facts, stock.pace, rows, bar, log)
                 for group in groups:
                     if isinstance(group.attack, Online):
                         study(group, stock, desk)
@@ -113,6 +116,8 @@ def _steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> No
             if not waiting:
                 continue
             state, agreed, learning = _learn(wave, group, budget, transfer, own, tests, desk)
+            seen = len(places) * group.epochs * group.attack.examples(budget)
+            desk.pace.note(rates.stealing(group.parties.stolen), seen, learning.running)
             found = jax.device_get((transfer.asked, state.accuracy, state.loss, agreed))
             took = {
                 "seconds": collecting.running + learning.running,
@@ -158,7 +163,7 @@ def _collect(
 
     like = jax.eval_shape(begin, wave.points, (own, api))
     if rule is not None:
-        held = stock.transfers(group, wave.places, like)
+        held = stock.transfers(group, wave.places, like._replace(memory=()))
         if held is not None:
             return spread(stack(held, len(wave.points.seed)), desk.mesh), Stopwatch()
     saved = store.restore(desk.directory, name, (like, np.zeros(()), np.zeros((), int)))
@@ -181,7 +186,10 @@ def _collect(
             f"{watch.running:.0f} s"
         )
     check_transfer(group.attack, transfer)
+    transfer = transfer._replace(memory=())
     if rule is not None:
+        kind = rates.collecting(group.attack, rule, group.parties.stolen)
+        desk.pace.note(kind, len(wave.places) * group.attack.budget, watch.running)
         stock.keep_transfers(group, wave.places, transfer)
     return transfer, watch
 

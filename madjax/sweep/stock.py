@@ -17,19 +17,24 @@ from madjax.attacks import keys
 from madjax.batching import QUERIES
 from madjax.config import Task, describe
 from madjax.defenses import Defense, Owner
+from madjax.defenses.defense import untracked
 from madjax.streams import stream
-from madjax.sweep import cache, stages
+from madjax.sweep import cache, rates, stages
 from madjax.sweep.cache import Cache, Key, Maker
+from madjax.sweep.clock import Stopwatch
 from madjax.sweep.mesh import everywhere, over_rows
+from madjax.sweep.rates import Rates
 from madjax.sweep.rows import task_facts
-from madjax.sweep.stages import Api, Own, Tests
+from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.tasks import Opened
 from madjax.sweep.victim import (
     Keep,
     Log,
+    Planned,
     keeper,
     network_key,
     owner_of,
+    planner,
     train_victim,
 )
 from madjax.sweep.work import Group, Place, check_answers
@@ -42,21 +47,29 @@ LARGEST_TRANSFER = 2**26
 
 
 class _Victim(NamedTuple):
-    """A trained victim, its owner, its key, and its posteriors of the test set."""
+    """A trained victim and its owner."""
 
     owner: Owner
     state: State
-    key: Key
-    y: np.ndarray
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """Images that a victim is asked about, in the queries of this order, or each once."""
 
     images: np.ndarray
     sent: np.ndarray | None
     inputs: list[Any]
     """What tells them from others."""
+
+    @property
+    def count(self) -> int:
+        """Queries."""
+        return len(self.images if self.sent is None else self.sent)
+
+    @property
+    def repeats(self) -> int:
+        """How often the image is sent that is sent most."""
+        return 1 if self.sent is None else int(np.bincount(self.sent).max())
 
 
 class Stock:
@@ -75,7 +88,10 @@ class Stock:
     ):
         self._opened, self._directory, self._mesh = opened, directory, mesh
         self._kept, self._log = kept, log
+        self.pace = Rates(kept.folder, kept.maker["device"])
+        self._keys: dict[Task, Key] = {}
         self._victims: dict[Task, _Victim] = {}
+        self._tested: dict[Task, np.ndarray] = {}
         self._rule: Defense | None = None
         self._of_rule: dict[Any, Any] = {}
         self._makers: dict[Any, dict[str, Maker]] = defaultdict(dict)
@@ -99,7 +115,11 @@ class Stock:
     def tests(self, group: Group) -> Tests:
         """The test sets, on every device."""
         each = [
-            (self._opened[task].data.x_test, self._opened[task].data.y_test, self._victim(task).y)
+            (
+                self._opened[task].data.x_test,
+                self._opened[task].data.y_test,
+                self._test_posteriors(task),
+            )
             for task in group.tasks
         ]
         return everywhere(Tests(*map(np.stack, zip(*each, strict=True))), self._mesh)
@@ -127,10 +147,8 @@ class Stock:
         """The answers [Q, K] to the queries that the attack sends, at each place."""
         began, found = time.perf_counter(), {}
         for task, seed in group.owners:
-            sent = group.drawn[task][seed]
-            make = partial(self._told, sent=sent)
-            what = group.attack.source, sent.tobytes()
-            found |= self._at_places(group, task, seed, what, make)
+            what = group.attack.source, group.drawn[task][seed].tobytes()
+            found |= self._at_places(group, task, seed, what, self._told)
         self._log(
             f"{group.label}: {len(found)} x {group.attack.budget:,} queries answered in "
             f"{time.perf_counter() - began:.1f} s"
@@ -140,7 +158,7 @@ class Stock:
     def transfers(self, group: Group, places: list[Place], like: Any) -> list[Any] | None:
         """The transfer sets of a wave, if the cache has all; like has a leading axis of cells."""
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), like)
-        held = [self._kept.get(self._transfer_key(group, place), like) for place in places]
+        held = [self._kept.get(self.transfer_key(group, place), like) for place in places]
         if None in held:
             return None
         for place, (_, maker) in zip(places, held, strict=True):
@@ -152,14 +170,62 @@ class Stock:
         for i, place in enumerate(places):
             mine = jax.tree.map(lambda a, i=i: np.asarray(a[i]), transfers)
             if sum(a.nbytes for a in jax.tree.leaves(mine)) <= LARGEST_TRANSFER:
-                self._kept.put(self._transfer_key(group, place), mine)
+                self._kept.put(self.transfer_key(group, place), mine)
 
-    def _transfer_key(self, group: Group, place: Place) -> Key:
+    def planned(self, group: Group, task: Task, seed: int | None) -> list[Planned]:
+        """The networks that a defence would train for a victim and a seed; for None, the victim."""
+        each = self._opened[task]
+        keep, found = planner(self._directory, task, each.network, each.data, self._kept)
+        owner = owner_of(task, each.network, each.data, keep)
+        if seed is None:
+            jax.eval_shape(lambda: train_victim(owner))
+        else:
+            key = keys(seed)["surrogate"]
+            jax.eval_shape(lambda: group.rule.prepare(owner, key, group.strengths))
+        return found
+
+    def device_bytes(self, group: Group, cells: int) -> int:
+        """What the arrays of so many cells of a group, and what they share, take on a device."""
+        attack, parties, opened = group.attack, group.parties, self._opened
+        sources = {id(s): s for s in (opened[t].sources[attack.source] for t in group.tasks)}
+        shared = sum(s.images.nbytes + s.labels.nbytes for s in sources.values())
+        for task in group.tasks:
+            data = opened[task].data
+            shared += data.x_test.nbytes + len(data.x_test) * 4 * (1 + parties.num_classes)
+        size = attack.examples(attack.budget)
+        state = jax.eval_shape(
+            partial(stages.start, parties.stolen, attack.recipe, size),
+            Point(np.float32(0), np.uint32(0)),
+            None,
+        )
+        told = attack.budget * parties.num_classes * 4
+        own = size * 4
+        if group.drawn is None:
+            own = size * int(np.prod(parties.network.image_shape)) * 4
+        each = told + own + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+        return shared + cells * each
+
+    def has(self, key: Key) -> bool:
+        """Whether the cache has a result."""
+        return self._kept.has(key)
+
+    def victim_key(self, task: Task) -> Key:
+        """The key of a task's victim."""
+        if task not in self._keys:
+            each = self._opened[task]
+            owner = owner_of(task, each.network, each.data, untracked)
+            train = owner.training(owner.recipe, owner.key)
+            inputs = task, each.data, owner.recipe, owner.key, train
+            self._keys[task] = network_key("victim", *inputs)
+        return self._keys[task]
+
+    def transfer_key(self, group: Group, place: Place) -> Key:
+        """The key of a cell's transfer set."""
         task, strength, seed = place
         return cache.key(
             "transfer",
             f"{task.label}, {group.label}, strength {strength:g}, seed {seed}",
-            victim=self._victim(task).key,
+            victim=self.victim_key(task),
             rule=describe(group.rule),
             attack=describe(group.attack),
             own=self._opened[task].checksums[group.attack.source],
@@ -187,21 +253,44 @@ class Stock:
     def _utility(
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[dict[str, float]]:
-        data = self._opened[task].data
-        asked = _Asked(data.x_test, None, [data.checksum(), "test"])
-        key = stream(keys(seed)["defense"], "tests")
+        key, asked = stream(keys(seed)["defense"], "tests"), self.tested(task)
         told = np.stack(self._answers(group, task, seed, key, asked, strengths, "test answers"))
-        measured = jax.device_get(stages.utility(self._victim(task).y, told, data.y_test))
+        y, labels = self._test_posteriors(task), self._opened[task].data.y_test
+        measured = jax.device_get(stages.utility(y, told, labels))
         return [{name: each[i] for name, each in measured.items()} for i in range(len(told))]
 
     def _told(
-        self, group: Group, task: Task, seed: int, strengths: tuple[float, ...], sent: np.ndarray
+        self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[np.ndarray]:
-        opened, source = self._opened[task], group.attack.source
+        asked, key = self.queries(group, task, seed), keys(seed)["defense"]
+        return self._answers(group, task, seed, key, asked, strengths, "answers")
+
+    def tested(self, task: Task) -> Asked:
+        """The test set, each image once."""
+        opened = self._opened[task]
+        return Asked(opened.data.x_test, None, [opened.checksums["dataset"], "test"])
+
+    def queries(self, group: Group, task: Task, seed: int) -> Asked:
+        """What an attack sends whose queries are foreseen."""
+        opened, source, sent = self._opened[task], group.attack.source, group.drawn[task][seed]
         which, at = np.unique(sent, return_inverse=True)
         inputs = [opened.checksums[source], describe(sent)]
-        asked = _Asked(opened.sources[source].images[which], at, inputs)
-        return self._answers(group, task, seed, keys(seed)["defense"], asked, strengths, "answers")
+        return Asked(opened.sources[source].images[which], at, inputs)
+
+    def answer_key(
+        self, rule: Defense, task: Task, seed: int, asked: Asked, strength: float | None
+    ) -> Key:
+        """The key of the answers at a strength, or of one pass over the queries for several."""
+        at = "" if strength is None else f", strength {strength:g}"
+        return cache.key(
+            "answers",
+            f"{task.label}, {rule.label}, seed {seed}{at}",
+            victim=self.victim_key(task),
+            rule=describe(rule),
+            seed=seed,
+            asked=asked.inputs,
+            strength=strength,
+        )
 
     def _answers(
         self,
@@ -209,25 +298,16 @@ class Stock:
         task: Task,
         seed: int,
         key: Array,
-        asked: _Asked,
+        asked: Asked,
         strengths: tuple[float, ...],
         stage: str,
     ) -> list[np.ndarray]:
         """The answers [Q, K] at each strength; those that the cache lacks are made in one pass."""
-        victim, rule = self._victim(task), group.rule
-        kind = partial(
-            cache.key,
-            "answers",
-            victim=victim.key,
-            rule=describe(rule),
-            seed=seed,
-            asked=asked.inputs,
-        )
-        what = f"{task.label}, {rule.label}, seed {seed}"
-        names = {each: kind(f"{what}, strength {each:g}", strength=each) for each in strengths}
-        count = len(asked.images if asked.sent is None else asked.sent)
-        like = jax.ShapeDtypeStruct((count, group.parties.num_classes), np.float32)
-        with self._kept.alone(kind(what), self._log):
+        rule, network = group.rule, self._opened[task].network
+        names = {each: self.answer_key(rule, task, seed, asked, each) for each in strengths}
+        like = jax.ShapeDtypeStruct((asked.count, group.parties.num_classes), np.float32)
+        whole = self.answer_key(rule, task, seed, asked, None)
+        with self._kept.alone(whole, self._log):
             found = {}
             for strength, name in names.items():
                 held = self._kept.get(name, like)
@@ -237,36 +317,52 @@ class Stock:
                     self._makers[rule, place][stage] = held[1]
             missing = tuple(each for each in strengths if each not in found)
             if missing:
-                made = stages.answers(
-                    rule,
-                    self._opened[task].network,
-                    self._known(group, task, seed),
-                    key,
-                    asked.images,
-                    self._posteriors(task, victim.state, victim.key, asked),
-                    missing,
-                    sent=asked.sent,
-                    over=over_rows(self._mesh),
-                    chunk=QUERIES * self._mesh.size,
-                )
+                known, y = self._known(group, task, seed), self._posteriors(task, asked)
+                spread = {"over": over_rows(self._mesh), "chunk": QUERIES * self._mesh.size}
+                watch = Stopwatch()
+                with watch:
+                    made = stages.answers(
+                        rule,
+                        network,
+                        known,
+                        key,
+                        asked.images,
+                        y,
+                        missing,
+                        sent=asked.sent,
+                        **spread,
+                    )
+                amount = asked.count * len(missing)
+                self.pace.note(rates.answering(rule, network), amount, watch.running)
                 found |= zip(missing, made, strict=True)
                 for strength in missing:
                     self._kept.put(names[strength], found[strength])
         return [found[each] for each in strengths]
 
-    def _posteriors(self, task: Task, state: State, victim: Key, asked: _Asked) -> np.ndarray:
+    def posteriors_key(self, task: Task, asked: Asked) -> Key:
+        """The key of the victim's own posteriors."""
+        return cache.key("posteriors", task.label, victim=self.victim_key(task), asked=asked.inputs)
+
+    def _posteriors(self, task: Task, asked: Asked) -> np.ndarray:
         """The victim's own posteriors of each image."""
-        opened = self._opened[task]
-        name = cache.key("posteriors", task.label, victim=victim, asked=asked.inputs)
+        opened, name = self._opened[task], self.posteriors_key(task, asked)
         like = jax.ShapeDtypeStruct((len(asked.images), opened.data.num_classes), np.float32)
         with self._kept.alone(name, self._log):
             held = self._kept.get(name, like)
             if held is not None:
                 return held[0]
-            over = over_rows(self._mesh)
-            y = stages.victim_posteriors(opened.network, state.params, asked.images, over=over)
+            params, over = self._victim(task).state.params, over_rows(self._mesh)
+            watch = Stopwatch()
+            with watch:
+                y = stages.victim_posteriors(opened.network, params, asked.images, over=over)
+            self.pace.note(rates.knowing(opened.network), len(y), watch.running)
             self._kept.put(name, y)
         return y
+
+    def _test_posteriors(self, task: Task) -> np.ndarray:
+        if task not in self._tested:
+            self._tested[task] = self._posteriors(task, self.tested(task))
+        return self._tested[task]
 
     def _known(self, group: Group, task: Task, seed: int) -> Any:
         """What a defence has prepared for a victim and a seed."""
@@ -291,6 +387,7 @@ class Stock:
             opened.network,
             opened.data,
             self._kept,
+            self.pace,
             self._makers[scope].__setitem__,
             self._log,
         )
@@ -305,12 +402,7 @@ class Stock:
         if task not in self._victims:
             each = self._opened[task]
             owner = owner_of(task, each.network, each.data, self._keeper(task, task))
-            state = train_victim(owner)
-            train = owner.training(owner.recipe, owner.key)
-            key = network_key("victim", task, each.data, owner.recipe, owner.key, train)
-            asked = _Asked(each.data.x_test, None, [each.data.checksum(), "test"])
-            y = self._posteriors(task, state, key, asked)
-            self._victims[task] = _Victim(owner, state, key, y)
+            self._victims[task] = _Victim(owner, train_victim(owner))
         return self._victims[task]
 
 

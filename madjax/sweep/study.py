@@ -10,7 +10,7 @@ from madjax import store
 from madjax.attacks import Online
 from madjax.config import describe, digest
 from madjax.linear import dot
-from madjax.sweep import online
+from madjax.sweep import online, rates
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.mesh import over_cells, spread, stack, wave_size
 from madjax.sweep.rows import after, number, numbers
@@ -67,6 +67,8 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
                 laps[field][at] = values
         store.save(desk.directory, name, at + 1, (training, laps, np.asarray(watch.running)))
         desk.bar.update(len(group.cells))
+    kind = rates.online(attack, group.rule, group.parties.stolen)
+    desk.pace.note(kind, len(places) * attack.steps, watch.running)
     trace = jax.tree.map(np.asarray, training.trace._asdict())
     _save_traces(group, places, trace, desk)
     rows = {}

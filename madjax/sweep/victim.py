@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from madjax.datasets import Dataset
 from madjax.defenses import Owner
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.sweep import cache
+from madjax.sweep import cache, rates
 from madjax.sweep.cache import Cache, Key, Maker
+from madjax.sweep.clock import Stopwatch
+from madjax.sweep.rates import Rates
 from madjax.train import Recipe, State, check_converges, start
 
 Array = jax.Array
@@ -41,14 +43,16 @@ def keeper(
     victim: Classifier,
     data: Dataset,
     kept: Cache,
+    pace: Rates,
     found: Callable[[str, Maker], None],
     log: Log,
 ) -> Keep:
     """The `Owner.keep` of a run: training goes on from the checkpoint in its directory.
 
     A finished network lies there, and in the cache for other runs; found(name, maker) is told of
-    one that the cache had. Victims that several tasks share are trained once. It raises InputError
-    as soon as training diverges, and keeps no checkpoint of that.
+    one that the cache had, and pace how long training took. Victims that several tasks share are
+    trained once. It raises InputError as soon as training diverges, and keeps no checkpoint of
+    that.
     """
     num_examples = len(data.x_train)
 
@@ -72,11 +76,16 @@ def keeper(
                 if done < recipe.epochs:
                     store.save(directory, folder, recipe.epochs, state)
                 return jax.tree.map(jnp.asarray, state)
-            with tqdm(
-                total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None
-            ) as bar:
+            with (
+                tqdm(
+                    total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None
+                ) as bar,
+                Stopwatch() as watch,
+            ):
                 state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
             kept.put(whole, state)
+        kind = rates.training(victim, getattr(train, "func", train))
+        pace.note(kind, (recipe.epochs - done) * num_examples, watch.running)
         if done < recipe.epochs:
             log(
                 f"{task.name}, {name}: {name_of(type(victim.module))}, {num_examples:,} images, "
@@ -85,6 +94,43 @@ def keeper(
         return state
 
     return keep
+
+
+class Planned(NamedTuple):
+    """A network that a run would train."""
+
+    name: str | None
+    """Of its checkpoint; None where its key is traced."""
+    held: bool
+    """Whether it is in the run's directory or in the cache."""
+    kind: str
+    """Of work, see `rates`."""
+    amount: int
+    """Examples times epochs."""
+    size: int
+    """Bytes of its checkpoint."""
+
+
+def planner(
+    directory: Path, task: Task, victim: Classifier, data: Dataset, kept: Cache
+) -> tuple[Keep, list[Planned]]:
+    """The `Owner.keep` of who plans a run, inside a trace, and the list of what it is asked for."""
+    found: list[Planned] = []
+
+    def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+        held, folder = False, None
+        if not isinstance(key, jax.core.Tracer):
+            inputs = task, data, recipe, key, train
+            with jax.ensure_compile_time_eval():  # of the key's numbers, which are known
+                folder, whole = _folder(name, *inputs), network_key(name, *inputs)
+            held = kept.has(whole) or store.holds(directory, folder, recipe.epochs)
+        kind = rates.training(victim, getattr(train, "func", train))
+        state = start(victim, recipe, len(data.x_train), key)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        found.append(Planned(folder, held, kind, recipe.epochs * len(data.x_train), size))
+        return state
+
+    return keep, found
 
 
 def train_victim(owner: Owner) -> State:

@@ -1,0 +1,294 @@
+"""What a sweep would do: cells, stages held and missing, programs, bytes and time."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from madjax import store
+from madjax.attacks import Online
+from madjax.batching import QUERIES
+from madjax.config import Sweep, Task
+from madjax.models import Classifier
+from madjax.sweep import cache, rates
+from madjax.sweep.grid import cell_id, expand
+from madjax.sweep.mesh import device_name, make_mesh, wave_size
+from madjax.sweep.rates import Rates
+from madjax.sweep.stock import Asked, Stock
+from madjax.sweep.tasks import open_tasks
+from madjax.sweep.trial import tried
+from madjax.sweep.work import Group, grouped
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of result that the cells without a row need."""
+
+    name: str
+    needed: int
+    held: int
+    """Of these, in the cache or in the run's directory."""
+    amount: int
+    """What the others take, in `unit`."""
+    unit: str
+    seconds: float | None
+    """For that, at the rates that were measured on this device; None where none was."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep would do; nothing of it has been computed."""
+
+    name: str
+    directory: str
+    device: str
+    cells: int
+    missing: int
+    stages: tuple[Stage, ...]
+    programs: int
+    """That are compiled for the stages, each once."""
+    disk_bytes: int
+    """That are added in the cache and the run's directory."""
+    device_bytes: int
+    """That the arrays of the largest wave take on one device, without what XLA needs besides."""
+
+    @property
+    def seconds(self) -> float | None:
+        """For the stages whose rates are known; None where none is."""
+        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(known) if known else None
+
+    def as_json(self) -> str:
+        """All of it as one JSON object."""
+        return json.dumps(asdict(self) | {"seconds": self.seconds}, indent=2)
+
+    def summary(self) -> str:
+        """One line: what is left to do, and how long that takes."""
+        if not self.missing:
+            return f"{self.name}: all {self.cells} cells have their row in {self.directory}"
+        return (
+            f"{self.name}: {self.missing} of {self.cells} cells to run on {self.device}, "
+            f"{self.programs} programs, {_bytes(self.device_bytes)} on a device, "
+            f"{_bytes(self.disk_bytes)} on disk, {self._time()}"
+        )
+
+    def table(self) -> str:
+        """The summary, and a line for each stage."""
+        head = "stage", "needed", "held", "work of the others", "time"
+        lines = [
+            (
+                stage.name,
+                f"{stage.needed:,}",
+                f"{stage.held:,}",
+                f"{stage.amount:,} {stage.unit}",
+                "not measured" if stage.seconds is None else _duration(stage.seconds),
+            )
+            for stage in self.stages
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        rows = (
+            "  ".join(each.ljust(width) for each, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, *lines)
+        )
+        return "\n".join((*rows, self.summary()) if lines else (self.summary(),))
+
+    def _time(self) -> str:
+        unknown = [stage.name for stage in self.stages if stage.seconds is None]
+        if self.seconds is None or len(unknown) == len(self.stages):
+            return "time not known, as nothing of the kind was measured here before"
+        besides = f", besides {' and '.join(unknown)}" if unknown else ""
+        return f"about {_duration(self.seconds)} and compiling{besides}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def plan(
+    config: Sweep,
+    directory: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    cells_per_device: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Plan:
+    """What `run` with the same arguments would do; nothing is trained, answered or written.
+
+    Raises:
+        InputError: what `run` would refuse, but for the directory.
+    """
+    directory, mesh = Path(directory), make_mesh(devices)
+    opened = open_tasks(config.tasks, data_dir)
+    ahead = tried(config, opened)
+    cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
+    done = store.ids(directory)
+    groups = grouped({i: cell for i, cell in cells.items() if i not in done}, config, ahead)
+    kept = cache.open_cache({"device": device_name(mesh)})
+    stock = Stock(opened, directory, mesh, kept, print)
+    return planned(config.name, len(cells), groups, stock, directory, mesh, cells_per_device)
+
+
+_ORDER = {
+    name: i
+    for i, name in enumerate(
+        ("networks", "posteriors", "answers", "transfer sets", "stolen models", "online attackers")
+    )
+}
+
+
+class Tally:
+    """Adds up what groups of cells need, each result once."""
+
+    def __init__(self, rates: Rates):
+        self._rates = rates
+        self._needed: dict[str, dict[Any, bool]] = {}
+        self._amounts: dict[str, int] = {}
+        self._seconds: dict[str, float | None] = {}
+        self._units: dict[str, str] = {}
+        self.programs: set[Any] = set()
+        self.disk = self.device = 0
+
+    def need(self, stage: str, unit: str, name: Any, held: bool, kind: str, amount: int) -> bool:
+        """Count a result; whether it has to be made, and was not counted before."""
+        counted = self._needed.setdefault(stage, {})
+        self._units[stage] = unit
+        new = name not in counted
+        counted.setdefault(name, held)
+        if held or not new:
+            return False
+        self._amounts[stage] = self._amounts.get(stage, 0) + amount
+        took, before = self._rates.seconds(kind, amount), self._seconds.get(stage, 0.0)
+        self._seconds[stage] = None if took is None or before is None else before + took
+        return True
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All that was counted, in the order of the pipeline."""
+        return tuple(
+            Stage(
+                stage,
+                len(counted),
+                sum(counted.values()),
+                self._amounts.get(stage, 0),
+                self._units[stage],
+                self._seconds.get(stage, 0.0),
+            )
+            for stage, counted in sorted(self._needed.items(), key=lambda each: _ORDER[each[0]])
+        )
+
+
+def planned(
+    name: str,
+    cells: int,
+    groups: Sequence[Group],
+    stock: Stock,
+    directory: Path,
+    mesh: Mesh,
+    per_device: int | None,
+) -> Plan:
+    """The plan of the groups of a run that have no row yet."""
+    tally = Tally(Rates(cache.folder(), device_name(mesh)))
+    for group in groups:
+        knows = _count_answers(group, stock, tally, mesh)
+        _count_networks(group, stock, tally, knows)
+        _count_cells(group, stock, tally, mesh, per_device)
+    return Plan(
+        name,
+        str(directory),
+        device_name(mesh),
+        cells,
+        sum(len(group.cells) for group in groups),
+        tally.stages(),
+        len(tally.programs),
+        tally.disk,
+        tally.device,
+    )
+
+
+def _count_networks(group: Group, stock: Stock, tally: Tally, knows: bool) -> None:
+    """Victims, and what defences train where they have to answer."""
+    for task, seed in [(task, None) for task in group.tasks] + group.owners * knows:
+        for i, each in enumerate(stock.planned(group, task, seed)):
+            name = each.name or (group.rule, task, seed, i)
+            if tally.need("networks", "examples", name, each.held, each.kind, each.amount):
+                tally.disk += 2 * each.size  # in the cache, and in the run's directory
+
+
+def _count_answers(group: Group, stock: Stock, tally: Tally, mesh: Mesh) -> bool:
+    """Posteriors and answers, on the test set and to queries; whether any has to be made."""
+    network, online = group.parties.network, isinstance(group.attack, Online)
+    for task in group.tasks:
+        _count_posteriors(stock, tally, network, task, stock.tested(task))
+    if online:
+        return True
+    knows = group.drawn is None
+    for task, seed in group.owners:
+        sets = [stock.tested(task)]
+        if group.drawn is not None:
+            sets.append(stock.queries(group, task, seed))
+        places = [each for each in group.places if (each.task, each.seed) == (task, seed)]
+        for asked in sets:
+            made = 0
+            for place in places:
+                key = stock.answer_key(group.rule, task, seed, asked, place.strength)
+                kind = rates.answering(group.rule, network)
+                name = key.digest or (group.rule, place, str(asked.inputs))
+                made += tally.need("answers", "queries", name, stock.has(key), kind, asked.count)
+            if made:
+                knows = True
+                _count_posteriors(stock, tally, network, task, asked)
+                tally.disk += made * asked.count * group.parties.num_classes * 4
+                rows = min(len(asked.images), QUERIES * mesh.size), asked.repeats
+                tally.programs.add(("at_strengths", group.rule, network, rows, made))
+    return knows
+
+
+def _count_posteriors(
+    stock: Stock, tally: Tally, network: Classifier, task: Task, asked: Asked
+) -> None:
+    key, count = stock.posteriors_key(task, asked), len(asked.images)
+    name = key.digest or (task, str(asked.inputs))
+    kind = rates.knowing(network)
+    if tally.need("posteriors", "images", name, stock.has(key), kind, count):
+        tally.programs.add(("posterior", network, count))
+
+
+def _count_cells(
+    group: Group, stock: Stock, tally: Tally, mesh: Mesh, per_device: int | None
+) -> None:
+    """Transfer sets and stolen models, and what a wave of them takes on a device."""
+    attack, parties = group.attack, group.parties
+    if isinstance(attack, Online):
+        kind, steps = rates.online(attack, group.rule, parties.stolen), attack.steps
+        for task, seed in group.owners:
+            for strength in group.strengths:  # all of them, see `study`
+                name = group.rule, attack, task, seed, strength
+                tally.need("online attackers", "steps", name, False, kind, steps)
+        tally.programs |= {(f, parties, attack, group.rule) for f in ("start", "advance", "judge")}
+        return
+    rule = group.rule if group.drawn is None else None
+    for place in group.places if rule else ():
+        key = stock.transfer_key(group, place)
+        kind = rates.collecting(attack, group.rule, parties.stolen)
+        name = key.digest or (rule, attack, place)
+        tally.need("transfer sets", "queries", name, stock.has(key), kind, attack.budget)
+    for name, cell in group.cells.items():
+        amount = attack.examples(cell.budget) * attack.recipe.epochs
+        kind = rates.stealing(parties.stolen)
+        tally.need("stolen models", "examples", name, False, kind, amount)
+    size = wave_size(len(group.places), mesh, per_device)
+    settings = parties.stolen, attack.recipe, attack.examples(attack.budget)
+    tally.programs |= {(f, *settings, size) for f in ("start", "advance")}
+    tally.programs.add(("fidelity", parties.stolen, size))
+    asking = ("begin", "proceed") if attack.rounds else ("begin",)
+    tally.programs |= {(f, parties, attack, rule, size) for f in asking}
+    tally.device = max(tally.device, stock.device_bytes(group, size // mesh.size))

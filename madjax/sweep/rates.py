@@ -1,0 +1,88 @@
+"""How fast this machine was at each kind of work: noted by runs, read by plans."""
+
+import contextlib
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from madjax.attacks import Attack
+from madjax.config import name_of
+from madjax.defenses import Defense
+from madjax.models import Classifier
+
+FILE = "rates.jsonl"
+LATEST = 9
+"""Notes of one kind of work that count, of which the median is taken."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of work that was done on a device, in a folder; without one, nothing is known.
+
+    An amount of work is in units of its kind: examples times epochs, queries times strengths.
+    """
+
+    folder: Path | None
+    device: str
+
+    def note(self, kind: str, amount: float, seconds: float) -> None:
+        """Write down how long an amount of work took, without what was compiled for it."""
+        if self.folder is None or not amount:
+            return
+        line = {"kind": kind, "device": self.device, "amount": amount, "seconds": seconds}
+        with contextlib.suppress(OSError), (self.folder / FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def seconds(self, kind: str, amount: float) -> float | None:
+        """How long an amount of work will take; None where none of its kind was done here."""
+        if not amount:
+            return 0.0
+        found = [n["seconds"] / n["amount"] for n in self._notes() if n["kind"] == kind]
+        return amount * statistics.median(found[-LATEST:]) if found else None
+
+    def _notes(self) -> list[dict[str, Any]]:
+        if self.folder is None or not (self.folder / FILE).is_file():
+            return []
+        notes = []
+        for line in (self.folder / FILE).read_text().splitlines():
+            with contextlib.suppress(ValueError):  # of two commands that wrote at once
+                notes.append(json.loads(line))
+        return [note for note in notes if note.get("device") == self.device]
+
+
+def training(network: Classifier, how: Callable[..., Any]) -> str:
+    """The kind of work that trains a network on its own."""
+    return f"{name_of(how)} of {_named(network)}"
+
+
+def knowing(network: Classifier) -> str:
+    """The kind of work that makes a victim's posteriors."""
+    return f"posteriors of {_named(network)}"
+
+
+def answering(rule: Defense, network: Classifier) -> str:
+    """The kind of work that makes the answers of a defence."""
+    return f"answers of {rule.label} with {_named(network)}"
+
+
+def collecting(attack: Attack, rule: Defense, stolen: Classifier) -> str:
+    """The kind of work that collects a transfer set, query by query."""
+    return f"queries of {attack.label} against {rule.label} with {_named(stolen)}"
+
+
+def online(attack: Attack, rule: Defense, stolen: Classifier) -> str:
+    """The kind of work that trains an online attacker, step by step."""
+    return f"steps of {attack.label} before {rule.label} with {_named(stolen)}"
+
+
+def stealing(stolen: Classifier) -> str:
+    """The kind of work that trains stolen models, many side by side."""
+    return f"stolen {_named(stolen)}"
+
+
+def _named(network: Classifier) -> str:
+    shape = "x".join(map(str, network.image_shape))
+    return f"{type(network.module).__name__} on {shape}"

@@ -1,0 +1,198 @@
+"""What a plan says is what the sweep then does."""
+
+import json
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import pytest
+
+from madjax import (
+    MAD,
+    AdaptiveKnockoff,
+    Defended,
+    InputError,
+    Knockoff,
+    Online,
+    Recipe,
+    Sweep,
+    Task,
+    Undefended,
+    jbda,
+    sweep,
+)
+from madjax.cli import main
+from madjax.sweep import cache
+from madjax.sweep.rates import Rates
+
+
+class Linear(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+RECIPE = Recipe(epochs=2, batch_size=16)
+SETTINGS = {"architecture": Linear, "recipe": RECIPE}
+TASK = Task("tiny", "tiny", architecture=Linear, victim=replace(RECIPE, epochs=3))
+KNOCKOFF = Knockoff(budget=40, **SETTINGS)
+CONFIG = Sweep(
+    "planned",
+    (TASK, replace(TASK, victim_seed=1)),
+    (Defended(Undefended()), Defended(MAD(surrogate_epochs=1), (0.5, 0.99))),
+    (
+        KNOCKOFF,
+        replace(KNOCKOFF, variant="nquery", repeats=2),
+        jbda(budget=30, seeds=10, substitute=RECIPE, **SETTINGS),
+    ),
+    budgets=(20,),
+    seeds=(0, 1),
+)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def stages_of(plan):
+    return {stage.name: (stage.needed, stage.held, stage.amount) for stage in plan.stages}
+
+
+def run(config, out, folder):
+    lines = []
+    return sweep.run(config, out, data_dir=folder, log=lines.append), lines
+
+
+def test_a_plan_counts_what_the_sweep_then_makes(folder, tmp_path, kept):
+    out = tmp_path / "out"
+    jax.clear_caches()
+    plan = sweep.plan(CONFIG, out, data_dir=folder)
+    assert not out.exists()
+    assert cache.entries(kept) == []
+    cells = 2 * 3 * 3 * 2 * 2  # tasks, strengths, attacks, seeds, budgets
+    assert (plan.cells, plan.missing) == (cells, cells)
+    places = 2 * 3 * 2
+    trained = (40 + 20) + (20 + 10) + (30 + 20)  # examples at both budgets, of each attack
+    assert stages_of(plan) == {
+        # Two victims; a surrogate a seed, which both tasks share, as their images are the same.
+        "networks": (4, 0, 60 * (2 * 3 + 2)),
+        # Of the test set; of each seed's queries, 40 images and 20 that are sent twice.
+        "posteriors": (2 + 2 * 2 * 2, 0, 2 * 30 + 4 * 40 + 4 * 20),
+        "answers": (3 * places, 0, places * (30 + 40 + 40)),
+        "transfer sets": (places, 0, places * 30),
+        "stolen models": (cells, 0, places * trained * 2),
+    }
+    assert plan.seconds is None
+    assert "not measured" in plan.table()
+    assert "time not known" in plan.summary()
+    jax.clear_caches()
+    sweep.programs.clear()
+    _, lines = run(CONFIG, out, folder)
+    assert lines[0] == plan.summary()
+    names = "posterior", "at_strengths", "begin", "proceed", "start", "advance", "fidelity"
+    # Trainings of victims and of surrogates have a start of their own.
+    made = sum(sweep.programs[name] for name in names) - 2
+    assert made == plan.programs
+    found = [entry.path.name.partition("-")[0] for entry in cache.entries(kept)]
+    kinds = ("network", "networks"), ("posteriors",) * 2, ("answers",) * 2
+    for kind, stage in (*kinds, ("transfer", "transfer sets")):
+        assert found.count(kind) == stages_of(plan)[stage][0], kind
+
+
+def test_a_plan_knows_what_is_there(folder, tmp_path):
+    out = tmp_path / "out"
+    run(CONFIG, out, folder)
+    done = sweep.plan(CONFIG, out, data_dir=folder)
+    assert (done.missing, done.stages, done.seconds) == (0, (), None)
+    assert done.summary() == f"planned: all {done.cells} cells have their row in {out}"
+    more = Defended(MAD(surrogate_epochs=1), (0.3, 0.5, 0.99))
+    larger = replace(CONFIG, defenses=(CONFIG.defenses[0], more))
+    plan = sweep.plan(larger, out, data_dir=folder)
+    assert plan.missing == 2 * 3 * 2 * 2
+    found = stages_of(plan)
+    assert found["networks"] == (4, 4, 0)
+    assert found["posteriors"] == (10, 10, 0)
+    assert found["answers"] == (12, 0, 4 * (30 + 40 + 40))
+    assert found["transfer sets"] == (4, 0, 4 * 30)
+    assert plan.seconds > 0
+    assert "and compiling" in plan.summary()
+    # The same cells in another directory: all but the stolen models is there.
+    other = sweep.plan(CONFIG, tmp_path / "other", data_dir=folder)
+    assert {name: needed == held for name, (needed, held, _) in stages_of(other).items()} == {
+        "networks": True,
+        "posteriors": True,
+        "answers": True,
+        "transfer sets": True,
+        "stolen models": False,
+    }
+
+
+def test_other_attacks_have_stages_of_their_own(folder, tmp_path):
+    online = Online(
+        budget=24,
+        images=15,
+        every=10,
+        judged=20,
+        architecture=Linear,
+        recipe=replace(RECIPE, batch_size=1),
+    )
+    adaptive = AdaptiveKnockoff(budget=40, online=replace(RECIPE, decay_epochs=0), **SETTINGS)
+    config = replace(CONFIG, attacks=(online, adaptive), budgets=(), tasks=(TASK,))
+    found = stages_of(sweep.plan(config, tmp_path / "out", data_dir=folder))
+    assert found["online attackers"] == (6, 0, 6 * 24)
+    assert found["transfer sets"] == (6, 0, 6 * 40)
+    assert found["stolen models"] == (6, 0, 6 * 40 * 2)
+
+
+@pytest.mark.smoke
+def test_time_is_the_median_of_what_this_device_took(tmp_path):
+    here, there = Rates(tmp_path, "this"), Rates(tmp_path, "that")
+    assert here.seconds("stolen LeNet", 10) is None
+    for seconds in (1, 2, 30):
+        here.note("stolen LeNet", 10, seconds)
+    there.note("stolen LeNet", 10, 100)
+    with (tmp_path / "rates.jsonl").open("a") as file:
+        file.write('{"kind": "stolen LeN')
+    assert here.seconds("stolen LeNet", 100) == 20
+    assert there.seconds("stolen LeNet", 100) == 1000
+    assert here.seconds("stolen VGG16", 100) is None
+    assert here.seconds("stolen VGG16", 0) == 0
+    Rates(None, "this").note("stolen LeNet", 10, 1)
+    assert Rates(None, "this").seconds("stolen LeNet", 10) is None
+
+
+def test_a_plan_refuses_what_the_sweep_would(folder, tmp_path):
+    config = replace(CONFIG, attacks=(replace(KNOCKOFF, budget=61),))
+    with pytest.raises(InputError, match="budget is 61"):
+        sweep.plan(config, tmp_path / "out", data_dir=folder)
+
+
+def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = (
+        "tasks.dataset=embedded:mnist[:200,:60]",
+        "tasks.queryset=embedded:fashion_mnist[:50]",
+        "tasks.architecture=madjax.MLP",
+        "attacks.budget=50",
+        "attacks.architecture=madjax.MLP",
+    )
+    words = [word for each in changes for word in ("--set", each)]
+    assert main(["plan", *words]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in said[:5]] == [
+        "stage",
+        "networks",
+        "posteriors",
+        "answers",
+        "stolen models",
+    ]
+    assert said[-1].startswith("quickstart: 12 of 12 cells to run on")
+    assert main(["plan", "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cells"], found["missing"], found["seconds"]) == (12, 12, None)
+    assert found["stages"][0]["unit"] == "examples"
+    assert not (tmp_path / "runs").exists()

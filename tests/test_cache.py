@@ -156,7 +156,11 @@ def test_the_command_lists_and_prunes(kept, capsys, monkeypatch):
     assert "by abc on 1 x this" in said[0]
     assert "last used 0 days ago" in said[0]
     assert said[-1].endswith("2 results, 0.0 MB")
+    draft = old.with_name(f".{old.name}.part")
+    draft.write_text("of who was killed")
+    os.utime(draft, (0, 0))
     assert main(["cache", "--prune", "30"]) == 0
+    assert not draft.exists()
     assert "1 results removed" in capsys.readouterr().out
     assert not old.exists()
     assert len(cache.entries(kept.folder)) == 1

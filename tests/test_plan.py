@@ -150,15 +150,14 @@ def test_other_attacks_have_stages_of_their_own(folder, tmp_path):
 
 @pytest.mark.smoke
 def test_time_is_the_median_of_what_this_device_took(tmp_path):
-    here, there = Rates(tmp_path, "this"), Rates(tmp_path, "that")
-    assert here.seconds("stolen LeNet", 10) is None
-    for seconds in (1, 2, 30):
-        here.note("stolen LeNet", 10, seconds)
-    there.note("stolen LeNet", 10, 100)
+    assert Rates(tmp_path, "this").seconds("stolen LeNet", 10) is None
+    for device, seconds in (("this", 1), ("this", 2), ("this", 30), ("that", 100)):
+        Rates(tmp_path, device).note("stolen LeNet", 10, seconds)
     with (tmp_path / "rates.jsonl").open("a") as file:
         file.write('{"kind": "stolen LeN')
+    here = Rates(tmp_path, "this")
     assert here.seconds("stolen LeNet", 100) == 20
-    assert there.seconds("stolen LeNet", 100) == 1000
+    assert Rates(tmp_path, "that").seconds("stolen LeNet", 100) == 1000
     assert here.seconds("stolen VGG16", 100) is None
     assert here.seconds("stolen VGG16", 0) == 0
     Rates(None, "this").note("stolen LeNet", 10, 1)

@@ -213,15 +213,19 @@ def entries(where: Path) -> list[Entry]:
         facts = {"what": "damaged", "maker": {}, "made": "?"}
         with contextlib.suppress(Exception), path.open("rb") as file, np.load(file) as held:
             facts = json.loads(str(held["facts"]))
-        said = path.stat()
-        idle = (time.time() - said.st_mtime) / DAY
-        found.append(Entry(path, facts["what"], facts["maker"], facts["made"], said.st_size, idle))
+        said = facts["what"], facts["maker"], facts["made"]
+        found.append(Entry(path, *said, path.stat().st_size, _idle(path)))
     return sorted(found, key=lambda entry: entry.idle)
 
 
 def prune(where: Path, days: float) -> list[Entry]:
     """Remove what was not used for so many days, and return what it was."""
     gone = [entry for entry in entries(where) if entry.idle >= days]
-    for entry in gone:
-        entry.path.unlink(missing_ok=True)
+    drafts = (path for path in where.glob(".*.part") if _idle(path) >= days)  # of who was killed
+    for path in (*(entry.path for entry in gone), *drafts):
+        path.unlink(missing_ok=True)
     return gone
+
+
+def _idle(path: Path) -> float:
+    return (time.time() - path.stat().st_mtime) / DAY

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,25 @@ class Rates:
             file.write(json.dumps(line) + "\n")
 
     def seconds(self, kind: str, amount: float) -> float | None:
-        """How long an amount of work will take; None where none of its kind was done here."""
+        """How long an amount of work will take; None where none of its kind was done here before.
+
+        What is noted after the first question is not read any more.
+        """
         if not amount:
             return 0.0
-        found = [n["seconds"] / n["amount"] for n in self._notes() if n["kind"] == kind]
-        return amount * statistics.median(found[-LATEST:]) if found else None
+        return amount * self._pace[kind] if kind in self._pace else None
 
-    def _notes(self) -> list[dict[str, Any]]:
-        if self.folder is None or not (self.folder / FILE).is_file():
-            return []
-        notes = []
-        for line in (self.folder / FILE).read_text().splitlines():
+    @cached_property
+    def _pace(self) -> dict[str, float]:
+        """Seconds for a unit of each kind of work."""
+        found: dict[str, list[float]] = defaultdict(list)
+        path = self.folder and self.folder / FILE
+        for line in path.read_text().splitlines() if path and path.is_file() else ():
             with contextlib.suppress(ValueError):  # of two commands that wrote at once
-                notes.append(json.loads(line))
-        return [note for note in notes if note.get("device") == self.device]
+                note = json.loads(line)
+                if note["device"] == self.device:
+                    found[note["kind"]].append(note["seconds"] / note["amount"])
+        return {kind: statistics.median(each[-LATEST:]) for kind, each in found.items()}
 
 
 def training(network: Classifier, how: Callable[..., Any]) -> str:

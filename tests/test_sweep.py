@@ -465,6 +465,24 @@ def test_attacks_and_budgets_share_a_run_and_resume_in_the_middle(tmp_path, monk
     assert not list((tmp_path / "out" / "checkpoints").glob("attack-*"))
 
 
+def test_an_attack_that_remembers_goes_on_in_the_middle(tmp_path, monkeypatch):
+    """Stop between two rounds of a bandit, whose preferences and network are in the checkpoint."""
+    data = write_data(tmp_path)
+    monkeypatch.setattr("madjax.attacks.adaptive.STEPS", 1)
+    online, recipe = Recipe(epochs=1, batch_size=16, decay_epochs=0), CONFIG.attacks[0].recipe
+    attack = AdaptiveKnockoff(budget=48, online=online, architecture=Linear, recipe=recipe)
+    chosen = replace(CONFIG, defenses=(Defended(MAD(), (0.5,)),), seeds=(0,), attacks=(attack,))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, "save", 2 + 3)  # two of the victim's, none asked, and two rounds
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run(chosen, tmp_path / "out", data_dir=data, log=lambda line: None)
+    rows, lines = logged(chosen, tmp_path / "out", data, resume=True)
+    assert [line.partition(": round ")[2][:6] for line in lines if "round" in line] == ["3 of 3"]
+    want, _ = logged(chosen, tmp_path / "whole", data)
+    assert results_of(rows) == results_of(want)
+    assert rows[0]["queries"] == 48
+
+
 MIXED = replace(
     CONFIG,
     seeds=(0, 1),

@@ -1,12 +1,14 @@
 """What a sweep would do: cells, stages held and missing, programs, bytes and time."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from madjax import store
@@ -14,12 +16,14 @@ from madjax.attacks import Online
 from madjax.batching import QUERIES
 from madjax.config import Sweep, Task
 from madjax.models import Classifier
-from madjax.sweep import cache, rates
+from madjax.sweep import cache, rates, stages
 from madjax.sweep.grid import cell_id, expand
+from madjax.sweep.keyring import Asked
 from madjax.sweep.mesh import device_name, make_mesh, wave_size
 from madjax.sweep.rates import Rates
-from madjax.sweep.stock import Asked, Stock
-from madjax.sweep.tasks import open_tasks
+from madjax.sweep.stages import Point
+from madjax.sweep.stock import Stock
+from madjax.sweep.tasks import Opened, open_tasks
 from madjax.sweep.trial import tried
 from madjax.sweep.work import Group, grouped
 
@@ -227,22 +231,24 @@ def _count_answers(group: Group, stock: Stock, tally: Tally, mesh: Mesh) -> bool
     """Posteriors and answers, on the test set and to queries; whether any has to be made."""
     network, online = group.parties.network, isinstance(group.attack, Online)
     for task in group.tasks:
-        _count_posteriors(stock, tally, network, task, stock.tested(task))
+        _count_posteriors(stock, tally, network, task, stock.keys.tested(task))
     if online:
         return True
     knows = group.drawn is None
     for task, seed in group.owners:
-        sets = [stock.tested(task)]
+        sets = [stock.keys.tested(task)]
         if group.drawn is not None:
-            sets.append(stock.queries(group, task, seed))
+            sets.append(stock.keys.queries(group, task, seed))
         places = [each for each in group.places if (each.task, each.seed) == (task, seed)]
         for asked in sets:
             made = 0
             for place in places:
-                key = stock.answer_key(group.rule, task, seed, asked, place.strength)
+                key = stock.keys.answers(group.rule, task, seed, asked, place.strength)
                 kind = rates.answering(group.rule, network)
                 name = key.digest or (group.rule, place, str(asked.inputs))
-                made += tally.need("answers", "queries", name, stock.has(key), kind, asked.count)
+                made += tally.need(
+                    "answers", "queries", name, stock.kept.has(key), kind, asked.count
+                )
             if made:
                 knows = True
                 _count_posteriors(stock, tally, network, task, asked)
@@ -255,10 +261,10 @@ def _count_answers(group: Group, stock: Stock, tally: Tally, mesh: Mesh) -> bool
 def _count_posteriors(
     stock: Stock, tally: Tally, network: Classifier, task: Task, asked: Asked
 ) -> None:
-    key, count = stock.posteriors_key(task, asked), len(asked.images)
+    key, count = stock.keys.posteriors(task, asked), len(asked.images)
     name = key.digest or (task, str(asked.inputs))
     kind = rates.knowing(network)
-    if tally.need("posteriors", "images", name, stock.has(key), kind, count):
+    if tally.need("posteriors", "images", name, stock.kept.has(key), kind, count):
         tally.programs.add(("posterior", network, count))
 
 
@@ -277,10 +283,10 @@ def _count_cells(
         return
     rule = group.rule if group.drawn is None else None
     for place in group.places if rule else ():
-        key = stock.transfer_key(group, place)
+        key = stock.keys.transfer(group, place)
         kind = rates.collecting(attack, group.rule, parties.stolen)
         name = key.digest or (rule, attack, place)
-        tally.need("transfer sets", "queries", name, stock.has(key), kind, attack.budget)
+        tally.need("transfer sets", "queries", name, stock.kept.has(key), kind, attack.budget)
     for name, cell in group.cells.items():
         amount = attack.examples(cell.budget) * attack.recipe.epochs
         kind = rates.stealing(parties.stolen)
@@ -291,4 +297,26 @@ def _count_cells(
     tally.programs.add(("fidelity", parties.stolen, size))
     asking = ("begin", "proceed") if attack.rounds else ("begin",)
     tally.programs |= {(f, parties, attack, rule, size) for f in asking}
-    tally.device = max(tally.device, stock.device_bytes(group, size // mesh.size))
+    tally.device = max(tally.device, _device_bytes(group, stock.opened, size // mesh.size))
+
+
+def _device_bytes(group: Group, opened: Mapping[Task, Opened], cells: int) -> int:
+    """What the arrays of so many cells of a group, and what they share, take on a device."""
+    attack, parties = group.attack, group.parties
+    sources = {id(s): s for s in (opened[t].sources[attack.source] for t in group.tasks)}
+    shared = sum(s.images.nbytes + s.labels.nbytes for s in sources.values())
+    for task in group.tasks:
+        data = opened[task].data
+        shared += data.x_test.nbytes + len(data.x_test) * 4 * (1 + parties.num_classes)
+    size = attack.examples(attack.budget)
+    state = jax.eval_shape(
+        partial(stages.start, parties.stolen, attack.recipe, size),
+        Point(np.float32(0), np.uint32(0)),
+        None,
+    )
+    told = attack.budget * parties.num_classes * 4
+    own = size * 4
+    if group.drawn is None:
+        own = size * int(np.prod(parties.network.image_shape)) * 4
+    each = told + own + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    return shared + cells * each

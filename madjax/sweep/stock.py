@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,24 +14,23 @@ from jax.sharding import Mesh
 
 from madjax.attacks import keys
 from madjax.batching import QUERIES
-from madjax.config import Task, describe
+from madjax.config import Task
 from madjax.defenses import Defense, Owner
-from madjax.defenses.defense import untracked
 from madjax.streams import stream
-from madjax.sweep import cache, rates, stages
-from madjax.sweep.cache import Cache, Key, Maker
+from madjax.sweep import rates, stages
+from madjax.sweep.cache import Cache, Maker
 from madjax.sweep.clock import Stopwatch
+from madjax.sweep.keyring import Asked, Keyring
 from madjax.sweep.mesh import everywhere, over_rows
 from madjax.sweep.rates import Rates
 from madjax.sweep.rows import task_facts
-from madjax.sweep.stages import Api, Own, Point, Tests
+from madjax.sweep.stages import Api, Own, Tests
 from madjax.sweep.tasks import Opened
 from madjax.sweep.victim import (
     Keep,
     Log,
     Planned,
     keeper,
-    network_key,
     owner_of,
     planner,
     train_victim,
@@ -53,25 +51,6 @@ class _Victim(NamedTuple):
     state: State
 
 
-class Asked(NamedTuple):
-    """Images that a victim is asked about, in the queries of this order, or each once."""
-
-    images: np.ndarray
-    sent: np.ndarray | None
-    inputs: list[Any]
-    """What tells them from others."""
-
-    @property
-    def count(self) -> int:
-        """Queries."""
-        return len(self.images if self.sent is None else self.sent)
-
-    @property
-    def repeats(self) -> int:
-        """How often the image is sent that is sent most."""
-        return 1 if self.sent is None else int(np.bincount(self.sent).max())
-
-
 class Stock:
     """The results of the stages that many cells read, from the cache or made and kept there.
 
@@ -86,10 +65,10 @@ class Stock:
         kept: Cache,
         log: Log,
     ):
-        self._opened, self._directory, self._mesh = opened, directory, mesh
-        self._kept, self._log = kept, log
+        self.opened, self._directory, self._mesh = opened, directory, mesh
+        self.kept, self._log = kept, log
         self.pace = Rates(kept.folder, kept.maker["device"])
-        self._keys: dict[Task, Key] = {}
+        self.keys = Keyring(opened)
         self._victims: dict[Task, _Victim] = {}
         self._tested: dict[Task, np.ndarray] = {}
         self._rule: Defense | None = None
@@ -100,13 +79,13 @@ class Stock:
         """The fields of a row that its task says, and what made results of other runs behind it."""
         scopes = place.task, (group.rule, place.task, place.seed), (group.rule, place)
         found = {stage: maker for scope in scopes for stage, maker in self._makers[scope].items()}
-        elsewhere = {stage: maker for stage, maker in found.items() if maker != self._kept.maker}
-        known = task_facts(self._opened[place.task].data, self._victim(place.task).state)
+        elsewhere = {stage: maker for stage, maker in found.items() if maker != self.kept.maker}
+        known = task_facts(self.opened[place.task].data, self._victim(place.task).state)
         return known | {"made_elsewhere": elsewhere}
 
     def own(self, group: Group) -> Own:
         """The attackers' images, on every device: one table where all tasks share it."""
-        found = [self._opened[task].sources[group.attack.source] for task in group.tasks]
+        found = [self.opened[task].sources[group.attack.source] for task in group.tasks]
         if all(each is found[0] for each in found):
             found = found[:1]
         images, labels = (np.stack([each[i] for each in found]) for i in range(2))
@@ -116,8 +95,8 @@ class Stock:
         """The test sets, on every device."""
         each = [
             (
-                self._opened[task].data.x_test,
-                self._opened[task].data.y_test,
+                self.opened[task].data.x_test,
+                self.opened[task].data.y_test,
                 self._test_posteriors(task),
             )
             for task in group.tasks
@@ -158,7 +137,7 @@ class Stock:
     def transfers(self, group: Group, places: list[Place], like: Any) -> list[Any] | None:
         """The transfer sets of a wave, if the cache has all; like has a leading axis of cells."""
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), like)
-        held = [self._kept.get(self.transfer_key(group, place), like) for place in places]
+        held = [self.kept.get(self.keys.transfer(group, place), like) for place in places]
         if None in held:
             return None
         for place, (_, maker) in zip(places, held, strict=True):
@@ -170,12 +149,12 @@ class Stock:
         for i, place in enumerate(places):
             mine = jax.tree.map(lambda a, i=i: np.asarray(a[i]), transfers)
             if sum(a.nbytes for a in jax.tree.leaves(mine)) <= LARGEST_TRANSFER:
-                self._kept.put(self.transfer_key(group, place), mine)
+                self.kept.put(self.keys.transfer(group, place), mine)
 
     def planned(self, group: Group, task: Task, seed: int | None) -> list[Planned]:
         """The networks that a defence would train for a victim and a seed; for None, the victim."""
-        each = self._opened[task]
-        keep, found = planner(self._directory, task, each.network, each.data, self._kept)
+        each = self.opened[task]
+        keep, found = planner(self._directory, task, each.network, each.data, self.kept)
         owner = owner_of(task, each.network, each.data, keep)
         if seed is None:
             jax.eval_shape(lambda: train_victim(owner))
@@ -183,56 +162,6 @@ class Stock:
             key = keys(seed)["surrogate"]
             jax.eval_shape(lambda: group.rule.prepare(owner, key, group.strengths))
         return found
-
-    def device_bytes(self, group: Group, cells: int) -> int:
-        """What the arrays of so many cells of a group, and what they share, take on a device."""
-        attack, parties, opened = group.attack, group.parties, self._opened
-        sources = {id(s): s for s in (opened[t].sources[attack.source] for t in group.tasks)}
-        shared = sum(s.images.nbytes + s.labels.nbytes for s in sources.values())
-        for task in group.tasks:
-            data = opened[task].data
-            shared += data.x_test.nbytes + len(data.x_test) * 4 * (1 + parties.num_classes)
-        size = attack.examples(attack.budget)
-        state = jax.eval_shape(
-            partial(stages.start, parties.stolen, attack.recipe, size),
-            Point(np.float32(0), np.uint32(0)),
-            None,
-        )
-        told = attack.budget * parties.num_classes * 4
-        own = size * 4
-        if group.drawn is None:
-            own = size * int(np.prod(parties.network.image_shape)) * 4
-        each = told + own + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-        return shared + cells * each
-
-    def has(self, key: Key) -> bool:
-        """Whether the cache has a result."""
-        return self._kept.has(key)
-
-    def victim_key(self, task: Task) -> Key:
-        """The key of a task's victim."""
-        if task not in self._keys:
-            each = self._opened[task]
-            owner = owner_of(task, each.network, each.data, untracked)
-            train = owner.training(owner.recipe, owner.key)
-            inputs = task, each.data, owner.recipe, owner.key, train
-            self._keys[task] = network_key("victim", *inputs)
-        return self._keys[task]
-
-    def transfer_key(self, group: Group, place: Place) -> Key:
-        """The key of a cell's transfer set."""
-        task, strength, seed = place
-        return cache.key(
-            "transfer",
-            f"{task.label}, {group.label}, strength {strength:g}, seed {seed}",
-            victim=self.victim_key(task),
-            rule=describe(group.rule),
-            attack=describe(group.attack),
-            own=self._opened[task].checksums[group.attack.source],
-            labels=group.parties.num_labels,
-            strength=strength,
-            seed=seed,
-        )
 
     def _at_places(
         self,
@@ -253,44 +182,17 @@ class Stock:
     def _utility(
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[dict[str, float]]:
-        key, asked = stream(keys(seed)["defense"], "tests"), self.tested(task)
+        key, asked = stream(keys(seed)["defense"], "tests"), self.keys.tested(task)
         told = np.stack(self._answers(group, task, seed, key, asked, strengths, "test answers"))
-        y, labels = self._test_posteriors(task), self._opened[task].data.y_test
+        y, labels = self._test_posteriors(task), self.opened[task].data.y_test
         measured = jax.device_get(stages.utility(y, told, labels))
         return [{name: each[i] for name, each in measured.items()} for i in range(len(told))]
 
     def _told(
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[np.ndarray]:
-        asked, key = self.queries(group, task, seed), keys(seed)["defense"]
+        asked, key = self.keys.queries(group, task, seed), keys(seed)["defense"]
         return self._answers(group, task, seed, key, asked, strengths, "answers")
-
-    def tested(self, task: Task) -> Asked:
-        """The test set, each image once."""
-        opened = self._opened[task]
-        return Asked(opened.data.x_test, None, [opened.checksums["dataset"], "test"])
-
-    def queries(self, group: Group, task: Task, seed: int) -> Asked:
-        """What an attack sends whose queries are foreseen."""
-        opened, source, sent = self._opened[task], group.attack.source, group.drawn[task][seed]
-        which, at = np.unique(sent, return_inverse=True)
-        inputs = [opened.checksums[source], describe(sent)]
-        return Asked(opened.sources[source].images[which], at, inputs)
-
-    def answer_key(
-        self, rule: Defense, task: Task, seed: int, asked: Asked, strength: float | None
-    ) -> Key:
-        """The key of the answers at a strength, or of one pass over the queries for several."""
-        at = "" if strength is None else f", strength {strength:g}"
-        return cache.key(
-            "answers",
-            f"{task.label}, {rule.label}, seed {seed}{at}",
-            victim=self.victim_key(task),
-            rule=describe(rule),
-            seed=seed,
-            asked=asked.inputs,
-            strength=strength,
-        )
 
     def _answers(
         self,
@@ -303,14 +205,14 @@ class Stock:
         stage: str,
     ) -> list[np.ndarray]:
         """The answers [Q, K] at each strength; those that the cache lacks are made in one pass."""
-        rule, network = group.rule, self._opened[task].network
-        names = {each: self.answer_key(rule, task, seed, asked, each) for each in strengths}
+        rule, network = group.rule, self.opened[task].network
+        names = {each: self.keys.answers(rule, task, seed, asked, each) for each in strengths}
         like = jax.ShapeDtypeStruct((asked.count, group.parties.num_classes), np.float32)
-        whole = self.answer_key(rule, task, seed, asked, None)
-        with self._kept.alone(whole, self._log):
+        whole = self.keys.answers(rule, task, seed, asked, None)
+        with self.kept.alone(whole, self._log):
             found = {}
             for strength, name in names.items():
-                held = self._kept.get(name, like)
+                held = self.kept.get(name, like)
                 if held is not None:
                     found[strength] = held[0]
                     place = Place(task, strength, seed)
@@ -336,19 +238,15 @@ class Stock:
                 self.pace.note(rates.answering(rule, network), amount, watch.running)
                 found |= zip(missing, made, strict=True)
                 for strength in missing:
-                    self._kept.put(names[strength], found[strength])
+                    self.kept.put(names[strength], found[strength])
         return [found[each] for each in strengths]
-
-    def posteriors_key(self, task: Task, asked: Asked) -> Key:
-        """The key of the victim's own posteriors."""
-        return cache.key("posteriors", task.label, victim=self.victim_key(task), asked=asked.inputs)
 
     def _posteriors(self, task: Task, asked: Asked) -> np.ndarray:
         """The victim's own posteriors of each image."""
-        opened, name = self._opened[task], self.posteriors_key(task, asked)
+        opened, name = self.opened[task], self.keys.posteriors(task, asked)
         like = jax.ShapeDtypeStruct((len(asked.images), opened.data.num_classes), np.float32)
-        with self._kept.alone(name, self._log):
-            held = self._kept.get(name, like)
+        with self.kept.alone(name, self._log):
+            held = self.kept.get(name, like)
             if held is not None:
                 return held[0]
             params, over = self._victim(task).state.params, over_rows(self._mesh)
@@ -356,12 +254,12 @@ class Stock:
             with watch:
                 y = stages.victim_posteriors(opened.network, params, asked.images, over=over)
             self.pace.note(rates.knowing(opened.network), len(y), watch.running)
-            self._kept.put(name, y)
+            self.kept.put(name, y)
         return y
 
     def _test_posteriors(self, task: Task) -> np.ndarray:
         if task not in self._tested:
-            self._tested[task] = self._posteriors(task, self.tested(task))
+            self._tested[task] = self._posteriors(task, self.keys.tested(task))
         return self._tested[task]
 
     def _known(self, group: Group, task: Task, seed: int) -> Any:
@@ -380,13 +278,13 @@ class Stock:
 
     def _keeper(self, task: Task, scope: Hashable) -> Keep:
         """Trains networks; what made one that the cache had is noted under a scope."""
-        opened = self._opened[task]
+        opened = self.opened[task]
         return keeper(
             self._directory,
             task,
             opened.network,
             opened.data,
-            self._kept,
+            self.kept,
             self.pace,
             self._makers[scope].__setitem__,
             self._log,
@@ -400,7 +298,7 @@ class Stock:
 
     def _victim(self, task: Task) -> _Victim:
         if task not in self._victims:
-            each = self._opened[task]
+            each = self.opened[task]
             owner = owner_of(task, each.network, each.data, self._keeper(task, task))
             self._victims[task] = _Victim(owner, train_victim(owner))
         return self._victims[task]

@@ -3,6 +3,7 @@
 import os
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madjax import MAD, Defended, Knockoff, LineSearch, Recipe, Sweep, Task, jbda, sweep
+from madjax import (
+    MAD,
+    MLP,
+    Defended,
+    Knockoff,
+    LineSearch,
+    Recipe,
+    Sweep,
+    Task,
+    fit,
+    jbda,
+    open_dataset,
+    private,
+    sweep,
+)
 from madjax.cli import main
 from madjax.config import describe
 from madjax.sweep import cache, stages
+from madjax.sweep.victim import network_key
 
 TREE = {"w": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "b": np.int32(7)}
 LIKE = jax.eval_shape(lambda: TREE)
@@ -75,6 +91,28 @@ def test_what_has_no_source_is_not_kept(kept):
     with kept.alone(unknown, print):
         pass
     assert cache.entries(kept.folder) == []
+
+
+@pytest.mark.smoke
+def test_a_network_is_told_by_its_data_its_recipe_its_key_and_how_it_is_trained(folder):
+    data, key = open_dataset("tiny", folder), jax.random.key(0)
+    noisy = partial(private.fit, noise_multiplier=0.5, clip=1.0)
+    first = {"task": TASK, "data": data, "recipe": RECIPE, "key": key, "train": partial(fit, 1)}
+    changes = (
+        {},
+        {"task": replace(TASK, architecture=MLP)},
+        {"data": replace(data, x_train=data.x_train + 1)},
+        {"recipe": replace(RECIPE, learning_rate=0.2)},
+        {"key": jax.random.key(1)},
+        {"train": partial(noisy, 1)},
+        {"train": partial(noisy, 1, noise_multiplier=0.5000001)},
+    )
+    keys = [network_key("one", *(first | change).values()) for change in changes]
+    assert len({key.digest for key in keys}) == len(changes)
+    said = first | {"task": replace(TASK, queryset="other"), "train": partial(fit, "network")}
+    assert network_key("two", *said.values()).digest == keys[0].digest
+    for unknown in (lambda: 0, partial(lambda network: 0, 1)):
+        assert network_key("one", *(first | {"train": unknown}).values()).digest is None
 
 
 @pytest.mark.smoke
@@ -189,9 +227,10 @@ class Mine(MAD):
 
 
 RECIPE = Recipe(epochs=2, batch_size=16)
+TASK = Task("tiny", "tiny", architecture=Linear, victim=RECIPE)
 CONFIG = Sweep(
     "cached",
-    (Task("tiny", "tiny", architecture=Linear, victim=RECIPE),),
+    (TASK,),
     (Defended(MAD(surrogate_epochs=1), (0.5, 0.99)),),
     (Knockoff(budget=40, architecture=Linear, recipe=RECIPE),),
     seeds=(0, 1),

@@ -131,6 +131,16 @@ def test_a_plan_knows_what_is_there(folder, tmp_path):
     }
 
 
+def test_a_plan_finds_networks_in_the_directory_too(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADJAX_CACHE", "")
+    few = replace(CONFIG, attacks=(KNOCKOFF,), tasks=(TASK,), budgets=())
+    run(few, tmp_path / "out", folder)
+    more = replace(few, seeds=(0, 1, 2))
+    found = stages_of(sweep.plan(more, tmp_path / "out", data_dir=folder))
+    assert found["networks"] == (2, 1, 60)  # the victim, and a surrogate for the new seed
+    assert found["answers"] == (6, 0, 3 * (30 + 40))
+
+
 def test_other_attacks_have_stages_of_their_own(folder, tmp_path):
     online = Online(
         budget=24,

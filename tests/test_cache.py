@@ -56,24 +56,25 @@ def test_a_result_comes_back_as_it_was_with_what_made_it(kept):
 
 @pytest.mark.smoke
 def test_a_key_changes_with_all_that_it_is_made_of(monkeypatch):
-    first = cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.5)
-    others = [
-        cache.key("answers", "one", victim=cache.key("network", "v", seed=2), strength=0.5),
-        cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.6),
-        cache.key("transfer", "one", victim=cache.key("network", "v", seed=1), strength=0.5),
-    ]
-    monkeypatch.setitem(cache.VERSIONS, "network", 99)
-    others.append(
-        cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.5)
-    )
-    monkeypatch.undo()
-    for target, value in (("jax.__version__", "0"), ("jax.default_backend", lambda: "gpu")):
-        monkeypatch.setattr(target, value)
-        others.append(
-            cache.key("answers", "one", victim=cache.key("network", "v", seed=1), strength=0.5)
+    def key(stage="answers", seed=1, strength=0.5):
+        return cache.key(
+            stage, "one", victim=cache.key("network", "v", seed=seed), strength=strength
         )
-        monkeypatch.undo()
-    assert len({first.digest, *(key.digest for key in others)}) == 7
+
+    first = key()
+    others = [key(seed=2), key(strength=0.6), key(stage="transfer")]
+    changes = (
+        ("madjax.sweep.cache.version", lambda package: "0"),
+        ("jax.default_backend", lambda: "gpu"),
+        ("madjax.sweep.cache.VERSIONS", cache.VERSIONS | {"network": 99}),
+    )
+    for target, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(target, value)
+            others.append(key())
+    with jax.default_matmul_precision("bfloat16"):
+        others.append(key())
+    assert len({first.digest, *(other.digest for other in others)}) == 8
     same = cache.key("answers", "two", victim=cache.key("network", "u", seed=1), strength=0.5)
     assert same.digest == first.digest  # what people read is no part of it
 
@@ -147,6 +148,13 @@ def test_a_place_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert kept.folder is None
     monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "cache"))
     kept, key = cache.open_cache(MAKER), cache.key("network", "x")
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr("madjax.sweep.cache.FileLock.acquire", refuse)
+    with kept.alone(key, print):
+        assert kept.get(key, LIKE) is None
     (kept.folder / f"{key.name}.npz").mkdir()
     with pytest.warns(UserWarning, match="a result is not kept for other runs"):
         kept.put(key, TREE)

@@ -52,10 +52,27 @@ CONFIG = Sweep(
 )
 
 
-@pytest.fixture(autouse=True)
-def kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    """A plan, the run of the same config after it, what that logged and what it compiled."""
+    base = tmp_path_factory.mktemp("planned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MADJAX_CACHE", str(base / "cache"))
+        jax.clear_caches()
+        plan = sweep.plan(CONFIG, base / "out", data_dir=folder)
+        assert not (base / "out").exists()
+        assert cache.entries(base / "cache") == []
+        jax.clear_caches()
+        sweep.programs.clear()
+        _, lines = run(CONFIG, base / "out", folder)
+    return base, plan, lines, dict(sweep.programs)
+
+
+@pytest.fixture
+def kept(made, monkeypatch):
+    """The cache of that run."""
+    monkeypatch.setenv("MADJAX_CACHE", str(made[0] / "cache"))
+    return made[0] / "cache"
 
 
 def stages_of(plan):
@@ -67,12 +84,8 @@ def run(config, out, folder):
     return sweep.run(config, out, data_dir=folder, log=lines.append), lines
 
 
-def test_a_plan_counts_what_the_sweep_then_makes(folder, tmp_path, kept):
-    out = tmp_path / "out"
-    jax.clear_caches()
-    plan = sweep.plan(CONFIG, out, data_dir=folder)
-    assert not out.exists()
-    assert cache.entries(kept) == []
+def test_a_plan_counts_what_the_sweep_then_makes(made, kept):
+    _, plan, lines, programs = made
     cells = 2 * 3 * 3 * 2 * 2  # tasks, strengths, attacks, seeds, budgets
     assert (plan.cells, plan.missing) == (cells, cells)
     places = 2 * 3 * 2
@@ -89,23 +102,18 @@ def test_a_plan_counts_what_the_sweep_then_makes(folder, tmp_path, kept):
     assert plan.seconds is None
     assert "not measured" in plan.table()
     assert "time not known" in plan.summary()
-    jax.clear_caches()
-    sweep.programs.clear()
-    _, lines = run(CONFIG, out, folder)
     assert lines[0] == plan.summary()
     names = "posterior", "at_strengths", "begin", "proceed", "start", "advance", "fidelity"
     # Trainings of victims and of surrogates have a start of their own.
-    made = sum(sweep.programs[name] for name in names) - 2
-    assert made == plan.programs
+    assert sum(programs[name] for name in names) - 2 == plan.programs
     found = [entry.path.name.partition("-")[0] for entry in cache.entries(kept)]
     kinds = ("network", "networks"), ("posteriors",) * 2, ("answers",) * 2
     for kind, stage in (*kinds, ("transfer", "transfer sets")):
         assert found.count(kind) == stages_of(plan)[stage][0], kind
 
 
-def test_a_plan_knows_what_is_there(folder, tmp_path):
-    out = tmp_path / "out"
-    run(CONFIG, out, folder)
+def test_a_plan_knows_what_is_there(made, kept, folder, tmp_path):
+    out = made[0] / "out"
     done = sweep.plan(CONFIG, out, data_dir=folder)
     assert (done.missing, done.stages, done.seconds) == (0, (), None)
     assert done.summary() == f"planned: all {done.cells} cells have their row in {out}"
@@ -131,8 +139,8 @@ def test_a_plan_knows_what_is_there(folder, tmp_path):
     }
 
 
-def test_a_plan_finds_networks_in_the_directory_too(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("MADJAX_CACHE", "")
+def test_a_plan_finds_networks_in_the_directory_too(folder, tmp_path):
+    """Where nothing is cached."""
     few = replace(CONFIG, attacks=(KNOCKOFF,), tasks=(TASK,), budgets=())
     run(few, tmp_path / "out", folder)
     more = replace(few, seeds=(0, 1, 2))
@@ -151,7 +159,7 @@ def test_other_attacks_have_stages_of_their_own(folder, tmp_path):
         recipe=replace(RECIPE, batch_size=1),
     )
     adaptive = AdaptiveKnockoff(budget=40, online=replace(RECIPE, decay_epochs=0), **SETTINGS)
-    config = replace(CONFIG, attacks=(online, adaptive), budgets=(), tasks=(TASK,))
+    config = replace(CONFIG, attacks=(online, adaptive), budgets=(), tasks=(TASK,), seeds=(7, 8))
     found = stages_of(sweep.plan(config, tmp_path / "out", data_dir=folder))
     assert found["online attackers"] == (6, 0, 6 * 24)
     assert found["transfer sets"] == (6, 0, 6 * 40)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,12 @@ from madjax.files import write_atomically
 VARIABLE = "MADJAX_CACHE"
 VERSIONS = {"network": 1, "posteriors": 1, "answers": 1, "transfer": 1}
 """Of each stage: to be raised when its results change though nothing that a key holds does."""
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+)
 DAY = 24 * 60 * 60
 Maker = dict[str, Any]
 """Device, commit and versions that a result was made with."""
@@ -52,18 +59,16 @@ class Key(NamedTuple):
 def key(stage: str, what: str, **inputs: Any) -> Key:
     """The key of a result: a described value, or another key, for each of the stage's inputs.
 
-    JAX's version, the platform and the version of the stage are inputs of all.
+    The stage's version, those of JAX, Flax and optax, the platform and JAX's settings of precision
+    and of random numbers are inputs of all.
     """
     keys = [value for value in inputs.values() if isinstance(value, Key)]
     inputs |= {n: value.digest for n, value in inputs.items() if isinstance(value, Key)}
     inputs |= {
         "stage": [stage, VERSIONS[stage]],
-        "jax": [
-            jax.__version__,
-            jax.default_backend(),
-            jax.config.jax_enable_x64,
-            str(jax.config.jax_default_matmul_precision),
-        ],
+        "versions": [version(package) for package in ("jax", "flax", "optax")],
+        "platform": jax.default_backend(),
+        "settings": [str(getattr(jax.config, name)) for name in _SETTINGS],
     }
     if any(each.digest is None for each in keys) or _has_unknown_source(inputs):
         return Key(stage, what, None)
@@ -162,6 +167,9 @@ class Cache:
         except Timeout:
             log(f"{key.stage} of {key.what}: another command makes it, waiting")
             lock.acquire()
+        except OSError:  # a folder that others may write to, and this user may only read
+            yield
+            return
         try:
             yield
         finally:

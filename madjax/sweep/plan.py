@@ -22,7 +22,7 @@ from madjax.sweep.keyring import Asked
 from madjax.sweep.mesh import device_name, make_mesh, wave_size
 from madjax.sweep.rates import Rates
 from madjax.sweep.stages import Point
-from madjax.sweep.stock import Stock
+from madjax.sweep.stock import LARGEST_TRANSFER, Stock
 from madjax.sweep.tasks import Opened, open_tasks
 from madjax.sweep.trial import tried
 from madjax.sweep.work import Group, grouped
@@ -265,6 +265,7 @@ def _count_posteriors(
     name = key.digest or (task, str(asked.inputs))
     kind = rates.knowing(network)
     if tally.need("posteriors", "images", name, stock.kept.has(key), kind, count):
+        tally.disk += asked.images.shape[0] * stock.opened[task].data.num_classes * 4
         tally.programs.add(("posterior", network, count))
 
 
@@ -286,7 +287,9 @@ def _count_cells(
         key = stock.keys.transfer(group, place)
         kind = rates.collecting(attack, group.rule, parties.stolen)
         name = key.digest or (rule, attack, place)
-        tally.need("transfer sets", "queries", name, stock.kept.has(key), kind, attack.budget)
+        held, size = stock.kept.has(key), _transfer_bytes(group)
+        if tally.need("transfer sets", "queries", name, held, kind, attack.budget):
+            tally.disk += size * (size <= LARGEST_TRANSFER)
     for name, cell in group.cells.items():
         amount = attack.examples(cell.budget) * attack.recipe.epochs
         kind = rates.stealing(parties.stolen)
@@ -314,9 +317,12 @@ def _device_bytes(group: Group, opened: Mapping[Task, Opened], cells: int) -> in
         Point(np.float32(0), np.uint32(0)),
         None,
     )
-    told = attack.budget * parties.num_classes * 4
-    own = size * 4
-    if group.drawn is None:
-        own = size * int(np.prod(parties.network.image_shape)) * 4
-    each = told + own + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    each = _transfer_bytes(group) + sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     return shared + cells * each
+
+
+def _transfer_bytes(group: Group) -> int:
+    """What a transfer set takes; one whose images are not foreseen as if all were synthetic."""
+    attack, parties = group.attack, group.parties
+    image = 1 if group.drawn is not None else int(np.prod(parties.network.image_shape))
+    return 4 * (attack.examples(attack.budget) * image + attack.budget * parties.num_classes)

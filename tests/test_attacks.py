@@ -451,8 +451,8 @@ def bandit(preference, rewards=(1.0,), steps=0):
         jnp.zeros(classes, jnp.int32),
         jnp.full(len(rewards), jnp.inf),
         jnp.full(len(rewards), -jnp.inf),
-        jnp.full(25, jnp.nan),
-        jnp.full((25, 3), jnp.nan),
+        jnp.full(25, -jnp.inf),
+        jnp.full((25, 3), -jnp.inf),
     )
 
 

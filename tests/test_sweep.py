@@ -471,7 +471,7 @@ def test_an_attack_that_remembers_goes_on_in_the_middle(tmp_path, monkeypatch):
     monkeypatch.setattr("madjax.attacks.adaptive.STEPS", 1)
     online, recipe = Recipe(epochs=1, batch_size=16, decay_epochs=0), CONFIG.attacks[0].recipe
     attack = AdaptiveKnockoff(budget=48, online=online, architecture=Linear, recipe=recipe)
-    chosen = replace(CONFIG, defenses=(Defended(MAD(), (0.5,)),), seeds=(0,), attacks=(attack,))
+    chosen = replace(CONFIG, defenses=(Defended(Undefended()),), seeds=(0,), attacks=(attack,))
     with monkeypatch.context() as patch:
         interrupt_after(patch, "save", 2 + 3)  # two of the victim's, none asked, and two rounds
         with pytest.raises(KeyboardInterrupt):
@@ -706,10 +706,7 @@ ALIKE = (
     [
         (sweep.map_cells, CONFIG.attacks[0]),
         pytest.param(sweep.vmap_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
-        (
-            sweep.vmap_cells,
-            jbda(budget=30, recipe=RECIPE, substitute=SUBSTITUTE, seeds=10, architecture=Linear),
-        ),
+        (sweep.vmap_cells, replace(CONFIG.attacks[0], augment=partial(crop_and_flip, pad=2))),
     ],
     ids=["map", "vmap", "asking"],
 )

@@ -63,8 +63,8 @@ class _Bandit(NamedTuple):
     drawn: Array  # times each class was drawn, int32 [C]
     low: Array  # of each reward so far [R]
     high: Array
-    rewards: Array  # mean reward of each of the last steps [25], NaN where none
-    means: Array  # mean targets of each of the last steps [25, K], NaN where none
+    rewards: Array  # mean reward of each of the last steps [25], -inf where none
+    means: Array  # mean targets of each of the last steps [25, K], -inf where none
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class AdaptiveKnockoff(Attack):
             jnp.zeros(world.num_labels, jnp.int32),
             jnp.full(len(self.rewards), jnp.inf),
             jnp.full(len(self.rewards), -jnp.inf),
-            jnp.full(_RECENT, jnp.nan),
-            jnp.full((_RECENT, world.num_classes), jnp.nan),
+            jnp.full(_RECENT, -jnp.inf),
+            jnp.full((_RECENT, world.num_classes), -jnp.inf),
         )
         scratch = start(world.classifier, self.online, self.online.batch_size, _keys(world)[1])
         return Transfer(
@@ -166,7 +166,7 @@ class AdaptiveKnockoff(Attack):
     ) -> _Bandit:
         """The bandit after the answers of one step."""
         count = jnp.maximum(wanted.sum(), 1)
-        mean = jnp.nan_to_num(_nanmean(bandit.means))
+        mean = jnp.nan_to_num(_mean_of_known(bandit.means))
         raw = jnp.stack([reward(targets, logits, mean) for reward in self.rewards], -1)
         raw = jnp.nan_to_num(raw, nan=0.0, posinf=1e6, neginf=-1e6)  # of a network that diverged
         low = jnp.minimum(bandit.low, jnp.where(wanted[:, None], raw, jnp.inf).min(0))
@@ -176,7 +176,7 @@ class AdaptiveKnockoff(Attack):
         scaled = (raw - low[None]) / spread[None]
         reward = jnp.where(wanted, scaled.mean(-1), 0)
         now = reward.sum() / count
-        baseline = _nanmean(bandit.rewards)
+        baseline = _mean_of_known(bandit.rewards)
         advantage = jnp.where(wanted, reward - jnp.where(jnp.isnan(baseline), now, baseline), 0)
         rate = advantage / jnp.maximum(bandit.drawn[classes], 1)
         share = jax.nn.softmax(bandit.preference)
@@ -197,9 +197,9 @@ def _keys(world: World) -> Array:
     return jax.random.split(stream(world.key, "bandit"), 3)
 
 
-def _nanmean(a: Array) -> Array:
-    """The mean over the first axis of what is not NaN; NaN where there is nothing."""
-    known = ~jnp.isnan(a)
+def _mean_of_known(a: Array) -> Array:
+    """The mean over the first axis of what is finite; NaN where nothing is."""
+    known = jnp.isfinite(a)
     count = known.sum(0)
     total = jnp.where(known, a, 0).sum(0)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)

@@ -465,6 +465,7 @@ def test_attacks_and_budgets_share_a_run_and_resume_in_the_middle(tmp_path, monk
     assert not list((tmp_path / "out" / "checkpoints").glob("attack-*"))
 
 
+@pytest.mark.slow  # what the rounds of a bandit are is tested without a sweep
 def test_an_attack_that_remembers_goes_on_in_the_middle(tmp_path, monkeypatch):
     """Stop between two rounds of a bandit, whose preferences and network are in the checkpoint."""
     data = write_data(tmp_path)
@@ -704,7 +705,7 @@ ALIKE = (
 @pytest.mark.parametrize(
     ("mapping", "attack"),
     [
-        (sweep.map_cells, CONFIG.attacks[0]),
+        pytest.param(sweep.map_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
         pytest.param(sweep.vmap_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
         (sweep.vmap_cells, replace(CONFIG.attacks[0], augment=partial(crop_and_flip, pad=2))),
     ],

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
@@ -119,34 +120,33 @@ def _cache(options: argparse.Namespace) -> None:
         return
     if options.prune is not None:
         gone = cache.prune(where, options.prune)
-        print(f"{where}: {len(gone)} results removed, {_megabytes(gone)}")
+        print(f"{where}: {len(gone)} results removed, {_total(gone)}")
         return
     found = cache.entries(where)
     for entry in found:
         made = f"{entry.made} by {entry.maker.get('git_commit')} on {entry.maker.get('device')}"
-        size = _megabytes([entry])
+        size = cache.in_bytes(entry.size)
         print(
             f"{entry.path.stem}  {size}, last used {entry.idle:.0f} days ago, {entry.what}, {made}"
         )
-    print(f"{where}: {len(found)} results, {_megabytes(found)}")
+    print(f"{where}: {len(found)} results, {_total(found)}")
 
 
-def _megabytes(entries: list[cache.Entry]) -> str:
-    return f"{sum(entry.size for entry in entries) / 1e6:,.1f} MB"
+def _total(entries: list[cache.Entry]) -> str:
+    return cache.in_bytes(sum(entry.size for entry in entries))
 
 
-def _days(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is no number of days: give one >= 0")
-    return value
+def _at_least_zero(what: str) -> Callable[[str], float]:
+    """The type of an option that is a number from 0."""
 
+    def read(text: str) -> float:
+        value = float(text)
+        if not value >= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not a {what}: give a number >= 0")
+        return value
 
-def _epsilon(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a budget: give a number >= 0")
-    return value
+    read.__name__ = what  # as argparse calls what is no number
+    return read
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,7 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _name_a_run(command)
     command.add_argument(
-        "--epsilon", type=_epsilon, required=True, help="the defence's strength, any number >= 0"
+        "--epsilon",
+        type=_at_least_zero("budget"),
+        required=True,
+        help="the defence's strength, any number >= 0",
     )
     for what in ("task", "defense"):
         command.add_argument(
@@ -220,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--prune",
-        type=_days,
+        type=_at_least_zero("number of days"),
         metavar="DAYS",
         help="remove what was not used for so many days; 0 removes all",
     )

@@ -2,7 +2,7 @@
 
     DIR/config.json     the config as run, and its hash
     DIR/rows.jsonl      one JSON object a line, one line a cell, written once and whole
-    DIR/traces/         one .npz file for every wave of online attackers: each of their steps
+    DIR/traces/         an .npz file for each task and seed of online attackers: every step
     DIR/checkpoints/    Orbax checkpoints: what the victim's owner trained, and what is under way
     DIR/.lock           held by the command that is at work there
 

@@ -5,7 +5,6 @@ import threading
 from dataclasses import dataclass, replace
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +28,8 @@ from madjax import (
 from madjax.cli import main
 from madjax.config import describe
 from madjax.sweep import cache, stages
-from madjax.sweep.victim import network_key
+from madjax.sweep.victim import identified
+from tests.networks import Linear
 
 TREE = {"w": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "b": np.int32(7)}
 LIKE = jax.eval_shape(lambda: TREE)
@@ -108,12 +108,13 @@ def test_a_network_is_told_by_its_data_its_recipe_its_key_and_how_it_is_trained(
         {"train": partial(noisy, 1)},
         {"train": partial(noisy, 1, noise_multiplier=0.5000001)},
     )
-    keys = [network_key("one", *(first | change).values()) for change in changes]
-    assert len({key.digest for key in keys}) == len(changes)
+    found = [identified("one", *(first | change).values()) for change in changes]
+    names, keys = zip(*found, strict=True)
+    assert len({key.digest for key in keys}) == len(set(names)) == len(changes)
     said = first | {"task": replace(TASK, queryset="other"), "train": partial(fit, "network")}
-    assert network_key("two", *said.values()).digest == keys[0].digest
+    assert identified("two", *said.values())[1].digest == keys[0].digest
     for unknown in (lambda: 0, partial(lambda network: 0, 1)):
-        assert network_key("one", *(first | {"train": unknown}).values()).digest is None
+        assert identified("one", *(first | {"train": unknown}).values())[1].digest is None
 
 
 @pytest.mark.smoke
@@ -221,14 +222,6 @@ def test_the_command_lists_and_prunes(kept, capsys, monkeypatch):
 # --- in a sweep -----------------------------------------------------------------------------------
 
 
-class Linear(nn.Module):
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
-
-
 @dataclass(frozen=True)
 class Mine(MAD):
     """A rule of the user's, with nothing changed."""
@@ -306,6 +299,19 @@ def test_another_run_makes_nothing_twice(kept, folder, tmp_path, monkeypatch, co
     for row, same in zip(without, again, strict=True):
         assert row["attacker_losses"] == same["attacker_losses"]
         assert row["made_elsewhere"] == {}
+
+
+def test_a_network_of_which_it_is_not_known_what_made_it_is_not_kept(
+    kept, folder, tmp_path, monkeypatch
+):
+    """One that lies in a run's directory since an earlier command, which kept nothing."""
+    few = replace(CONFIG, seeds=(0,), defenses=(Defended(MAD(), (0.5,)),))
+    monkeypatch.setenv("MADJAX_CACHE", "")
+    run(few, tmp_path / "one", folder)
+    monkeypatch.setenv("MADJAX_CACHE", str(kept.folder))
+    run(replace(few, seeds=(0, 1)), tmp_path / "one", folder, resume=True)
+    names = {entry.path.name.partition("-")[0] for entry in cache.entries(kept.folder)}
+    assert names == {"posteriors", "answers"}
 
 
 def test_a_result_that_is_damaged_changes_no_row(kept, folder, tmp_path):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -31,17 +30,7 @@ from madjax.attacks import crop_and_flip, keys
 from madjax.defenses import Owner, as_function, prediction_api
 from madjax.streams import stream
 from madjax.sweep.victim import VICTIM
-
-
-class Linear(nn.Module):
-    """One dense layer: the cheapest network that all attacks can train."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
-
+from tests.networks import Linear
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.3)
 SETTINGS = {"budget": 30, "architecture": Linear, "recipe": RECIPE}

@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 
-import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 from madjax import (
     MAD,
     AdaptiveKnockoff,
+    Classifier,
     Defended,
     InputError,
     Knockoff,
@@ -18,20 +19,15 @@ from madjax import (
     Sweep,
     Task,
     jbda,
+    open_dataset,
     sweep,
 )
 from madjax.cli import main
+from madjax.datasets import MNIST_FAMILY
 from madjax.sweep import cache
 from madjax.sweep.rates import Rates
-
-
-class Linear(nn.Module):
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
-
+from madjax.train import start
+from tests.networks import Linear
 
 RECIPE = Recipe(epochs=2, batch_size=16)
 SETTINGS = {"architecture": Linear, "recipe": RECIPE}
@@ -109,6 +105,41 @@ def test_a_plan_counts_what_the_sweep_then_makes(made, kept):
     kinds = ("network", "networks"), ("posteriors",) * 2, ("answers",) * 2
     for kind, stage in (*kinds, ("transfer", "transfer sets")):
         assert found.count(kind) == stages_of(plan)[stage][0], kind
+    held = sum(_bytes_in(entry.path) for entry in cache.entries(kept))
+    in_directory = sum(
+        _bytes_in(entry.path) for entry in cache.entries(kept) if "network" in entry.path.name
+    )
+    counts = 4 * places  # of queries asked, in transfer sets
+    assert plan.disk_bytes == held + in_directory - counts
+
+
+def _bytes_in(path):
+    """Of the arrays of a result."""
+    with np.load(path) as held:
+        return sum(held[name].nbytes for name in held.files if name != "facts")
+
+
+def test_a_device_holds_more_for_each_cell_by_its_transfer_set_and_its_model(folder, tmp_path):
+    attack = CONFIG.attacks[2]
+    few = replace(CONFIG, attacks=(attack,), budgets=())
+    one, two = (
+        sweep.plan(
+            few,
+            tmp_path / "out",
+            data_dir=folder,
+            cells_per_device=cells,
+            devices=jax.devices()[:1],
+        ).device_bytes
+        for cells in (1, 2)
+    )
+    network = Classifier(Linear(4), MNIST_FAMILY.preprocess, (6, 6, 1))
+    state = jax.eval_shape(lambda: start(network, RECIPE, 30, jax.random.key(0)))
+    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert two - one == model + 4 * 30 * (6 * 6 + 4)
+    data = open_dataset("tiny", folder)
+    images = data.x_train.nbytes + data.y_train.nbytes
+    tests = data.x_test.nbytes + 30 * 4 * (1 + 4)
+    assert one - (two - one) == images + 2 * tests  # of two tasks that share their images
 
 
 def test_a_plan_knows_what_is_there(made, kept, folder, tmp_path):

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,16 +26,9 @@ from madjax.defenses import as_function
 from madjax.evaluate import utility
 from madjax.sweep import stages
 from madjax.sweep.mesh import over_rows
+from tests.networks import Linear
 
 pytestmark = pytest.mark.smoke
-
-
-class Linear(nn.Module):
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 
 NETWORK = Classifier(Linear(4), MNIST_FAMILY.preprocess, (6, 6, 1))

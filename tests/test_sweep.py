@@ -40,6 +40,7 @@ from madjax.private import accounted_epsilon
 from madjax.report import read_rows
 from madjax.sweep import stages
 from madjax.train import train
+from tests.networks import Linear
 
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.05)
 BUDGET = 40
@@ -53,16 +54,6 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Conv(3, (3, 3), strides=2)(x))
-        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
-
-
-class Linear(nn.Module):
-    """One dense layer: the cheapest network there is, for what no network changes."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x):
         return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 

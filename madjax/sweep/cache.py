@@ -235,5 +235,10 @@ def prune(where: Path, days: float) -> list[Entry]:
     return gone
 
 
+def in_bytes(count: float) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
 def _idle(path: Path) -> float:
     return (time.time() - path.stat().st_mtime) / DAY

@@ -11,22 +11,34 @@ from madjax.defenses.defense import untracked
 from madjax.sweep import cache
 from madjax.sweep.cache import Key
 from madjax.sweep.tasks import Opened
-from madjax.sweep.victim import network_key, owner_of
+from madjax.sweep.victim import identified, owner_of
 from madjax.sweep.work import Group, Place
 
 
 class Asked(NamedTuple):
-    """Images that a victim is asked about, in the queries of this order, or each once."""
+    """Images that a victim is asked about: each once, or those at `which`, query by query."""
 
-    images: np.ndarray
-    sent: np.ndarray | None
+    source: np.ndarray
     inputs: list[Any]
     """What tells them from others."""
+    which: np.ndarray | None = None
+    sent: np.ndarray | None = None
+    """Which of these each query sends."""
+
+    @property
+    def images(self) -> np.ndarray:
+        """Those that are asked about; a copy, where they are not all."""
+        return self.source if self.which is None else self.source[self.which]
+
+    @property
+    def size(self) -> int:
+        """Images."""
+        return len(self.source if self.which is None else self.which)
 
     @property
     def count(self) -> int:
         """Queries."""
-        return len(self.images if self.sent is None else self.sent)
+        return self.size if self.sent is None else len(self.sent)
 
     @property
     def repeats(self) -> int:
@@ -47,8 +59,8 @@ class Keyring:
             each = self._opened[task]
             owner = owner_of(task, each.network, each.data, untracked)
             train = owner.training(owner.recipe, owner.key)
-            inputs = task, each.data, owner.recipe, owner.key, train
-            self._victims[task] = network_key("victim", *inputs)
+            training = owner.recipe, owner.key, train
+            _, self._victims[task] = identified("victim", task, each.data, *training)
         return self._victims[task]
 
     def transfer(self, group: Group, place: Place) -> Key:
@@ -69,14 +81,14 @@ class Keyring:
     def tested(self, task: Task) -> Asked:
         """The test set, each image once."""
         opened = self._opened[task]
-        return Asked(opened.data.x_test, None, [opened.checksums["dataset"], "test"])
+        return Asked(opened.data.x_test, [opened.checksums["dataset"], "test"])
 
     def queries(self, group: Group, task: Task, seed: int) -> Asked:
         """What an attack sends whose queries are foreseen."""
         opened, source, sent = self._opened[task], group.attack.source, group.drawn[task][seed]
         which, at = np.unique(sent, return_inverse=True)
         inputs = [opened.checksums[source], describe(sent)]
-        return Asked(opened.sources[source].images[which], at, inputs)
+        return Asked(opened.sources[source].images, inputs, which, at)
 
     def answers(
         self, rule: Defense, task: Task, seed: int, asked: Asked, strength: float | None

@@ -17,6 +17,7 @@ from madjax.batching import QUERIES
 from madjax.config import Sweep, Task
 from madjax.models import Classifier
 from madjax.sweep import cache, rates, stages
+from madjax.sweep.cache import in_bytes
 from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.keyring import Asked
 from madjax.sweep.mesh import device_name, make_mesh, wave_size
@@ -76,8 +77,8 @@ class Plan:
             return f"{self.name}: all {self.cells} cells have their row in {self.directory}"
         return (
             f"{self.name}: {self.missing} of {self.cells} cells to run on {self.device}, "
-            f"{self.programs} programs, {_bytes(self.device_bytes)} on a device, "
-            f"{_bytes(self.disk_bytes)} on disk, {self._time()}"
+            f"{self.programs} programs, {in_bytes(self.device_bytes)} on a device, "
+            f"{in_bytes(self.disk_bytes)} on disk, {self._time()}"
         )
 
     def table(self) -> str:
@@ -106,10 +107,6 @@ class Plan:
             return "time not known, as nothing of the kind was measured here before"
         besides = f", besides {' and '.join(unknown)}" if unknown else ""
         return f"about {_duration(self.seconds)} and compiling{besides}"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 def _duration(seconds: float) -> str:
@@ -160,6 +157,7 @@ class Tally:
         self._seconds: dict[str, float | None] = {}
         self._units: dict[str, str] = {}
         self.programs: set[Any] = set()
+        self.owners: set[Any] = set()
         self.disk = self.device = 0
 
     def need(self, stage: str, unit: str, name: Any, held: bool, kind: str, amount: int) -> bool:
@@ -200,7 +198,7 @@ def planned(
     per_device: int | None,
 ) -> Plan:
     """The plan of the groups of a run that have no row yet."""
-    tally = Tally(Rates(cache.folder(), device_name(mesh)))
+    tally = Tally(stock.pace)
     for group in groups:
         knows = _count_answers(group, stock, tally, mesh)
         _count_networks(group, stock, tally, knows)
@@ -221,8 +219,12 @@ def planned(
 def _count_networks(group: Group, stock: Stock, tally: Tally, knows: bool) -> None:
     """Victims, and what defences train where they have to answer."""
     for task, seed in [(task, None) for task in group.tasks] + group.owners * knows:
-        for i, each in enumerate(stock.planned(group, task, seed)):
-            name = each.name or (group.rule, task, seed, i)
+        owner = group.rule if seed is not None else None, task, seed
+        if owner in tally.owners:  # as another attack of the same defence has it
+            continue
+        tally.owners.add(owner)
+        for i, each in enumerate(stock.networks(group, task, seed)):
+            name = each.name or (owner, i)
             if tally.need("networks", "examples", name, each.held, each.kind, each.amount):
                 tally.disk += 2 * each.size  # in the cache, and in the run's directory
 
@@ -253,7 +255,7 @@ def _count_answers(group: Group, stock: Stock, tally: Tally, mesh: Mesh) -> bool
                 knows = True
                 _count_posteriors(stock, tally, network, task, asked)
                 tally.disk += made * asked.count * group.parties.num_classes * 4
-                rows = min(len(asked.images), QUERIES * mesh.size), asked.repeats
+                rows = min(asked.size, QUERIES * mesh.size), asked.repeats
                 tally.programs.add(("at_strengths", group.rule, network, rows, made))
     return knows
 
@@ -261,12 +263,11 @@ def _count_answers(group: Group, stock: Stock, tally: Tally, mesh: Mesh) -> bool
 def _count_posteriors(
     stock: Stock, tally: Tally, network: Classifier, task: Task, asked: Asked
 ) -> None:
-    key, count = stock.keys.posteriors(task, asked), len(asked.images)
-    name = key.digest or (task, str(asked.inputs))
-    kind = rates.knowing(network)
-    if tally.need("posteriors", "images", name, stock.kept.has(key), kind, count):
-        tally.disk += asked.images.shape[0] * stock.opened[task].data.num_classes * 4
-        tally.programs.add(("posterior", network, count))
+    key = stock.keys.posteriors(task, asked)
+    name, kind = key.digest or (task, str(asked.inputs)), rates.knowing(network)
+    if tally.need("posteriors", "images", name, stock.kept.has(key), kind, asked.size):
+        tally.disk += asked.size * stock.opened[task].data.num_classes * 4
+        tally.programs.add(("posterior", network, asked.size))
 
 
 def _count_cells(

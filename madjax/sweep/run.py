@@ -78,7 +78,7 @@ def run(
             log(planned(config.name, len(cells), groups, *ways).summary())
             epochs = sum(group.epochs * len(group.cells) for group in groups)
             with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
-                desk = Desk(directory, mesh, facts, stock.pace, rows, bar, log)
+                desk = Desk(directory, mesh, facts, rows, bar, log)
                 for group in groups:
                     if isinstance(group.attack, Online):
                         study(group, stock, desk)
@@ -117,7 +117,7 @@ def _steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> No
                 continue
             state, agreed, learning = _learn(wave, group, budget, transfer, own, tests, desk)
             seen = len(places) * group.epochs * group.attack.examples(budget)
-            desk.pace.note(rates.stealing(group.parties.stolen), seen, learning.running)
+            stock.pace.note(rates.stealing(group.parties.stolen), seen, learning.running)
             found = jax.device_get((transfer.asked, state.accuracy, state.loss, agreed))
             took = {
                 "seconds": collecting.running + learning.running,
@@ -189,7 +189,7 @@ def _collect(
     transfer = transfer._replace(memory=())
     if rule is not None:
         kind = rates.collecting(group.attack, rule, group.parties.stolen)
-        desk.pace.note(kind, len(wave.places) * group.attack.budget, watch.running)
+        stock.pace.note(kind, len(wave.places) * group.attack.budget, watch.running)
         stock.keep_transfers(group, wave.places, transfer)
     return transfer, watch
 

@@ -151,7 +151,7 @@ class Stock:
             if sum(a.nbytes for a in jax.tree.leaves(mine)) <= LARGEST_TRANSFER:
                 self.kept.put(self.keys.transfer(group, place), mine)
 
-    def planned(self, group: Group, task: Task, seed: int | None) -> list[Planned]:
+    def networks(self, group: Group, task: Task, seed: int | None) -> list[Planned]:
         """The networks that a defence would train for a victim and a seed; for None, the victim."""
         each = self.opened[task]
         keep, found = planner(self._directory, task, each.network, each.data, self.kept)
@@ -244,7 +244,7 @@ class Stock:
     def _posteriors(self, task: Task, asked: Asked) -> np.ndarray:
         """The victim's own posteriors of each image."""
         opened, name = self.opened[task], self.keys.posteriors(task, asked)
-        like = jax.ShapeDtypeStruct((len(asked.images), opened.data.num_classes), np.float32)
+        like = jax.ShapeDtypeStruct((asked.size, opened.data.num_classes), np.float32)
         with self.kept.alone(name, self._log):
             held = self.kept.get(name, like)
             if held is not None:

@@ -68,7 +68,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
         store.save(desk.directory, name, at + 1, (training, laps, np.asarray(watch.running)))
         desk.bar.update(len(group.cells))
     kind = rates.online(attack, group.rule, group.parties.stolen)
-    desk.pace.note(kind, len(places) * attack.steps, watch.running)
+    stock.pace.note(kind, len(places) * attack.steps, watch.running)
     trace = jax.tree.map(np.asarray, training.trace._asdict())
     _save_traces(group, places, trace, desk)
     rows = {}

@@ -57,8 +57,7 @@ def keeper(
     num_examples = len(data.x_train)
 
     def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-        folder = _folder(name, task, data, recipe, key, train)
-        whole = network_key(name, task, data, recipe, key, train)
+        folder, whole = identified(name, task, data, recipe, key, train)
         like = _like(victim, recipe, num_examples)
         saved = store.restore(directory, folder, like)
         done = int(saved.epoch) if saved else 0
@@ -83,7 +82,8 @@ def keeper(
                 Stopwatch() as watch,
             ):
                 state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
-            kept.put(whole, state)
+            if done < recipe.epochs:  # else it is not known what made it
+                kept.put(whole, state)
         kind = rates.training(victim, getattr(train, "func", train))
         pace.note(kind, (recipe.epochs - done) * num_examples, watch.running)
         if done < recipe.epochs:
@@ -120,9 +120,8 @@ def planner(
     def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
         held, folder = False, None
         if not isinstance(key, jax.core.Tracer):
-            inputs = task, data, recipe, key, train
             with jax.ensure_compile_time_eval():  # of the key's numbers, which are known
-                folder, whole = _folder(name, *inputs), network_key(name, *inputs)
+                folder, whole = identified(name, task, data, recipe, key, train)
             held = kept.has(whole) or store.holds(directory, folder, recipe.epochs)
         kind = rates.training(victim, getattr(train, "func", train))
         state = start(victim, recipe, len(data.x_train), key)
@@ -142,7 +141,7 @@ def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Ke
     """The `Owner.keep` of who reads a finished run: what is not there is an error, not trained."""
 
     def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-        folder = _folder(name, task, data, recipe, key, train)
+        folder, _ = identified(name, task, data, recipe, key, train)
         saved = store.restore(directory, folder, _like(victim, recipe, len(data.x_train)))
         if saved is None or int(saved.epoch) < recipe.epochs:
             raise InputError(
@@ -154,22 +153,14 @@ def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Ke
     return keep
 
 
-def network_key(
-    name: str,
-    task: Task,
-    data: Dataset,
-    recipe: Recipe,
-    key: Array,
-    train: Callable[..., State],
-) -> Key:
-    """What a network of a task's owner is in the cache."""
-    inputs = _inputs(task, data, recipe, key, train)
-    return cache.key("network", f"{task.name}, {name}", **inputs)
+def identified(name: str, task: Task, data: Dataset, *training: Any) -> tuple[str, Key]:
+    """What a network of a task's owner is called in a run's directory, and its key in the cache.
 
-
-def _folder(name: str, *network: Any) -> str:
-    """A checkpoint's name: other data, networks, recipes, keys and ways to train have others."""
-    return f"{name}-{digest(_inputs(*network))}"
+    training is (recipe, key, train); other data, networks and trainings have other names and keys.
+    """
+    inputs = _inputs(task, data, *training)
+    key = cache.key("network", f"{task.name}, {name}", **inputs)
+    return f"{name}-{digest(inputs)}", key
 
 
 def _inputs(

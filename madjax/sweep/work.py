@@ -16,7 +16,6 @@ from madjax.config import Sweep, Task, describe, digest
 from madjax.defenses import Defense
 from madjax.errors import InputError
 from madjax.sweep.grid import Cell
-from madjax.sweep.rates import Rates
 from madjax.sweep.rows import DIVERGED, which
 from madjax.sweep.stages import Parties, Point
 from madjax.sweep.trial import Prospect
@@ -122,7 +121,6 @@ class Desk:
     directory: Path
     mesh: Mesh
     facts: dict[str, Any]
-    pace: Rates
     rows: list[dict[str, Any]]
     bar: tqdm
     log: Log

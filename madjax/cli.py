@@ -86,9 +86,12 @@ def _run(options: argparse.Namespace, chosen: config.Sweep, out: Path) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     if options.trace:
-        report.write_trace(options.directory, options.trace)
-    print(report.table(report.read_rows(options.directory)))
-    report.write_report(options.directory)
+        if len(options.directories) > 1:
+            raise InputError("--trace is of one run: give one DIR with it")
+        report.write_trace(options.directories[0], options.trace)
+    print(report.table(report.read_rows(*options.directories)))
+    if options.out or len(options.directories) == 1:
+        report.write_report(*options.directories, out=options.out)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -208,8 +211,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--file", type=Path, metavar="FILE", help="default: DIR/predict.jaxexport")
     command.set_defaults(command=_export)
 
-    command = commands.add_parser("report", help="table and figures from the rows of a run")
-    command.add_argument("directory", type=Path, metavar="DIR")
+    command = commands.add_parser("report", help="table and figures from the rows of runs")
+    command.add_argument("directories", type=Path, nargs="+", metavar="DIR")
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write it with its figures (default: in a single DIR; of several, nowhere)",
+    )
     command.add_argument(
         "--trace",
         type=Path,

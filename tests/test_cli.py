@@ -195,6 +195,27 @@ def test_report_of_nothing_is_one_line(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_report_of_two_runs_is_one(small_run, tmp_path, capsys):
+    out, _ = small_run
+    row = json.loads((out / "rows.jsonl").read_text().splitlines()[0])
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "rows.jsonl").write_text(json.dumps(row | {"id": "b", "dataset": "other"}) + "\n")
+    assert main(["report", str(out), str(second), "--out", str(tmp_path / "both")]) == 0
+    said = capsys.readouterr().out
+    assert "### mnist" in said
+    assert "### other" in said
+    assert (tmp_path / "both" / "report.md").read_text().strip() in said
+    before = set(tmp_path.rglob("*"))
+    assert main(["report", str(out), str(second)]) == 0
+    assert capsys.readouterr().out == said
+    assert main(["report", str(out), str(second), "--trace", str(tmp_path / "t.npz")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--trace is of one run" in error
+    assert set(tmp_path.rglob("*")) == before
+
+
 THEIRS = {
     "oracle": """import jax.numpy as jnp
 

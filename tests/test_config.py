@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import numpy as np
@@ -13,6 +13,7 @@ import madjax
 from madjax import (
     MAD,
     Defended,
+    Defense,
     InputError,
     Knockoff,
     ReverseSigmoid,
@@ -232,6 +233,50 @@ def test_attacks_are_a_tuple_of_attacks(attacks, words):
 def test_the_parts_of_a_sweep_are_tuples_of_different_values(change, words):
     with pytest.raises(InputError, match=words):
         replace(BASE, **change)
+
+
+@dataclass(frozen=True)
+class MyOwnRule(Defense):
+    """All that a defence needs."""
+
+    def answer(self, key, y, evidence, strength):
+        return y
+
+
+@dataclass(frozen=True)
+class Silent(MyOwnRule):
+    def describe(self):
+        return None
+
+
+@dataclass(frozen=True)
+class Short(MyOwnRule):
+    def describe(self):
+        return {name: "x" for name in super().describe() if name != "layers"}
+
+
+@dataclass(frozen=True)
+class Nameless(Knockoff):
+    def describe(self):
+        return {"attack": "nameless"}
+
+
+def test_a_rule_without_a_name_is_called_as_its_class():
+    assert Defended(MyOwnRule(), (1.0,)).name == "my_own_rule"
+    assert Defended(MyOwnRule(variant="a"), (1.0,)).label == "my_own_rule, a"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Defended(Silent(), (1.0,)), r"describe\(\) of Silent returns None, without"),
+        (lambda: Defended(Short(), (1.0,)), "describe.. of Short returns .* without 'layers': re"),
+        (lambda: replace(BASE, attacks=(Nameless(),)), "of Nameless returns .*, without 'variant'"),
+    ],
+)
+def test_a_description_that_lacks_a_field_of_rows_is_refused(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
 
 
 def test_shipped_configs_load_and_say_their_claim_command_and_cost():

@@ -1,6 +1,7 @@
 """Cells of the grid: which there are, and what tells each from every other."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -22,6 +23,9 @@ from madjax import (
     top_label,
 )
 from madjax.constraints import keep_label
+from madjax.report.points import curve_of
+from madjax.sweep.rows import which
+from madjax.train import adam
 
 pytestmark = pytest.mark.smoke
 
@@ -85,6 +89,32 @@ def test_an_id_changes_with_all_that_determines_a_cell():
     ids += [sweep.cell_id(CELL, SUMS | {name: 9}) for name in SUMS]
     assert len(set(ids)) == len(CHANGES) + 3
     assert all(len(name) == 12 for name in ids)
+
+
+DIGESTS = {f"{part}_settings" for part in ("task", "defense", "attack")}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_row_says_the_settings_in_which_its_cell_differs(name):
+    """And so it is of a curve of its own, but where seed or strength differ."""
+    old, new = which(CELL), which(replace(CELL, **CHANGES[name]))
+    (part,) = CHANGES[name]
+    kind = {"task": "task", "rule": "defense", "attack": "attack"}.get(part)
+    changed = {field for field in DIGESTS if old[field] != new[field]}
+    assert changed == ({f"{kind}_settings"} if kind and name != "victim seed" else set())
+    one_curve = name in ("seed", "victim seed", "strength")
+    assert (curve_of(old) == curve_of(new)) == one_curve
+    assert old != new
+
+
+def test_a_row_holds_both_recipes():
+    victim, attacker = Recipe(epochs=3), Recipe(learning_rate=0.2, decay_epochs=7, optimizer=adam)
+    attack = replace(CELL.attack, recipe=attacker)
+    row = which(replace(CELL, task=replace(TASK, victim=victim), attack=attack))
+    for prefix, recipe, optimizer in (("victim_", victim, "sgd"), ("", attacker, "adam")):
+        said = {name: row[prefix + name] for name in asdict(recipe)}
+        assert said == asdict(recipe) | {"optimizer": optimizer}
+    json.dumps(row)
 
 
 def test_equal_cells_have_equal_ids_in_any_process():

@@ -198,6 +198,75 @@ def test_tasks_that_differ_in_what_lies_behind_a_name_are_curves_of_their_own():
     assert len({p.curve for p in report.summarise(rows)}) == 3
 
 
+def recipes(**changes):
+    """Rows of one name, each with a recipe of its own, and all that a row says of it."""
+    base = {"victim_learning_rate": 0.1, "victim_epochs": 9, "targets": "posteriors"}
+    return row(**(base | {"task_settings": str(changes)} | changes))
+
+
+def test_cells_that_differ_in_their_settings_alone_are_curves_of_their_own():
+    """As two victims of one data set that were trained differently."""
+    slow = {"victim_learning_rate": 0.01, "victim_epochs": 99}
+    rows = [recipes(), recipes(**slow)]
+    assert len(report.summarise(rows)) == 2
+    (ax,) = report.figure(rows).get_axes()
+    # A figure says what is enough, a table all that differs.
+    label = "MAD, last layer (knockoff), victim_epochs"
+    assert set(drawn(ax)) == {f"{label} 9", f"{label} 99"}
+    heads = [line.split("l1), ")[1] for line in report.table(rows).split("\n") if "###" in line]
+    assert heads == [
+        "victim_epochs 9, victim_learning_rate 0.1",
+        "victim_epochs 99, victim_learning_rate 0.01",
+    ]
+    three = [*rows, recipes(**slow, targets="top_label")]
+    (ax,) = report.figure(three).get_axes()
+    assert set(drawn(ax)) == {
+        f"{label} 9, targets posteriors",
+        f"{label} 99, targets posteriors",
+        f"{label} 99, targets top_label",
+    }
+
+
+def test_what_no_field_names_is_told_apart_by_the_digests_of_all_settings():
+    rows = [recipes(task_settings="aa"), recipes(task_settings="bb")]
+    (ax,) = report.figure(rows).get_axes()
+    label = "MAD, last layer (knockoff), task_settings"
+    assert set(drawn(ax)) == {f"{label} aa", f"{label} bb"}
+    # Older rows say neither.
+    (ax,) = report.figure([row(), recipes()]).get_axes()
+    assert len(drawn(ax)) == 2
+
+
+def test_a_curve_starts_undefended_at_that_of_its_own_task():
+    slow = {"victim_learning_rate": 0.01, "task_settings": "slow", "defense_settings": "x"}
+    rows = [recipes(epsilon=0.5), recipes(epsilon=0.5, **slow)]
+    rows += [{**r, **other("none", 0.0, attacker_accuracy=90 + i)} for i, r in enumerate(rows)]
+    curves = drawn(report.figure(rows).get_axes()[0])
+    starts = {label[-4:].strip(): points[0, 0] for label, points in curves.items()}
+    assert starts == {"0.1": 90.0, "0.01": 91.0}
+
+
+def test_one_report_of_several_directories(tmp_path):
+    """A cell that two of them hold is read once."""
+    first = [row(id="a"), row(id="b", epsilon=0.5)]
+    second = [row(id="b", epsilon=0.5, device="gpu"), other("rounding", 0.1, id="c")]
+    folders = []
+    for name, rows in (("one", first), ("two", second)):
+        (tmp_path / name).mkdir()
+        folders.append(save(tmp_path / name, *rows))
+    rows = [*first, second[1]]
+    assert report.read_rows(*folders) == rows
+    text = report.write_report(*folders, out=tmp_path / "both" / "here")
+    assert text == report.table(rows)
+    written = {"report.md", "tradeoff.png", "defenses.png"}
+    assert {path.name for path in (tmp_path / "both" / "here").iterdir()} == written
+    with pytest.raises(InputError, match="of 2 directories has no place of its own: give --out"):
+        report.write_report(*folders)
+    # In one directory, twice is a fault.
+    with pytest.raises(InputError, match="2 rows for the cell"):
+        report.table(report.read_rows(save(tmp_path / "one", *first, first[0])))
+
+
 def test_older_rows_are_read_as_they_would_be_written_now(tmp_path):
     """They had every defence's strength as `epsilon`."""
     old = [row(epsilon=0.5), other("reverse_sigmoid", 0.3)]
@@ -412,6 +481,17 @@ def test_epsilon_labels_do_not_crowd():
     assert [text.get_text() for text in ax.texts] == ["ε = 0.25"]
 
 
+def test_strengths_that_are_no_budget_are_not_called_epsilon_and_none_stands_in_the_title():
+    rows = [other("rounding", e, attacker_accuracy=98 - 20 * e) for e in (0.5, 1.0)]
+    (ax,) = report.figure([{**r, "epsilon": None} for r in rows]).get_axes()
+    assert {text.get_text() for text in ax.texts} == {"0.5", "1"}
+    assert all(text.get_position()[1] < 1 for text in ax.texts)
+    top = [{**r, "defender_accuracy": 100.0} for r in rows]
+    (ax,) = report.figure(top).get_axes()
+    assert ax.texts
+    assert all(text.get_position()[1] < 1 for text in ax.texts)
+
+
 def test_legend_names_are_readable_and_distinct():
     rows = [
         row(),
@@ -488,18 +568,68 @@ def test_undefended_rows_are_a_circle_and_no_curve():
     np.testing.assert_array_equal(marked(ax, "undefended (ε = 0)").get_xydata(), [[98.0, 99.0]])
 
 
-def test_figure_of_several_defences_shows_mad_or_else_what_is_no_ablation():
+def test_figure_has_a_curve_for_each_defence_and_attack_but_no_ablation():
     rows = several()
-    mad = {"MAD, last layer", "MAD-argmax, all parameters"}
-    attacks = ("(knockoff)", "(knockoff (argmax))")
+    defenses = {
+        "MAD, last layer ({})",
+        "MAD-argmax, all parameters ({})",
+        "reverse sigmoid (gamma 0.2; {})",
+        "random noise (uniform, l1 ball; {})",
+        "DP-SGD (clip 1; {})",
+        "top-1 label ({})",
+        "rounding ({})",
+        "my_own ({})",
+    }
     (ax,) = report.figure(rows).get_axes()
-    assert set(drawn(ax)) == {f"{each} {attack}" for each in mad for attack in attacks}
-    free = [r for r in rows if r["defense"] in ("none", "rounding", "top1") and not r["variant"]]
+    curves = drawn(ax)
+    attacks = ("knockoff", "knockoff (argmax)")
+    assert set(curves) == {each.format(attack) for each in defenses for attack in attacks}
+    rounding = [r for r in rows if r["defense"] in ("none", "rounding") and r["variant"]]
+    np.testing.assert_array_equal(
+        curves["rounding (knockoff (argmax))"],
+        [(r["attacker_accuracy"], r["defender_accuracy"]) for r in rounding],
+    )
     ablation = [row(layers="identity", epsilon=1.0, variant="")]
-    (ax,) = report.figure(free + ablation).get_axes()
-    assert set(drawn(ax)) == {"rounding (knockoff)", "top-1 label (knockoff)"}
     (ax,) = report.figure(ablation).get_axes()
     assert set(drawn(ax)) == {"MAD, G = I (knockoff)"}
+
+
+def test_a_report_of_any_mix_has_a_panel_for_each_data_set():
+    """Data sets need not have the same defences and attacks."""
+    rows = [r for r in grid() if r["dataset"] == "cifar10" and r["attack"] == "jbda"]
+    rows += [{**r, "dataset": "fashion_mnist"} for r in several()]
+    rows += [other("rounding", 0.1, attack="jbself")]
+    panels = report.figure(rows).get_axes()
+    names = ["CIFAR10", "FashionMNIST", "MNIST"]
+    assert sorted(ax.get_title(loc="left") for ax in panels) == names
+    labels = {ax.get_title(loc="left"): set(drawn(ax)) for ax in panels}
+    assert labels["MNIST"] == {"rounding (jbself)"}
+    assert labels["CIFAR10"] == {"MAD, last layer (jbda)", "MAD, all parameters (jbda)"}
+    assert len(labels["FashionMNIST"]) == 16
+    assert set.union(*labels.values()) <= {
+        text.get_text() for text in report.figure(rows).legends[0].get_texts()
+    }
+
+
+def test_colours_and_dashes_tell_defences_and_attacks_apart():
+    (ax,) = report.figure(several()).get_axes()
+    looks = {line.get_label(): (line.get_color(), line._dash_pattern) for line in curve_lines(ax)}
+    assert len(set(map(str, looks.values()))) == len(looks) == 16
+    # Eight defences, the more, have colours; two attacks have dashes.
+    assert looks["rounding (knockoff)"][0] == looks["rounding (knockoff (argmax))"][0]
+    assert looks["rounding (knockoff)"][1] == looks["top-1 label (knockoff)"][1]
+    assert len({colour for colour, _ in looks.values()}) == 8
+    # Where the attacks are more, they have the colours.
+    rows = [{**r, "attack": attack} for attack in "abc" for r in grid()[:16]]
+    looks = {line.get_label(): line for line in curve_lines(report.figure(rows).get_axes()[0])}
+    assert len({line.get_color() for line in looks.values()}) == 3
+    same = looks["MAD, last layer (a)"], looks["MAD, all parameters (a)"]
+    assert same[0].get_color() == same[1].get_color()
+    assert same[1].get_linestyle() == "-" != same[0].get_linestyle()
+    # Budgets are neither: all colours differ.
+    rows = [{**r, "budget": budget} for budget in (1, 2) for r in several()]
+    lines = curve_lines(report.figure(rows).get_axes()[0])
+    assert len({line.get_color() for line in lines}) == len(lines) == 32
 
 
 def test_figure_of_defences_is_laid_out_as_the_papers_fourth():

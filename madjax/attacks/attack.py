@@ -183,7 +183,7 @@ class Attack:
 
     def begin(self, world: World) -> Transfer:
         """The first queries: a transfer set of full length, answered as far as they go."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method begin")
 
     def proceed(self, r: Array, transfer: Transfer, world: World) -> Transfer:
         """Round r of `rounds`, int32 from 0: more queries; r may be traced."""

@@ -74,6 +74,7 @@ class Defended:
             )
         if not isinstance(self.strengths, tuple):
             raise InputError(f"strengths is {self.strengths!r}: give a tuple, such as (0.5, 0.99)")
+        _check_description(self.rule, Defense)
         strengths = self.strengths or self.rule.usual
         for strength in strengths:
             if not isinstance(strength, Real):
@@ -115,6 +116,8 @@ class Sweep:
         _check_kind("tasks", self.tasks, Task, 'madjax.Task("mnist", "emnist")')
         _check_kind("defenses", self.defenses, Defended, "madjax.Defended(madjax.MAD(), (0.5,))")
         _check_kind("attacks", self.attacks, Attack, "madjax.Knockoff()")
+        for attack in self.attacks:
+            _check_description(attack, Attack)
         for seed in self.seeds:
             _check_seed(seed)
         _check_distinct("tasks", [task.label for task in self.tasks], self.tasks)
@@ -154,6 +157,17 @@ def _check_kind(name: str, values: Any, kind: type, example: str) -> None:
                 f"{name} holds {value!r}, which cannot be told from others ({error}): give its "
                 "fields tuples in place of lists, sets and arrays"
             ) from error
+
+
+def _check_description(value: Any, kind: type) -> None:
+    """Refuse a rule or an attack whose fields of a row lack what all of its kind have."""
+    said, name = value.describe(), type(value).__name__
+    lacking = kind.describe(value).keys() - (said.keys() if isinstance(said, dict) else ())
+    if lacking:
+        raise InputError(
+            f"describe() of {name} returns {said!r}, without {min(lacking)!r}: return "
+            "super().describe() | {...} with fields of its own"
+        )
 
 
 _UNLIKE = ", with settings or a variant of its own"

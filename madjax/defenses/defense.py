@@ -7,6 +7,7 @@ What it needs to know before the first query (a surrogate, another victim) it ma
 `as_function` closes over all of it and gives the plain form (key, x, y) -> y~.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,6 +76,8 @@ class Owner:
 class Defense:
     """The settings that all defences share; a new defence overrides `answer`, and more if need be.
 
+    It is a frozen dataclass too, with fields that can be hashed; `describe` adds to what is there.
+
     variant tells settings apart, in rows and figures, where one sweep holds several of a defence.
     """
 
@@ -82,8 +85,8 @@ class Defense:
 
     @property
     def name(self) -> str:
-        """The defence in rows and figures."""
-        raise NotImplementedError
+        """The defence in rows and figures: by default the class's, as `my_rule` for `MyRule`."""
+        return re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
     @property
     def label(self) -> str:
@@ -145,7 +148,7 @@ class Defense:
 
     def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
         """The answer y~ [K] to one query with posterior y [K]; the strength is above 0."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method answer")
 
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which defence this was."""

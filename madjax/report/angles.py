@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from madjax.report.names import attack, defence, name, remarked
+from madjax.report.names import attack, labels, name
 from madjax.report.panels import GREY, INK
 from madjax.report.points import Curve, curve_of, is_sound
 
@@ -57,6 +57,7 @@ def _figure(rows: list[dict], panels: tuple):
     lines = math.ceil(len(groups) / columns) * len(panels)
     size = (5.2 * columns, 3.2 * lines + 0.6)
     fig = Figure(figsize=size, layout="constrained", facecolor="white")
+    said = labels(groups, ("dataset", "attack", "variant"))  # as the titles say them
     for i, (curve, group) in enumerate(groups.items()):
         for line, draw in enumerate(panels):
             at = (i // columns * len(panels) + line) * columns + i % columns
@@ -67,8 +68,7 @@ def _figure(rows: list[dict], panels: tuple):
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(color=GREY, alpha=0.2, lw=0.6)
             if line == 0:
-                who = remarked(defence(curve), curve.defense_variant)
-                title = f"{name(curve.dataset)}, {attack(curve)}\n{who}"
+                title = f"{name(curve.dataset)}, {attack(curve)}\n{said[curve]}"
                 ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
     handles = [Line2D([], [], color=colours[e], lw=2, label=f"ε = {e:g}") for e in every]
     abreast = math.ceil(len(handles) / math.ceil(len(handles) / (4 * columns)))

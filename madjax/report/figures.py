@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from madjax.files import write_atomically
-from madjax.report.names import MAD, attack, is_ablation, labels, name, place
+from madjax.report.names import MAD, attack, defence, is_ablation, labels, name, place
 from madjax.report.panels import (
     ACCURACY,
     CIRCLE,
@@ -33,12 +33,13 @@ UNDER, BESIDE = (1, 0), (0, 1)  # lines and columns from one utility's panel to 
 def figure(rows: list[dict]):
     """Matplotlib Figure of the paper's Fig. 3: defender against attacker accuracy, in percent.
 
-    One panel a data set; curves are the lines with gid "curve", in order of strength. Of several
-    defences it shows MAD, against every attack. The ideal defence is drawn where the rows have
-    `num_classes`. Points without a stolen model that did not diverge are left out, and the title
-    counts those that did. Raises InputError for no rows, or none to draw.
+    One panel a data set, and in it a curve for each defence, but for ablations of MAD, and each
+    attack: lines with gid "curve", in order of strength. Colours and dashes tell defences and
+    attacks apart. The ideal defence is drawn where the rows have `num_classes`. Points without a
+    stolen model that did not diverge are left out, and the title counts those that did.
+    Raises InputError for no rows, or none to draw.
     """
-    return _figure(rows, _attacked, DATASET, (ACCURACY,), UNDER, across=3)
+    return _figure(rows, _compared, DATASET, (ACCURACY,), UNDER, across=3)
 
 
 def defenses_figure(rows: list[dict]):
@@ -76,12 +77,7 @@ def _is_plain_mad(curve: Curve) -> bool:
 
 
 def _compared(known: list[Curve]) -> list[Curve]:
-    return [curve for curve in known if not is_ablation(curve)]
-
-
-def _attacked(known: list[Curve]) -> list[Curve]:
-    compared = _compared(known)
-    return list(filter(_is_plain_mad, compared)) or compared or known
+    return [curve for curve in known if not is_ablation(curve)] or known
 
 
 def _family(known: list[Curve]) -> list[Curve]:
@@ -145,11 +141,27 @@ def _canvas(lines: int, columns: int, looks: dict[str, dict]):
 
 
 def _looks(said: dict[Curve, str]) -> dict[str, dict]:
-    """Options of matplotlib for each label: solid lines for MAD, others dashed where beside it.
+    """Options of matplotlib for each label.
 
-    Curves that keep the defender's accuracy cover one another, and dashes let both be seen. No two
-    labels share a colour. Of many, neighbours have similar colours and different dashes.
+    Of several defences against several attacks, colours tell the more numerous apart and dashes the
+    others, where defence and attack are all that labels say and there are dashes enough. Else no
+    two labels share a colour, and lines are solid for MAD and dashed beside it: curves that keep
+    the defender's accuracy cover one another, and dashes let both be seen.
     """
+    rules = {curve: (defence(curve), curve.defense_variant) for curve in said}
+    attacks = {curve: attack(curve) for curve in said}
+    hues, dashes = sorted((rules, attacks), key=lambda each: -len({*each.values()}))
+    pairs = {curve: (hues[curve], dashes[curve]) for curve in said}
+    one_each = len({*pairs.values()}) == len({*said.values()})
+    if one_each and 1 < len({*dashes.values()}) <= len(STYLES):
+        colours = dict(
+            zip(dict.fromkeys(hues.values()), _colours(len({*hues.values()})), strict=False)
+        )
+        styles = dict(zip(dict.fromkeys(dashes.values()), STYLES, strict=False))
+        return {
+            said[curve]: {"color": colours[hue], "ls": styles[dash]}
+            for curve, (hue, dash) in pairs.items()
+        }
     mad, others = STYLES[:1], STYLES[1:]
     if not 0 < sum(map(_is_plain_mad, said)) < len(said):
         mad = others = STYLES

@@ -1,8 +1,8 @@
 """What a curve is called: readable names, and labels no longer than a panel needs."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from madjax.report.points import Curve
+from madjax.report.points import DIGESTS, Curve
 
 NAMES = {"mad": "MAD", "mad_argmax": "MAD-argmax", "none": "undefended"}
 NAMES |= {"reverse_sigmoid": "reverse sigmoid", "random_noise": "random noise"}
@@ -19,6 +19,8 @@ ORACLES = ("extreme", "argmax_preserving", None, "none")
 
 def name(value) -> str:
     """The value of a row's field in a reader's words."""
+    if isinstance(value, tuple):
+        return "+".join(map(name, value))
     return NAMES.get(value, str(value))
 
 
@@ -46,15 +48,39 @@ def attack(curve: Curve) -> str:
     return remarked(name(curve.attack), curve.variant)
 
 
-def place(curve: Curve, panel: tuple[str, ...]) -> tuple:
+def place(curve: Curve, panel: Iterable[str]) -> tuple:
     """The values of the fields that tell the panels of a figure apart."""
     return tuple(getattr(curve, field) for field in panel)
+
+
+def differences(curves: Collection[Curve]) -> list[str]:
+    """The fields that tell these curves apart: all that differ where every row records them.
+
+    Fields that older rows lack, and digests, only where these do not suffice.
+    """
+    values = {field: {getattr(curve, field) for curve in curves} for field in Curve._fields}
+    differ = [field for field in Curve._fields if len(values[field]) > 1]
+    recorded = [field for field in differ if "" not in values[field]]
+    for found in ([f for f in recorded if f not in DIGESTS], recorded, differ):
+        if _apart(curves, found) == len(curves):
+            break
+    return found
+
+
+def _apart(curves: Collection[Curve], fields: list[str]) -> int:
+    """How many there are to someone who sees these fields alone."""
+    return len({place(curve, fields) for curve in curves})
+
+
+def said_by(curve: Curve, fields: Iterable[str]) -> list[str]:
+    """These fields of a curve, each with its name."""
+    return [f"{field} {name(getattr(curve, field)) or '-'}" for field in fields]
 
 
 def labels(curves: Iterable[Curve], panel: tuple[str, ...]) -> dict[Curve, str]:
     """A label for each curve, unique in its panel; the attack only where no panel's title has it.
 
-    Longer names only where two curves of one panel would share one.
+    Longer names only where two curves of one panel would share one, by as few fields as do.
     """
     short = {
         curve: remarked(
@@ -65,6 +91,9 @@ def labels(curves: Iterable[Curve], panel: tuple[str, ...]) -> dict[Curve, str]:
     found = {}
     for curve, said in short.items():
         twins = [c for c in short if place(c, panel) == place(curve, panel) and short[c] == said]
-        extra = [f for f in Curve._fields if len({getattr(c, f) for c in twins}) > 1]
-        found[curve] = ", ".join([said, *(f"{f} {name(getattr(curve, f))}" for f in extra)])
+        fields, fewest = differences(twins), []
+        while _apart(twins, fewest) < len(twins):
+            # The first of those that tell most apart.
+            fewest.append(max(fields, key=lambda field: _apart(twins, [*fewest, field])))
+        found[curve] = ", ".join([said, *said_by(curve, sorted(fewest, key=fields.index))])
     return found

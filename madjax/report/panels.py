@@ -110,10 +110,11 @@ def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:
     for line, knots in lines:
         # Greatest strength first: the most room, and the points a reader asks about.
         for spot, point in zip(knots[::-1], line.points[::-1], strict=True):
-            text = "ε = " * (point is line.points[-1]) + f"{point.strength:g}"
+            text = "ε = " * (point is line.points[-1] and point.budgeted) + f"{point.strength:g}"
             half = np.array([0.006 + 0.006 * len(text), 0.022])
             spots = spot + sides * (half + 0.01)
-            free = [at for at in spots if not np.any(np.all(abs(taken - at) < half, axis=1))]
+            inside = spots[spots[:, 1] + half[1] < 1]  # above it is the title
+            free = [at for at in inside if not np.any(np.all(abs(taken - at) < half, axis=1))]
             if free and point.strength and min(np.hypot(*(spot - other)) for other in done) > 0.02:
                 style = {"fontsize": 7, "ha": "center", "va": "center", "transform": ax.transAxes}
                 ax.text(*free[0], text, color=line.look["color"], **style)

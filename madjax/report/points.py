@@ -8,12 +8,21 @@ from statistics import fmean, stdev
 
 from madjax.errors import InputError
 
+TASK = ("dataset", "victim", "queryset", "dataset_source", "queryset_source", "query_splits")
+DEFENSE = ("defense", "defense_variant", "layers", "oracle", "distance")
+ATTACK = ("attack", "variant")
+NAMED = (*TASK, *DEFENSE, *ATTACK)
+"""The fields of a row that readers know its cell by."""
+SOLVER = ("surrogate", "solver", "constraints", "objective")
+RULE = (*DEFENSE, *SOLVER, "defense_settings")
+"""Those that say which defence it was."""
+RECIPE = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "decay")
+RECIPE += ("decay_epochs", "optimizer")
+TRAINING = (*(f"victim_{field}" for field in RECIPE), "attack_architecture", "targets", *RECIPE)
+DIGESTS = ("task_settings", "attack_settings", "defense_settings")
+"""Of all that task, attack and defence are set to, named above or not."""
 # A row's identity without strength and seeds: what makes points one curve.
-Curve = namedtuple(
-    "Curve",
-    "dataset victim queryset dataset_source queryset_source query_splits defense defense_variant "
-    "layers oracle distance attack variant budget",
-)
+Curve = namedtuple("Curve", (*NAMED, *SOLVER, *TRAINING, *DIGESTS, "budget"))
 # Mean and sample standard deviation over seeds; None where undefined, as the std of one seed.
 Stat = namedtuple("Stat", "mean std")
 
@@ -120,8 +129,7 @@ def started(points: dict[Curve, list[Summary]]) -> dict[Curve, list[Summary]]:
 
 
 def _attacked(curve: Curve) -> tuple:
-    same = ("dataset", "victim", "queryset", "attack", "variant", "budget")
-    return tuple(getattr(curve, name) for name in same)
+    return tuple(getattr(curve, name) for name in Curve._fields if name not in RULE)
 
 
 def _stat(values: list) -> Stat:
@@ -135,11 +143,13 @@ def _summary(curve: Curve, strength: float, rows: list[dict]) -> Summary:
     seeds = Counter((row.get("victim_seed"), row["seed"]) for row in rows)
     (_, seed), times = seeds.most_common(1)[0]
     if times > 1:
-        said = " ".join(str(name) for name in curve if name != "")
+        named = (getattr(curve, name) for name in (*NAMED, "budget"))
+        said = " ".join(str(name) for name in named if name != "")
         cell = f"{said} strength {strength:g} seed {seed}"
         raise InputError(f"{times} rows for the cell {cell}; keep one of them in rows.jsonl")
     sound = list(filter(is_sound, rows))
-    stats = {f.name: _stat([r.get(f.name) for r in sound]) for f in fields(Summary)[6:]}
+    metrics = (field.name for field in fields(Summary) if field.type is Stat)
+    stats = {name: _stat([row.get(name) for row in sound]) for name in metrics}
     return Summary(
         curve,
         strength,

@@ -5,25 +5,35 @@ import math
 from pathlib import Path
 
 from madjax.errors import InputError
-from madjax.report.points import Curve, is_sound
+from madjax.report.points import is_sound
 
 NUMBERS = ("strength", "budget", "seed", "defender_accuracy")
 OF_THE_STOLEN = ("attacker_accuracy",)  # numbers where that model did not diverge
-# Fields that older rows of a curve lack.
-LATER = ("variant", "defense_variant", "dataset_source", "queryset_source", "query_splits")
+# The names that rows of any age have; what else tells curves apart, older rows may lack.
+NAMES = ("dataset", "victim", "queryset", "defense", "layers", "oracle", "distance", "attack")
 BUDGETED = ("mad", "mad_argmax")  # of older rows, the defences whose strength is epsilon
 
 
-def read_rows(directory: str | Path) -> list[dict]:
-    """Read `rows.jsonl` in `directory`, one dict for each line.
+def read_rows(*directories: str | Path) -> list[dict]:
+    """Read `rows.jsonl` in each directory, one dict for each line.
 
+    A cell that several directories hold, by its `id`, is read from the first of them.
     Rows from before there was a `strength`, which had every defence's as `epsilon`, come back as
     they would be written now, as far as they say it.
     A last line that is not JSON is what a crash leaves of a half-written row: it is skipped.
     Raises InputError for no directory, file or rows, and for a broken line, one without a field
     that identifies its cell, or without a finite number where one is needed.
     """
-    path = Path(directory) / "rows.jsonl"
+    rows, seen = [], set()
+    for directory in directories:
+        own = [row for row in _read(Path(directory)) if row.get("id") not in seen]
+        seen |= {row["id"] for row in own if "id" in row}
+        rows += own
+    return rows
+
+
+def _read(directory: Path) -> list[dict]:
+    path = directory / "rows.jsonl"
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such directory; give the --out folder of a sweep")
     if not path.is_file():
@@ -59,8 +69,7 @@ def _problem(row) -> str | None:
     if not isinstance(row, dict):
         return "not a JSON object"
     numbers = NUMBERS + OF_THE_STOLEN * is_sound(row)
-    needed = [name for name in (*Curve._fields, *numbers) if name not in LATER]
-    if missing := [name for name in needed if name not in row]:
+    if missing := [name for name in (*NAMES, *numbers) if name not in row]:
         return f"no field {missing[0]!r}"
     bad = [n for n in numbers if not (isinstance(row[n], int | float) and math.isfinite(row[n]))]
     return f"{bad[0]} is {row[bad[0]]!r}, not a finite number" if bad else None

@@ -1,6 +1,6 @@
 """Rows to Markdown."""
 
-from madjax.report.names import attack, defence, remarked
+from madjax.report.names import attack, defence, differences, remarked, said_by
 from madjax.report.points import Curve, Summary, curves, is_sound
 
 HEAD = ("n", "defender acc. %", "attacker acc. %", "attacker best epoch %", "L1")
@@ -41,7 +41,10 @@ def table(rows: list[dict]) -> str:
             f"{lost} of {len(rows)} cells diverged: a loss or a parameter of the stolen model is "
             "not finite, or the loss far above that of a uniform answer. They are in no mean."
         )
+    headings = {curve: _heading(curve, points) for curve, points in by_curve.items()}
     for curve, points in by_curve.items():
+        twins = [each for each, heading in headings.items() if heading == headings[curve]]
+        heading = ", ".join([headings[curve], *said_by(curve, differences(twins))])
         shown = [each for each in OPTIONAL if _is_shown(each, points)]
         first = "epsilon" if points[0].budgeted else "strength"
         head = (first, *HEAD, *(title for title, _, _ in shown))
@@ -51,7 +54,7 @@ def table(rows: list[dict]) -> str:
             "| " + " | ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + " |"
             for line in (head, ["-" * (w - 1) + ":" for w in widths], *cells)
         ]
-        parts += [_heading(curve, points), "\n".join(lines)]
+        parts += [heading, "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from madjax.errors import InputError
 from madjax.files import write_atomically
 from madjax.report.angles import angles_figure, course_figure, is_traced
 from madjax.report.figures import ablations_figure, defenses_figure, figure, save_png
 from madjax.report.names import is_ablation, place
-from madjax.report.points import curves, is_sound
+from madjax.report.points import RULE, curves, is_sound
 from madjax.report.rows import read_rows
 from madjax.report.tables import table
-
-DEFENCE = ("defense", "defense_variant", "layers", "oracle", "distance")
 
 
 def figures_for(rows: list[dict]) -> dict[str, Callable]:
@@ -23,7 +22,7 @@ def figures_for(rows: list[dict]) -> dict[str, Callable]:
         return {}
     known = [curve for curve in curves(rows) if curve.defense != "none"]
     found = {"tradeoff.png": figure}
-    if len({place(curve, DEFENCE) for curve in known if not is_ablation(curve)}) > 1:
+    if len({place(curve, RULE) for curve in known if not is_ablation(curve)}) > 1:
         found["defenses.png"] = defenses_figure
     if any(map(is_ablation, known)):
         found["ablations.png"] = ablations_figure
@@ -37,17 +36,22 @@ def files(directory: str | Path) -> list[str]:
     return ["rows.jsonl", "report.md", *figures_for(read_rows(directory))]
 
 
-def write_report(directory: str | Path) -> str:
-    """Write `report.md` and the figures beside the directory's rows; return the table's text.
+def write_report(*directories: str | Path, out: str | Path | None = None) -> str:
+    """Write one report of the rows in these directories; return the table's text.
 
-    `tradeoff.png` always; `defenses.png` for two or more defences, `ablations.png` for ablations,
-    `angles.png` and `course.png` for online attackers.
+    It goes to `out`, or beside the rows of a single directory: `report.md` and `tradeoff.png`
+    always; `defenses.png` for two or more defences, `ablations.png` for ablations, `angles.png` and
+    `course.png` for online attackers.
+    Raises InputError for several directories and no `out`, and for what `read_rows` refuses.
     """
-    rows = read_rows(directory)
+    if out is None and len(directories) != 1:
+        raise InputError(
+            f"a report of {len(directories)} directories has no place of its own: give --out DIR"
+        )
+    rows, out = read_rows(*directories), Path(out or directories[0])
+    out.mkdir(parents=True, exist_ok=True)
     text = table(rows)
     for name, make in figures_for(rows).items():
-        save_png(make(rows), Path(directory) / name)
-    write_atomically(
-        Path(directory) / "report.md", lambda part: part.write_text(text, encoding="utf-8")
-    )
+        save_png(make(rows), out / name)
+    write_atomically(out / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
     return text

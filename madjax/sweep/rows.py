@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from madjax.attacks import Attack
-from madjax.config import Sweep, digest, name_of
+from madjax.config import Sweep, describe, digest, name_of
 from madjax.datasets import Dataset, base_name
 from madjax.sweep.grid import Cell
 from madjax.sweep.mesh import device_name
-from madjax.train import State
+from madjax.train import Recipe, State
 
 Array = jax.Array
 
@@ -32,10 +33,9 @@ def measured(
     loss: Array,
     fidelity: Array,
 ) -> dict[str, Any]:
-    """The fields of one cell that were measured: the defence's utility, the attacker's epochs."""
+    """The fields of one cell that were measured."""
     return {
         "queries": int(asked) if budget == attack.budget else budget,
-        "epochs": attack.recipe.epochs,
         **{name: number(value) for name, value in utility.items()},
         **after(accuracy, loss, num_classes),
         "attacker_fidelity": number(fidelity),
@@ -44,7 +44,11 @@ def measured(
 
 
 def which(cell: Cell) -> dict[str, Any]:
-    """The fields of one cell that say which it is; `epsilon` where the strength is a budget."""
+    """The fields of one cell that say which it is; `epsilon` where the strength is a budget.
+
+    The digests tell apart what the other fields call by one name: they change with any setting of
+    the task but its seed, of the rule and of the attack.
+    """
     task, attack, budgeted = cell.task, cell.attack, cell.rule.is_budgeted
     asked = {"queryset": (task.queryset, task.query_splits), "dataset": (task.dataset, ("train",))}
     queryset, splits = asked[attack.source]
@@ -53,7 +57,7 @@ def which(cell: Cell) -> dict[str, Any]:
         "dataset_source": task.dataset,
         "victim": name_of(task.architecture).lower(),
         "victim_seed": task.victim_seed,
-        "victim_epochs": task.victim.epochs,
+        **{f"victim_{field}": value for field, value in _recipe(task.victim).items()},
         "queryset": base_name(queryset),
         "queryset_source": queryset,
         "query_splits": list(splits),
@@ -62,12 +66,21 @@ def which(cell: Cell) -> dict[str, Any]:
         "epsilon": cell.strength if budgeted else None,
         **attack.describe(),
         "attack_architecture": name_of(attack.architecture).lower(),
-        "optimizer": name_of(attack.recipe.optimizer),
+        **_recipe(attack.recipe),
         "targets": name_of(attack.targets),
         "budget": cell.budget,
         "examples": attack.examples(cell.budget),
         "seed": cell.seed,
+        "task_settings": digest(describe(replace(task, victim_seed=0))),
+        "defense_settings": digest(describe(cell.rule)),
+        "attack_settings": digest(describe(attack)),
     }
+
+
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a recipe; functions by name."""
+    held = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    return {name: name_of(v) if callable(v) else v for name, v in held.items()}
 
 
 OK, DIVERGED = "ok", "diverged"

@@ -142,8 +142,7 @@ def _settings(attack: Online) -> dict[str, Any]:
     return {
         "queries": attack.budget,
         "steps": attack.steps,
-        "batch_size": attack.recipe.batch_size,
-        "learning_rate": attack.recipe.learning_rate,
+        "epochs": None,  # its recipe's are not used
         "refresh": attack.refresh,
         "n_judged": attack.judged,
     }

@@ -3,7 +3,8 @@
     DIR/config.json     the config as run, and its hash
     DIR/rows.jsonl      one JSON object a line, one line a cell, written once and whole
     DIR/traces/         an .npz file for each task and seed of online attackers: every step
-    DIR/checkpoints/    Orbax checkpoints: what the victim's owner trained, and what is under way
+    DIR/checkpoints/    Orbax checkpoints: what the victim's owner trained, each with what made it,
+                        and what is under way
     DIR/.lock           held by the command that is at work there
 
 No array in a checkpoint belongs to a device: a run may go on on another machine.
@@ -33,6 +34,9 @@ CONFIG = "config.json"
 ROWS = "rows.jsonl"
 TRACES = "traces"
 LOCK = ".lock"
+MAKER = "made.json"
+_ONE_AT_A_TIME = threading.Lock()
+"""Threads that use Orbax at once take each other's drafts for their own (0.12.8)."""
 
 
 @contextlib.contextmanager
@@ -188,7 +192,7 @@ def save(directory: Path, name: str, step: int, tree: Any) -> None:
     from orbax.checkpoint import v1 as ocp
 
     folder = (directory / "checkpoints" / name).resolve()
-    with _uninterrupted():
+    with _uninterrupted(), _ONE_AT_A_TIME:
         ocp.save(folder / str(step), jax.tree.map(np.asarray, tree), overwrite=True)
         for old in _steps(folder):
             if old != step:
@@ -224,7 +228,8 @@ def restore(directory: Path, name: str, like: Any) -> Any | None:
     blank = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
     for step in sorted(_steps(folder), reverse=True):
         try:
-            return ocp.load(folder / str(step), blank)
+            with _ONE_AT_A_TIME:
+                return ocp.load(folder / str(step), blank)
         except Exception as error:  # of many kinds, by what is damaged
             warnings.warn(
                 f"checkpoint {folder / str(step)} is damaged ({in_one_line(error)}): what it held "
@@ -237,6 +242,20 @@ def restore(directory: Path, name: str, like: Any) -> Any | None:
 def holds(directory: Path, name: str, step: int) -> bool:
     """Whether there is a checkpoint of that name at that step."""
     return step in _steps(directory / "checkpoints" / name)
+
+
+def sign(directory: Path, name: str, maker: dict[str, Any]) -> None:
+    """Write down what made the checkpoint of that name, for `maker_of`."""
+    text = json.dumps(maker)
+    write_atomically(directory / "checkpoints" / name / MAKER, lambda draft: draft.write_text(text))
+
+
+def maker_of(directory: Path, name: str) -> dict[str, Any] | None:
+    """What made the checkpoint of that name; None where that is not known."""
+    try:
+        return json.loads((directory / "checkpoints" / name / MAKER).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def ids(directory: Path) -> set[str]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from madjax import (
     MAD,
@@ -301,17 +302,64 @@ def test_another_run_makes_nothing_twice(kept, folder, tmp_path, monkeypatch, co
         assert row["made_elsewhere"] == {}
 
 
-def test_a_network_of_which_it_is_not_known_what_made_it_is_not_kept(
-    kept, folder, tmp_path, monkeypatch
+@pytest.mark.parametrize("known", [True, False])
+def test_a_network_that_lies_in_the_runs_directory_keeps_what_made_it(
+    kept, folder, tmp_path, monkeypatch, known
 ):
-    """One that lies in a run's directory since an earlier command, which kept nothing."""
+    """One that an earlier command left there, which had no cache."""
     few = replace(CONFIG, seeds=(0,), defenses=(Defended(MAD(), (0.5,)),))
     monkeypatch.setenv("MADJAX_CACHE", "")
-    run(few, tmp_path / "one", folder)
+    ((first,), _) = run(few, tmp_path / "one", folder)
+    monkeypatch.setattr("madjax.sweep.rows.git_commit", lambda: "later")
+    if not known:  # the command was killed before it wrote that down
+        (written,) = (tmp_path / "one").rglob("made.json")
+        written.unlink()
+    more = replace(few, seeds=(0, 1))
+    rows, trained = run(more, tmp_path / "one", folder, resume=True)
+    assert trained == 0
+    (victim,) = [row["made_elsewhere"] for row in rows if row["seed"] == 1]
+    commits = {stage: maker["git_commit"] for stage, maker in victim.items()}
+    assert commits == ({"victim": first["git_commit"]} if known else {})
+    # Nor does the cache take what is not known.
     monkeypatch.setenv("MADJAX_CACHE", str(kept.folder))
-    run(replace(few, seeds=(0, 1)), tmp_path / "one", folder, resume=True)
-    names = {entry.path.name.partition("-")[0] for entry in cache.entries(kept.folder)}
-    assert names == {"posteriors", "answers"}
+    run(replace(few, seeds=(0, 1, 2)), tmp_path / "one", folder, resume=True)
+    found = {entry.path.name.partition("-")[0]: entry for entry in cache.entries(kept.folder)}
+    assert set(found) == {"posteriors", "answers"} | ({"network"} if known else set())
+    if known:
+        assert found["network"].maker["git_commit"] == first["git_commit"]
+        # A directory that gets it from there knows too.
+        run(few, tmp_path / "two", folder)
+        monkeypatch.setenv("MADJAX_CACHE", "")
+        rows, _ = run(more, tmp_path / "two", folder, resume=True)
+        (victim,) = [row["made_elsewhere"] for row in rows if row["seed"] == 1]
+        assert victim["victim"]["git_commit"] == first["git_commit"]
+
+
+def test_two_commands_do_not_collect_the_same_transfer_set(kept, folder, tmp_path):
+    """The second waits until the first has it."""
+    config = replace(CONFIG, attacks=(JBDA,), seeds=(0,))
+    want, _ = run(config, tmp_path / "one", folder)
+    (last,) = [e.path for e in cache.entries(kept.folder) if "transfer-" in e.path.name][-1:]
+    hidden, lines, waiting = last.rename(tmp_path / "hidden"), [], threading.Event()
+
+    def log(line):
+        lines.append(line)
+        if line.startswith("transfer of") and line.endswith("another command makes it, waiting"):
+            waiting.set()
+
+    rows = []
+    with FileLock(kept.folder / "locks" / f"{last.stem}.lock"):
+        options = {"data_dir": folder, "log": log}
+        second = threading.Thread(
+            target=lambda: rows.extend(sweep.run(config, tmp_path / "two", **options))
+        )
+        second.start()
+        assert waiting.wait(60)
+        hidden.rename(last)
+    second.join(60)
+    assert not any("round" in line for line in lines)
+    found = {row["id"]: row["attacker_losses"] for row in rows}
+    assert found == {row["id"]: row["attacker_losses"] for row in want}
 
 
 def test_a_result_that_is_damaged_changes_no_row(kept, folder, tmp_path):

@@ -113,6 +113,27 @@ def test_a_plan_counts_what_the_sweep_then_makes(made, kept):
     assert plan.disk_bytes == held + in_directory - counts
 
 
+def test_the_host_holds_the_data_and_the_answers_of_one_defence(folder, tmp_path):
+    def planned(*defenses, tasks=(TASK,), attacks=CONFIG.attacks):
+        config = replace(CONFIG, tasks=tasks, attacks=attacks, defenses=defenses)
+        return sweep.plan(config, tmp_path / "out", data_dir=folder).host_bytes
+
+    data = open_dataset("tiny", folder)
+    images = sum(a.nbytes for a in (data.x_train, data.y_train, data.x_test, data.y_test))
+    answers = 4 * 4 * 40  # of 4 classes to 40 queries, at a strength and for a seed
+    one, two = Defended(MAD(), (0.5,)), Defended(MAD(layers="last"), (0.5, 0.9))
+    # Two attacks of three are foreseen; two seeds; two victims share their images.
+    assert planned(one) == images + 2 * 2 * answers
+    assert planned(one, two) == planned(two) == images + 2 * 2 * 2 * answers
+    assert planned(one, tasks=CONFIG.tasks) == images + 2 * 2 * 2 * answers
+    assert planned(one, attacks=CONFIG.attacks[2:]) == images
+    # Another query set is held beside it.
+    owned = open_dataset("tiny[:50,:20]", folder)
+    more = owned.x_train.nbytes + owned.y_train.nbytes
+    few = (replace(TASK, queryset="tiny[:50,:20]"),)
+    assert planned(one, tasks=few) == images + more + 2 * 2 * answers
+
+
 def _bytes_in(path):
     """Of the arrays of a result."""
     with np.load(path) as held:
@@ -194,6 +215,20 @@ def test_other_attacks_have_stages_of_their_own(folder, tmp_path):
     assert found["online attackers"] == (4, 0, 4 * 24)
     assert found["transfer sets"] == (4, 0, 4 * 40)
     assert found["stolen models"] == (4, 0, 4 * 40 * 2)
+
+
+@pytest.mark.smoke
+def test_the_file_of_rates_does_not_grow_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("madjax.sweep.rates.LARGEST", 4000)
+    sizes = []
+    for i in range(300):
+        for device in ("this", "that"):
+            Rates(tmp_path, device).note("stolen LeNet", 1, i)
+        sizes.append((tmp_path / "rates.jsonl").stat().st_size)
+    assert max(sizes) < 4000
+    # The latest nine are all there is to know.
+    assert Rates(tmp_path, "this").seconds("stolen LeNet", 1) == 295
+    assert Rates(tmp_path, "that").seconds("stolen LeNet", 1) == 295
 
 
 @pytest.mark.smoke

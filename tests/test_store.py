@@ -224,3 +224,24 @@ def test_rows_of_a_run_are_what_a_report_reads(tmp_path):
     reopened(tmp_path, CONFIG, CELLS, resume=False)
     with pytest.raises(InputError, match=r"rows\.jsonl"):
         read_rows(tmp_path)
+
+
+def test_runs_in_threads_of_one_process_do_not_lose_checkpoints(tmp_path):
+    """Each with a directory of its own."""
+    lost = []
+
+    def run(directory):
+        try:
+            for step in range(1, 31):
+                store.save(directory, "part", step, {"a": np.full(3, step)})
+            found = store.restore(directory, "part", {"a": np.zeros(3, int)})
+            np.testing.assert_array_equal(found["a"], step)
+        except Exception as error:
+            lost.append(error)
+
+    threads = [threading.Thread(target=run, args=(tmp_path / name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lost == []

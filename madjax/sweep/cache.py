@@ -134,12 +134,19 @@ class Cache:
         path = self._path(key)
         return path is not None and path.is_file()
 
-    def put(self, key: Key, tree: Any) -> None:
-        """Keep a result. Where that cannot be, a warning says so, and the run goes on."""
+    def put(self, key: Key, tree: Any, maker: Maker | None = None) -> None:
+        """Keep a result, of this run's maker by default.
+
+        Where that cannot be, a warning says so, and the run goes on.
+        """
         path = self._path(key)
         if path is None:
             return
-        facts = {"what": key.what, "maker": self.maker, "made": f"{datetime.now(UTC):%F %T}"}
+        facts = {
+            "what": key.what,
+            "maker": maker or self.maker,
+            "made": f"{datetime.now(UTC):%F %T}",
+        }
         arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
 
         def write(draft: Path) -> None:

@@ -1,6 +1,7 @@
 """What a sweep would do: cells, stages held and missing, programs, bytes and time."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from madjax import store
 from madjax.attacks import Online
 from madjax.batching import QUERIES
 from madjax.config import Sweep, Task
+from madjax.defenses import Defense
 from madjax.models import Classifier
 from madjax.sweep import cache, rates, stages
 from madjax.sweep.cache import in_bytes
@@ -58,6 +60,8 @@ class Plan:
     """That are compiled for the stages, each once."""
     disk_bytes: int
     """That are added in the cache and the run's directory."""
+    host_bytes: int
+    """Of the data sets, and of the answers to the queries of the defence that has most of them."""
     device_bytes: int
     """That the arrays of the largest wave take on one device, without what XLA needs besides."""
 
@@ -77,8 +81,9 @@ class Plan:
             return f"{self.name}: all {self.cells} cells have their row in {self.directory}"
         return (
             f"{self.name}: {self.missing} of {self.cells} cells to run on {self.device}, "
-            f"{self.programs} programs, {in_bytes(self.device_bytes)} on a device, "
-            f"{in_bytes(self.disk_bytes)} on disk, {self._time()}"
+            f"{self.programs} programs, {in_bytes(self.host_bytes)} in memory, "
+            f"{in_bytes(self.device_bytes)} on a device, {in_bytes(self.disk_bytes)} on disk, "
+            f"{self._time()}"
         )
 
     def table(self) -> str:
@@ -158,6 +163,8 @@ class Tally:
         self._units: dict[str, str] = {}
         self.programs: set[Any] = set()
         self.owners: set[Any] = set()
+        self.answers: dict[Defense, dict[Any, int]] = defaultdict(dict)
+        """Bytes of the answers to queries that are held while a defence is at work."""
         self.disk = self.device = 0
 
     def need(self, stage: str, unit: str, name: Any, held: bool, kind: str, amount: int) -> bool:
@@ -212,6 +219,8 @@ def planned(
         tally.stages(),
         len(tally.programs),
         tally.disk,
+        _data_bytes(stock.opened)
+        + max((sum(held.values()) for held in tally.answers.values()), default=0),
         tally.device,
     )
 
@@ -243,18 +252,19 @@ def _count_answers(group: Group, stock: Stock, tally: Tally, mesh: Mesh) -> bool
             sets.append(stock.keys.queries(group, task, seed))
         places = [each for each in group.places if (each.task, each.seed) == (task, seed)]
         for asked in sets:
-            made = 0
+            made, size = 0, asked.count * group.parties.num_classes * 4
             for place in places:
                 key = stock.keys.answers(group.rule, task, seed, asked, place.strength)
                 kind = rates.answering(group.rule, network)
                 name = key.digest or (group.rule, place, str(asked.inputs))
-                made += tally.need(
-                    "answers", "queries", name, stock.kept.has(key), kind, asked.count
-                )
+                if asked.sent is not None:
+                    tally.answers[group.rule][name] = size
+                if tally.need("answers", "queries", name, stock.kept.has(key), kind, asked.count):
+                    made += 1
+                    tally.disk += size
             if made:
                 knows = True
                 _count_posteriors(stock, tally, network, task, asked)
-                tally.disk += made * asked.count * group.parties.num_classes * 4
                 rows = min(asked.size, QUERIES * mesh.size), asked.repeats
                 tally.programs.add(("at_strengths", group.rule, network, rows, made))
     return knows
@@ -302,6 +312,17 @@ def _count_cells(
     asking = ("begin", "proceed") if attack.rounds else ("begin",)
     tally.programs |= {(f, parties, attack, rule, size) for f in asking}
     tally.device = max(tally.device, _device_bytes(group, stock.opened, size // mesh.size))
+
+
+def _data_bytes(opened: Mapping[Task, Opened]) -> int:
+    """What the data sets take, each once."""
+    arrays = {}
+    for each in opened.values():
+        data = each.data
+        held = [data.x_train, data.y_train, data.x_test, data.y_test]
+        held += [array for own in each.sources.values() for array in (own.images, own.labels)]
+        arrays |= {id(array): array.nbytes for array in held}
+    return sum(arrays.values())
 
 
 def _device_bytes(group: Group, opened: Mapping[Task, Opened], cells: int) -> int:

@@ -13,9 +13,13 @@ from typing import Any
 from madjax.attacks import Attack
 from madjax.config import name_of
 from madjax.defenses import Defense
+from madjax.errors import InputError
+from madjax.files import write_atomically
 from madjax.models import Classifier
 
 FILE = "rates.jsonl"
+LARGEST = 2**18
+"""Bytes of the file, beyond which it is shortened."""
 LATEST = 9
 """Notes of one kind of work that count, of which the median is taken."""
 
@@ -35,8 +39,12 @@ class Rates:
         if self.folder is None or not amount:
             return
         line = {"kind": kind, "device": self.device, "amount": amount, "seconds": seconds}
-        with contextlib.suppress(OSError), (self.folder / FILE).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / FILE
+        with contextlib.suppress(OSError, InputError):  # of a folder that may only be read
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            if path.stat().st_size > LARGEST:
+                _shorten(path)
 
     def seconds(self, kind: str, amount: float) -> float | None:
         """How long an amount of work will take; None where none of its kind was done here before.
@@ -50,14 +58,30 @@ class Rates:
     @cached_property
     def _pace(self) -> dict[str, float]:
         """Seconds for a unit of each kind of work."""
-        found: dict[str, list[float]] = defaultdict(list)
         path = self.folder and self.folder / FILE
-        for line in path.read_text().splitlines() if path and path.is_file() else ():
-            with contextlib.suppress(ValueError):  # of two commands that wrote at once
-                note = json.loads(line)
-                if note["device"] == self.device:
-                    found[note["kind"]].append(note["seconds"] / note["amount"])
-        return {kind: statistics.median(each[-LATEST:]) for kind, each in found.items()}
+        notes = _latest(path) if path and path.is_file() else {}
+        return {
+            kind: statistics.median(note["seconds"] / note["amount"] for note in each)
+            for (device, kind), each in notes.items()
+            if device == self.device
+        }
+
+
+def _latest(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The notes of a file that count, by device and kind."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # of two commands that wrote at once
+            note = json.loads(line)
+            found[note["device"], note["kind"]].append(note)
+    return {key: notes[-LATEST:] for key, notes in found.items()}
+
+
+def _shorten(path: Path) -> None:
+    """Drop the notes that do not count any more, and perhaps one that is written meanwhile."""
+    notes = [note for each in _latest(path).values() for note in each]
+    text = "".join(json.dumps(note) + "\n" for note in notes)
+    write_atomically(path, lambda draft: draft.write_text(text))
 
 
 def training(network: Classifier, how: Callable[..., Any]) -> str:

@@ -6,7 +6,7 @@ collects its transfer sets, and trains and judges its stolen models at each budg
 written when it ends, and a checkpoint after each of its rounds and epochs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,51 +147,65 @@ def _collect(
     stock: Stock,
     desk: Desk,
 ) -> tuple[Transfer, Stopwatch]:
-    """The wave's transfer sets and the seconds; a checkpoint spares the rounds it holds.
+    """The wave's transfer sets and the seconds that took.
 
-    Those that the cache has for all cells of the wave are taken from there.
+    Those of cells that meet the defence are kept in the cache, and taken from there where it has
+    all of the wave's. (The others' are the answers, which lie there.)
     """
-    name, rounds = f"{wave.name}-transfer", group.attack.rounds
-    settings = group.parties, group.attack, rule
     begin, proceed = (
-        over_cells(stage, *settings, mesh=desk.mesh) for stage in (stages.begin, stages.proceed)
+        over_cells(stage, group.parties, group.attack, rule, mesh=desk.mesh)
+        for stage in (stages.begin, stages.proceed)
     )
+    if rule is None:
+        return _ask(wave, group, begin, proceed, (own, api), desk)
+    like = jax.eval_shape(begin, wave.points, (own, api))._replace(memory=())
+    with stock.collecting(group, wave.places, like) as held:
+        if held is not None:
+            return spread(stack(held, len(wave.points.seed)), desk.mesh), Stopwatch()
+        transfer, watch = _ask(wave, group, begin, proceed, (own, api), desk)
+        kind = rates.collecting(group.attack, rule, group.parties.stolen)
+        stock.pace.note(kind, len(wave.places) * group.attack.budget, watch.running)
+        stock.keep_transfers(group, wave.places, transfer)
+    return transfer, watch
+
+
+def _ask(
+    wave: _Wave,
+    group: Group,
+    begin: Callable[..., Transfer],
+    proceed: Callable[..., Transfer],
+    shared: tuple[Own, Api | None],
+    desk: Desk,
+) -> tuple[Transfer, Stopwatch]:
+    """Ask all queries, round by round; a checkpoint spares the rounds it holds."""
+    name = f"{wave.name}-transfer"
 
     def keep(done: int) -> None:
         state = transfer, np.asarray(watch.running), np.asarray(done)
         store.save(desk.directory, name, done, state)
 
-    like = jax.eval_shape(begin, wave.points, (own, api))
-    if rule is not None:
-        held = stock.transfers(group, wave.places, like._replace(memory=()))
-        if held is not None:
-            return spread(stack(held, len(wave.points.seed)), desk.mesh), Stopwatch()
+    like = jax.eval_shape(begin, wave.points, shared)
     saved = store.restore(desk.directory, name, (like, np.zeros(()), np.zeros((), int)))
     if saved is None:
         watch, first = Stopwatch(), 0
         with watch:
-            transfer = jax.block_until_ready(begin(wave.points, (own, api)))
-        if rule is not None:  # else they are made anew at no cost
+            transfer = jax.block_until_ready(begin(wave.points, shared))
+        if shared[1] is not None:  # else they are made anew at no cost
             keep(0)
     else:
         transfer = spread(saved[0], desk.mesh)
         watch, first = Stopwatch(float(saved[1])), int(saved[2])
-    for r in range(first, rounds):
+    for r in range(first, group.attack.rounds):
         with watch:
-            transfer = proceed((wave.points, transfer), (own, api, np.int32(r)))
+            transfer = proceed((wave.points, transfer), (*shared, np.int32(r)))
             jax.block_until_ready(transfer)
         keep(r + 1)
         desk.log(
-            f"{group.label}: round {r + 1} of {rounds}, {int(transfer.asked[0]):,} queries, "
-            f"{watch.running:.0f} s"
+            f"{group.label}: round {r + 1} of {group.attack.rounds}, "
+            f"{int(transfer.asked[0]):,} queries, {watch.running:.0f} s"
         )
     check_transfer(group.attack, transfer)
-    transfer = transfer._replace(memory=())
-    if rule is not None:
-        kind = rates.collecting(group.attack, rule, group.parties.stolen)
-        stock.pace.note(kind, len(wave.places) * group.attack.budget, watch.running)
-        stock.keep_transfers(group, wave.places, transfer)
-    return transfer, watch
+    return transfer._replace(memory=()), watch
 
 
 def _learn(

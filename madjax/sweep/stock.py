@@ -2,7 +2,8 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,21 +135,36 @@ class Stock:
         )
         return found
 
-    def transfers(self, group: Group, places: list[Place], like: Any) -> list[Any] | None:
-        """The transfer sets of a wave, if the cache has all; like has a leading axis of cells."""
+    @contextmanager
+    def collecting(
+        self, group: Group, places: list[Place], like: Any
+    ) -> Iterator[list[Any] | None]:
+        """Hold the transfer sets of a wave while they are made; gives them if the cache has all.
+
+        like has a leading axis of cells. Large ones are neither kept nor looked for.
+        """
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), like)
-        held = [self.kept.get(self.keys.transfer(group, place), like) for place in places]
-        if None in held:
-            return None
-        for place, (_, maker) in zip(places, held, strict=True):
-            self._makers[group.rule, place]["transfer"] = maker
-        return [transfer for transfer, _ in held]
+        if not _is_kept(like):
+            yield None
+            return
+        names = {place: self.keys.transfer(group, place) for place in places}
+        with ExitStack() as locks:
+            # In one order, so that no two commands wait for each other.
+            for name in sorted(names.values(), key=lambda name: str(name.digest)):
+                locks.enter_context(self.kept.alone(name, self._log))
+            held = [self.kept.get(name, like) for name in names.values()]
+            if None in held:
+                yield None
+                return
+            for place, (_, maker) in zip(places, held, strict=True):
+                self._makers[group.rule, place]["transfer"] = maker
+            yield [transfer for transfer, _ in held]
 
     def keep_transfers(self, group: Group, places: list[Place], transfers: Any) -> None:
         """Put the finished transfer sets of a wave into the cache, if they are no large ones."""
         for i, place in enumerate(places):
             mine = jax.tree.map(lambda a, i=i: np.asarray(a[i]), transfers)
-            if sum(a.nbytes for a in jax.tree.leaves(mine)) <= LARGEST_TRANSFER:
+            if _is_kept(mine):
                 self.kept.put(self.keys.transfer(group, place), mine)
 
     def networks(self, group: Group, task: Task, seed: int | None) -> list[Planned]:
@@ -302,6 +318,12 @@ class Stock:
             owner = owner_of(task, each.network, each.data, self._keeper(task, task))
             self._victims[task] = _Victim(owner, train_victim(owner))
         return self._victims[task]
+
+
+def _is_kept(transfer: Any) -> bool:
+    """Whether the cache keeps a transfer set of these shapes."""
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(transfer))
+    return sum(sizes) <= LARGEST_TRANSFER
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

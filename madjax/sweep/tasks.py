@@ -66,7 +66,8 @@ def open_tasks(tasks: Iterable[Task], data_dir: str | Path | None) -> dict[Task,
     def drawn_from(queryset: str, splits: tuple[str, ...]) -> tuple[Source, int]:
         data = opened(queryset)
         parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
-        images, labels = map(np.concatenate, zip(*map(parts.get, splits), strict=True))
+        chosen = zip(*map(parts.get, splits), strict=True)
+        images, labels = (p[0] if len(p) == 1 else np.concatenate(p) for p in chosen)
         return Source(images, labels, data.num_classes), crc32(labels, crc32(images))
 
     @cache

@@ -49,10 +49,10 @@ def keeper(
 ) -> Keep:
     """The `Owner.keep` of a run: training goes on from the checkpoint in its directory.
 
-    A finished network lies there, and in the cache for other runs; found(name, maker) is told of
-    one that the cache had, and pace how long training took. Victims that several tasks share are
-    trained once. It raises InputError as soon as training diverges, and keeps no checkpoint of
-    that.
+    A finished network lies there, and in the cache for other runs, with what made it, of which
+    found(name, maker) is told; pace is told how long training took. Victims that several tasks
+    share are trained once. It raises InputError as soon as training diverges, and keeps no
+    checkpoint of that.
     """
     num_examples = len(data.x_train)
 
@@ -74,6 +74,7 @@ def keeper(
                 found(name, maker)
                 if done < recipe.epochs:
                     store.save(directory, folder, recipe.epochs, state)
+                    store.sign(directory, folder, maker)
                 return jax.tree.map(jnp.asarray, state)
             with (
                 tqdm(
@@ -82,8 +83,12 @@ def keeper(
                 Stopwatch() as watch,
             ):
                 state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
-            if done < recipe.epochs:  # else it is not known what made it
-                kept.put(whole, state)
+            if done < recipe.epochs:
+                store.sign(directory, folder, kept.maker)
+            maker = store.maker_of(directory, folder)
+            if maker is not None:  # else a command was killed before it signed
+                found(name, maker)
+                kept.put(whole, state, maker)
         kind = rates.training(victim, getattr(train, "func", train))
         pace.note(kind, (recipe.epochs - done) * num_examples, watch.running)
         if done < recipe.epochs:

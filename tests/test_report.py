@@ -232,9 +232,12 @@ def test_what_no_field_names_is_told_apart_by_the_digests_of_all_settings():
     (ax,) = report.figure(rows).get_axes()
     label = "MAD, last layer (knockoff), task_settings"
     assert set(drawn(ax)) == {f"{label} aa", f"{label} bb"}
-    # Older rows say neither.
+    # Older rows say neither, and what they lack is said only where nothing else tells.
+    (ax,) = report.figure([row(), recipes(budget=100)]).get_axes()
+    label = "MAD, last layer (knockoff)"
+    assert set(drawn(ax)) == {f"{label}, budget 5000", f"{label}, budget 100"}
     (ax,) = report.figure([row(), recipes()]).get_axes()
-    assert len(drawn(ax)) == 2
+    assert set(drawn(ax)) == {f"{label}, victim_epochs {epochs}" for epochs in "-9"}
 
 
 def test_a_curve_starts_undefended_at_that_of_its_own_task():

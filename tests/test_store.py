@@ -232,7 +232,7 @@ def test_runs_in_threads_of_one_process_do_not_lose_checkpoints(tmp_path):
 
     def run(directory):
         try:
-            for step in range(1, 31):
+            for step in range(1, 21):
                 store.save(directory, "part", step, {"a": np.full(3, step)})
             found = store.restore(directory, "part", {"a": np.zeros(3, int)})
             np.testing.assert_array_equal(found["a"], step)

@@ -69,7 +69,8 @@ def fit(
         if not good:
             raise InputError(f"{name} is {value}: give {needed}")
     images, labels = map(jnp.asarray, data)
-    _check(classifier, recipe, key, images, labels)
+    check(classifier, recipe, len(images))
+    _check_data(classifier, images, labels)
     n = len(images)
     if state is None:
         state = _start(classifier, recipe, n, key)
@@ -114,23 +115,29 @@ def fit(
     return state
 
 
-def _check(
-    classifier: Classifier, recipe: Recipe, key: Array, images: Array, labels: Array
-) -> None:
-    """Refuse what cannot be trained, or not privately."""
-    if set(jax.eval_shape(classifier.init, key)) != {"params"}:
+def check(classifier: Classifier, recipe: Recipe, num_examples: int) -> None:
+    """Refuse what cannot be trained privately.
+
+    Raises:
+        InputError: a network with BatchNorm or any other state; a batch larger than the data.
+    """
+    if set(jax.eval_shape(classifier.init, jax.random.key(0))) != {"params"}:
         raise InputError(
             f"DP-SGD cannot train {type(classifier.module).__name__}: BatchNorm, or other state, "
             "mixes the examples of a batch; choose a network without it"
         )
-    n = len(images)
-    if recipe.batch_size > n:
+    if recipe.batch_size > num_examples:
         raise InputError(
-            f"batch_size is {recipe.batch_size}: DP-SGD draws that many of {n} examples, give at "
-            "most all"
+            f"batch_size is {recipe.batch_size}: DP-SGD draws that many of {num_examples} "
+            "examples, give at most all"
         )
+
+
+def _check_data(classifier: Classifier, images: Array, labels: Array) -> None:
+    n = len(images)
     if labels.shape != (n,):
         raise InputError(f"{n} images have labels of shape {labels.shape}: give labels [{n}]")
+    key = jax.random.key(0)
     classes = jax.eval_shape(lambda: classifier.apply(classifier.init(key), images[:1])).shape[-1]
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(

@@ -144,11 +144,16 @@ def _repair(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(path, len(whole))
+    rows = _whole(path, data)
+    if not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    return rows
+
+
+def _whole(path: Path, data: bytes) -> list[dict[str, Any]]:
+    """The rows of a file's whole lines."""
     rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -262,8 +267,7 @@ def ids(directory: Path) -> set[str]:
     """The ids of the rows of a run, which another command may be writing; nothing where none is."""
     path = directory / ROWS
     data = path.read_bytes() if path.is_file() else b""
-    rows = (json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines())
-    return {row["id"] for row in rows if "id" in row}
+    return {row["id"] for row in _whole(path, data) if "id" in row}
 
 
 def discard(directory: Path, name: str) -> None:

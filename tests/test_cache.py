@@ -15,6 +15,7 @@ from madjax import (
     MAD,
     MLP,
     Defended,
+    InputError,
     Knockoff,
     LineSearch,
     Recipe,
@@ -28,6 +29,7 @@ from madjax import (
 )
 from madjax.cli import main
 from madjax.config import describe
+from madjax.defenses.defense import Training
 from madjax.sweep import cache, stages
 from madjax.sweep.victim import identified
 from tests.networks import Linear
@@ -95,27 +97,45 @@ def test_what_has_no_source_is_not_kept(kept):
     assert cache.entries(kept.folder) == []
 
 
+class Loop:
+    """A training loop whose attributes decide how it trains."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def fit(self, *args, **options):
+        return fit(*args, **options)
+
+
 @pytest.mark.smoke
 def test_a_network_is_told_by_its_data_its_recipe_its_key_and_how_it_is_trained(folder):
     data, key = open_dataset("tiny", folder), jax.random.key(0)
     noisy = partial(private.fit, noise_multiplier=0.5, clip=1.0)
-    first = {"task": TASK, "data": data, "recipe": RECIPE, "key": key, "train": partial(fit, 1)}
-    changes = (
-        {},
-        {"task": replace(TASK, architecture=MLP)},
-        {"data": replace(data, x_train=data.x_train + 1)},
-        {"recipe": replace(RECIPE, learning_rate=0.2)},
-        {"key": jax.random.key(1)},
-        {"train": partial(noisy, 1)},
-        {"train": partial(noisy, 1, noise_multiplier=0.5000001)},
-    )
-    found = [identified("one", *(first | change).values()) for change in changes]
+
+    def name(task=TASK, data=data, recipe=RECIPE, key=key, loop=fit, owned=None):
+        owned = owned or (data.x_train, data.y_train)
+        train = Training(loop, None, recipe, key, owned, (data.x_test, data.y_test))
+        return identified("one", task, data, recipe, key, train)
+
+    found = [
+        name(),
+        name(task=replace(TASK, architecture=MLP)),
+        name(data=replace(data, x_train=data.x_train + 1)),
+        name(owned=(data.x_train[:30], data.y_train[:30])),
+        name(recipe=replace(RECIPE, learning_rate=0.2)),
+        name(key=jax.random.key(1)),
+        name(loop=noisy),
+        name(loop=partial(noisy, noise_multiplier=0.5000001)),
+        name(loop=partial(private.fit, 0.1)),
+        name(loop=partial(private.fit, 0.9)),
+        name(loop=Loop(0.1).fit),
+        name(loop=Loop(0.9).fit),
+    ]
     names, keys = zip(*found, strict=True)
-    assert len({key.digest for key in keys}) == len(set(names)) == len(changes)
-    said = first | {"task": replace(TASK, queryset="other"), "train": partial(fit, "network")}
-    assert identified("two", *said.values())[1].digest == keys[0].digest
-    for unknown in (lambda: 0, partial(lambda network: 0, 1)):
-        assert identified("one", *(first | {"train": unknown}).values())[1].digest is None
+    assert len({key.digest for key in keys}) == len(set(names)) == len(found)
+    assert name(task=replace(TASK, queryset="other")) == found[0]
+    with pytest.raises(InputError, match="no import path"):
+        name(loop=lambda *_: None)
 
 
 @pytest.mark.smoke
@@ -287,7 +307,8 @@ def test_another_run_makes_nothing_twice(kept, folder, tmp_path, monkeypatch, co
         before = rows[0]["git_commit"]
         if row["strength"] == 0.3:
             # The answers are this run's own; what they were made with is not.
-            assert elsewhere == {"victim": before, "surrogate": before}
+            stages = "victim", "surrogate", "posteriors", "test posteriors"
+            assert elsewhere == dict.fromkeys(stages, before)
             continue
         same = first[row["id"]]
         assert {k: row[k] for k in row if k not in said} == {
@@ -333,6 +354,50 @@ def test_a_network_that_lies_in_the_runs_directory_keeps_what_made_it(
         rows, _ = run(more, tmp_path / "two", folder, resume=True)
         (victim,) = [row["made_elsewhere"] for row in rows if row["seed"] == 1]
         assert victim["victim"]["git_commit"] == first["git_commit"]
+
+
+def test_what_made_a_transfer_set_is_said_of_its_own_attack(kept, folder, tmp_path, monkeypatch):
+    config = replace(CONFIG, attacks=(JBDA,), seeds=(0,))
+    run(config, tmp_path / "one", folder)
+    monkeypatch.setattr("madjax.sweep.rows.git_commit", lambda: "later")
+    twin = replace(JBDA, variant="twin", step=0.2)
+    rows, _ = run(replace(config, attacks=(JBDA, twin)), tmp_path / "two", folder)
+    assert len(rows) == 4
+    for row in rows:
+        assert ("transfer" in row["made_elsewhere"]) == ("twin" not in row["variant"])
+
+
+def test_tasks_that_share_a_transfer_set_share_a_wave(kept, folder, tmp_path):
+    """jbda draws from the victim's data, whatever the query set."""
+    tasks = (TASK, replace(TASK, queryset="tiny[:50]"))
+    config = replace(CONFIG, tasks=tasks, attacks=(JBDA,), seeds=(0,))
+    rows, _ = run(config, tmp_path / "one", folder, cells_per_device=4)
+    losses = [(row["strength"], *row["attacker_losses"]) for row in rows]
+    assert len(losses) == 4
+    assert len(set(losses)) == 2
+
+
+def test_a_run_that_has_another_victim_than_the_cache_goes_on_with_its_own(
+    kept, folder, tmp_path, monkeypatch
+):
+    """As one that was begun on a machine that rounds otherwise."""
+    few = replace(CONFIG, seeds=(0,))
+    run(few, tmp_path / "here", folder)
+    monkeypatch.setenv("MADJAX_CACHE", "")
+    alone, _ = run(replace(few, seeds=(0, 1)), tmp_path / "alone", folder)
+    monkeypatch.setenv("MADJAX_CACHE", str(kept.folder))
+    (entry,) = [e for e in cache.entries(kept.folder) if e.what == "tiny, victim"]
+    with np.load(entry.path) as held:
+        arrays = dict(held)
+    for name, array in arrays.items():
+        if array.dtype == np.float32 and array.ndim == 2:
+            arrays[name] = -array
+    np.savez(entry.path, **arrays)
+    lines = []
+    more = {"data_dir": folder, "resume": True, "log": lines.append}
+    rows = sweep.run(replace(few, seeds=(0, 1)), tmp_path / "here", **more)
+    assert any(line.endswith("here: not used") for line in lines)
+    assert [r["attacker_losses"] for r in rows] == [r["attacker_losses"] for r in alone]
 
 
 def test_two_commands_do_not_collect_the_same_transfer_set(kept, folder, tmp_path):

@@ -1,5 +1,6 @@
 """Configs: overrides, loading, and the hash that guards a resumed run."""
 
+import functools
 import importlib
 import json
 import re
@@ -256,6 +257,12 @@ class Short(MyOwnRule):
 
 
 @dataclass(frozen=True)
+class Arrayed(MyOwnRule):
+    def describe(self):
+        return super().describe() | {"weights": np.arange(3)}
+
+
+@dataclass(frozen=True)
 class Nameless(Knockoff):
     def describe(self):
         return {"attack": "nameless"}
@@ -271,6 +278,10 @@ def test_a_rule_without_a_name_is_called_as_its_class():
     [
         (lambda: Defended(Silent(), (1.0,)), r"describe\(\) of Silent returns None, without"),
         (lambda: Defended(Short(), (1.0,)), "describe.. of Short returns .* without 'layers': re"),
+        (
+            lambda: Defended(Arrayed(), (1.0,)),
+            "of Arrayed returns .*, of which a row can hold text",
+        ),
         (lambda: replace(BASE, attacks=(Nameless(),)), "of Nameless returns .*, without 'variant'"),
     ],
 )
@@ -365,6 +376,26 @@ class Mix:
         return y * self.weight
 
 
+def scaled(weight):
+    """A decorator that catches a number."""
+
+    def wrap(oracle):
+        @functools.wraps(oracle)
+        def scale(y, gram):
+            return weight * oracle(y, gram)
+
+        return scale
+
+    return wrap
+
+
+def _same(y, gram):
+    return y
+
+
+tenth, nine_tenths, other_way = scaled(0.1)(_same), scaled(0.9)(_same), scaled(0.9)(madjax.extreme)
+
+
 class Plain(MAD):
     """A rule without fields of its own, told from MAD by its class alone."""
 
@@ -373,6 +404,10 @@ class Plain(MAD):
     ("one", "other"),
     [
         (Mix(0.1), Mix(0.9)),
+        (Mix(0.1).__call__, Mix(0.9).__call__),
+        (tenth, nine_tenths),
+        (nine_tenths, _same),
+        (nine_tenths, other_way),
         (MAD(), Plain()),
         (partial(madjax.kl, weights=np.arange(3)), partial(madjax.kl, weights=np.arange(3) * 1.0)),
         (partial(madjax.kl, weights=np.arange(3)), partial(madjax.kl, weights=np.arange(3)[::-1])),

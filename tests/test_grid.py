@@ -1,9 +1,11 @@
 """Cells of the grid: which there are, and what tells each from every other."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from functools import partial
 
+import numpy as np
 import pytest
 
 from madjax import (
@@ -24,7 +26,7 @@ from madjax import (
 )
 from madjax.constraints import keep_label
 from madjax.report.points import curve_of
-from madjax.sweep.rows import which
+from madjax.sweep.rows import plain, which
 from madjax.train import adam
 
 pytestmark = pytest.mark.smoke
@@ -97,7 +99,7 @@ DIGESTS = {f"{part}_settings" for part in ("task", "defense", "attack")}
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_row_says_the_settings_in_which_its_cell_differs(name):
     """And so it is of a curve of its own, but where seed or strength differ."""
-    old, new = which(CELL), which(replace(CELL, **CHANGES[name]))
+    old, new = which(CELL, SUMS), which(replace(CELL, **CHANGES[name]), SUMS)
     (part,) = CHANGES[name]
     kind = {"task": "task", "rule": "defense", "attack": "attack"}.get(part)
     changed = {field for field in DIGESTS if old[field] != new[field]}
@@ -107,10 +109,23 @@ def test_a_row_says_the_settings_in_which_its_cell_differs(name):
     assert old != new
 
 
+def test_rows_of_other_data_of_one_name_are_of_another_curve():
+    old, new = which(CELL, SUMS), which(CELL, SUMS | {"queryset": 9})
+    assert {name for name in old if old[name] != new[name]} == {"task_settings"}
+    assert curve_of(old) != curve_of(new)
+
+
+def test_a_row_is_as_json_has_it():
+    row = {"a": np.float32(0.5), "b": [np.int64(3), math.inf], "c": {"d": -math.inf}, "e": "x"}
+    assert json.dumps(plain(row | {"f": None, "g": (1, True)}), allow_nan=False) == (
+        '{"a": 0.5, "b": [3, null], "c": {"d": null}, "e": "x", "f": null, "g": [1, true]}'
+    )
+
+
 def test_a_row_holds_both_recipes():
     victim, attacker = Recipe(epochs=3), Recipe(learning_rate=0.2, decay_epochs=7, optimizer=adam)
     attack = replace(CELL.attack, recipe=attacker)
-    row = which(replace(CELL, task=replace(TASK, victim=victim), attack=attack))
+    row = which(replace(CELL, task=replace(TASK, victim=victim), attack=attack), SUMS)
     for prefix, recipe, optimizer in (("victim_", victim, "sgd"), ("", attacker, "adam")):
         said = {name: row[prefix + name] for name in asdict(recipe)}
         assert said == asdict(recipe) | {"optimizer": optimizer}

@@ -470,10 +470,24 @@ def test_the_trace_is_written_as_one_table(finished, tmp_path, suffix):
 
         held = parquet.read_table(path).to_pydict()
     assert set(held) == set(trace)
-    assert {"step", "angle", "distance_used", "loss", "strength", "seed"} < set(held)
+    cell = {"strength", "seed", "dataset", "queryset", "victim_seed", "defense", "attack"}
+    assert {"step", "angle", "distance_used", "loss", *cell} < set(held)
     for name, values in trace.items():
         assert len(values) == 24 * 6
         assert (np.asarray(held[name]) == values).all()
+
+
+def test_traces_of_defences_with_other_fields_are_one_table(tmp_path):
+    """What a file lacks is empty, or no number."""
+    (tmp_path / "traces").mkdir()
+    common = {"angle": np.zeros((2, 3)), "strength": np.array([0.5, 1.0])}
+    np.savez(tmp_path / "traces" / "a.npz", **common, defense=np.array("mad"))
+    np.savez(tmp_path / "traces" / "b.npz", **common, mood=np.array("blue"), heat=np.ones(2))
+    trace = report.read_trace(tmp_path)
+    assert {len(values) for values in trace.values()} == {12}
+    assert list(trace["mood"]) == 6 * [""] + 6 * ["blue"]
+    assert list(trace["defense"]) == 6 * ["mad"] + 6 * [""]
+    np.testing.assert_array_equal(trace["heat"], 6 * [np.nan] + 6 * [1])
 
 
 def test_a_trace_that_cannot_be_written_says_why(finished, tmp_path):

@@ -157,10 +157,11 @@ def numbers(y):
 )
 def test_what_an_attack_says_that_it_sends_is_tried(attack, told):
     parties = sweep.Parties(NETWORK, NETWORK, MNIST_FAMILY, 4, 3)
-    drawn = stages.foreseen(parties, attack, 5, IMAGES, LABELS)
-    assert (drawn is not None) == told
-    if told:
-        np.testing.assert_array_equal(drawn, attack.foreseen(keys(5)["draw"], 37))
+    for seed in (5, 2**32 - 1):
+        drawn = stages.foreseen(parties, attack, seed, IMAGES, LABELS)
+        assert (drawn is not None) == told
+        if told:
+            np.testing.assert_array_equal(drawn, attack.foreseen(keys(seed)["draw"], 37))
 
 
 def test_an_attack_that_keeps_no_promise_gets_the_answers_to_its_own_images(tmp_path):

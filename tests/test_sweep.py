@@ -1,6 +1,6 @@
 """The compiled grid is a Python loop over single cells, on any number of devices."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import chex
@@ -800,6 +800,33 @@ class Broken(Knockoff):
         raise KeyError("nothing")
 
 
+class Normed(nn.Module):
+    """A linear classifier that mixes the examples of a batch."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class Told(Undefended):
+    """A rule that puts an array into rows."""
+
+    def facts(self, strength, num_examples):
+        return {"weights": np.ones(num_examples)}
+
+
+@dataclass(frozen=True)
+class Nameless(Undefended):
+    """A rule that trains by a function which nothing tells from another."""
+
+    def prepare(self, owner, key, strengths=()):
+        return owner.train("other", owner.recipe, key, lambda *args, **options: fit(*args))
+
+
 def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
     data = write_data(tmp_path)
 
@@ -817,10 +844,34 @@ def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
         ({"attacks": (Custom(collect=too_few, architecture=Linear),)}, "makes targets of shape"),
         ({"attacks": (Custom(architecture=Linear),)}, "the attack custom fails on these data"),
         ({"attacks": (Broken(budget=9, architecture=Linear),)}, "the attack knockoff fails on"),
+        ({"defenses": (Defended(DPSGD(), (1.0,)),)}, "batch_size is 600: DP-SGD draws that many"),
+        (
+            {
+                "tasks": (replace(TASK, architecture=Normed),),
+                "defenses": (Defended(DPSGD(recipe=Recipe(batch_size=9)), (1.0,)),),
+            },
+            "DP-SGD cannot train Normed",
+        ),
+        ({"defenses": (Defended(Told(), (1.0,)),)}, "Told.* fails .*not JSON serializable"),
+        ({"defenses": (Defended(Nameless(), (1.0,)),)}, "has no import path"),
     ):
         with pytest.raises(InputError, match=words):
             sweep.run(replace(CONFIG, **change), tmp_path / "out", data_dir=data)
         assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_and_infinite_ones_make_rows(tmp_path):
+    """As of a budget from np.logspace, and of privacy that is none."""
+    data = write_data(tmp_path)
+    recipe = Recipe(epochs=np.int64(1), batch_size=16, learning_rate=np.float32(0.25))
+    attack = replace(CONFIG.attacks[0], recipe=recipe)
+    noise = Defended(DPSGD(recipe=Recipe(epochs=1, batch_size=16)), (1e-4,))
+    budgets = tuple(np.array([10, 20]))
+    config = replace(CONFIG, attacks=(attack,), budgets=budgets, defenses=(noise,), seeds=(0,))
+    rows = sweep.run(config, tmp_path / "out", data_dir=data)
+    assert rows == read_rows(tmp_path / "out")
+    assert {row["budget"] for row in rows} >= {10, 20}
+    assert {(row["learning_rate"], row["dp_epsilon"]) for row in rows} == {(0.25, None)}
 
 
 def test_an_architecture_that_does_not_fit_is_named(tmp_path):

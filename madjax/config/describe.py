@@ -18,8 +18,10 @@ def describe(value: Any) -> Any:
     """A config value as JSON values that differ where the value does.
 
     Dataclasses become objects of their class and all fields, other objects of their class and
-    attributes; functions and classes their import path. What is not madjax's own has a digest of
-    its source too, null where that cannot be had. Arrays are told apart by a digest.
+    attributes; functions and classes their import path, methods also the object that they are of.
+    What is not madjax's own has a digest of its source too, null where that cannot be had, and
+    what a function has caught from around it; not the source of what it calls. Arrays are told
+    apart by a digest.
 
     Raises:
         InputError: a function without an import path; a value of a kind that cannot be told apart.
@@ -41,6 +43,8 @@ def describe(value: Any) -> Any:
         return {"array": f"{array.dtype}{list(array.shape)}", "digest": _sha(array.tobytes())}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if inspect.ismethod(value):
+        return {"method": _described_code(value), "of": describe(value.__self__)}
     if hasattr(value, "__qualname__"):
         return _described_code(value)
     if hasattr(value, "__dict__"):
@@ -84,7 +88,8 @@ def _described_code(code: Any) -> Any:
         )
     if path.startswith("madjax."):
         return path
-    return {"path": path, "source": _source_digest(code)}
+    caught = [describe(cell.cell_contents) for cell in getattr(code, "__closure__", None) or ()]
+    return {"path": path, "source": _source_digest(code)} | ({"caught": caught} if caught else {})
 
 
 @functools.cache
@@ -92,8 +97,10 @@ def _source_digest(code: Any) -> str | None:
     """Of a function's source, and of a class with its bases from the same package."""
     package = code.__module__.partition(".")[0]
     bases = [c for c in getattr(code, "__mro__", (code,)) if c.__module__.startswith(package)]
+    # Of a decorated function that of the decorator's: what it decorates is caught.
+    parts = [code.__code__] if inspect.isfunction(code) else bases
     try:
-        return _sha("\n".join(map(inspect.getsource, bases)).encode())
+        return _sha("\n".join(map(inspect.getsource, parts)).encode())
     except (OSError, TypeError):
         return None
 

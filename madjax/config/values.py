@@ -1,5 +1,6 @@
 """What a sweep is: frozen dataclasses that hold no file and no array."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
@@ -168,6 +169,13 @@ def _check_description(value: Any, kind: type) -> None:
             f"describe() of {name} returns {said!r}, without {min(lacking)!r}: return "
             "super().describe() | {...} with fields of its own"
         )
+    try:
+        json.dumps(said, default=np.generic.item)
+    except TypeError as error:
+        raise InputError(
+            f"describe() of {name} returns {said!r}, of which a row can hold text, numbers and "
+            f"lists alone ({error})"
+        ) from error
 
 
 _UNLIKE = ", with settings or a variant of its own"

@@ -10,7 +10,6 @@ What it needs to know before the first query (a surrogate, another victim) it ma
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -63,13 +62,30 @@ class Owner:
     def train(self, name: str, recipe: Recipe, key: Array, fit: Fit = fit) -> Any:
         """The parameters of the victim's network, trained by a recipe on the victim's data.
 
-        name, recipe, key and fit tell its checkpoint from those of other networks of one sweep.
+        recipe, key, data and fit tell its checkpoint from those of other networks of one sweep, so
+        fit must have an import path, or be a `functools.partial` or an object of what has.
         """
         return self.keep(name, recipe, key, self.training(recipe, key, fit)).params
 
-    def training(self, recipe: Recipe, key: Array, fit: Fit = fit) -> Callable[..., State]:
-        """What `keep` is given to train: fit(classifier, recipe, key, data, test, ...)."""
-        return partial(fit, self.classifier, recipe, key, self.data, self.test)
+    def training(self, recipe: Recipe, key: Array, fit: Fit = fit) -> "Training":
+        """What `keep` is given to train."""
+        return Training(fit, self.classifier, recipe, key, self.data, self.test)
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A training loop with what it trains: called as train(state=, after_epoch=) -> State."""
+
+    fit: Fit
+    classifier: Classifier
+    recipe: Recipe
+    key: Array
+    data: tuple[Array, Array]
+    test: tuple[Array, Array]
+
+    def __call__(self, **options: Any) -> State:
+        """Run `fit`, or go on from a state."""
+        return self.fit(self.classifier, self.recipe, self.key, self.data, self.test, **options)
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,14 @@ class Defense:
                 f"strength is {strength}: the strength of {self.name} is a number from 0 to "
                 f"{self.strongest:g}"
             )
+
+    def check(self, classifier: Classifier, num_examples: int) -> None:
+        """Refuse, before any work, a victim's network or data that the defence does not go with.
+
+        Raises:
+            InputError: with the value and what to give in its place.
+        """
+        del classifier, num_examples
 
     def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
         """What the defence knows before the first query, such as the surrogate's parameters.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from madjax import private
 from madjax.defenses.defense import Apply, Defense, Owner
 from madjax.errors import InputError
+from madjax.models import Classifier
 from madjax.train import Recipe
 
 Array = jax.Array
@@ -51,6 +52,10 @@ class DPSGD(Defense):
                 "strength is 0: that of dp_sgd is a noise multiplier, give a number above 0, or "
                 "madjax.Undefended() as the defence"
             )
+
+    def check(self, classifier: Classifier, num_examples: int) -> None:
+        """Refuse networks that mix examples, and batches larger than the data."""
+        private.check(classifier, self.recipe, num_examples)
 
     def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
         """The noise multipliers, and the parameters of their victims stacked."""

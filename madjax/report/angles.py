@@ -70,7 +70,8 @@ def _figure(rows: list[dict], panels: tuple):
             if line == 0:
                 title = f"{name(curve.dataset)}, {attack(curve)}\n{said[curve]}"
                 ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
-    handles = [Line2D([], [], color=colours[e], lw=2, label=f"ε = {e:g}") for e in every]
+    sign = "ε" if all(row.get("epsilon") is not None for row in rows) else "strength"
+    handles = [Line2D([], [], color=colours[e], lw=2, label=f"{sign} = {e:g}") for e in every]
     abreast = math.ceil(len(handles) / math.ceil(len(handles) / (4 * columns)))
     style = {"frameon": False, "fontsize": 8.5, "loc": "outside lower center", "ncols": abreast}
     fig.legend(handles=handles, labelcolor=INK, **style)

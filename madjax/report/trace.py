@@ -13,7 +13,8 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
     """Every step of every online attacker in `traces/` of a run: column -> [rows].
 
     Columns: `step` from 0, `angle` (degrees), `distance_used`, `loss`, and which cell it was:
-    `strength`, `seed`, and the names of defence and attack. InputError where there are no traces.
+    `strength`, `seed`, `dataset`, `queryset`, `victim_seed`, and the names of defence and attack. A
+    column that a file lacks is empty there, or NaN. InputError where there are no traces.
     """
     files = sorted((Path(directory) / "traces").glob("*.npz"))
     if not files:
@@ -30,7 +31,17 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
             )
             table[name] = np.broadcast_to(each, (cells, steps)).reshape(-1)
         tables.append(table)
-    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    columns = dict.fromkeys(name for table in tables for name in table)
+    return {
+        name: np.concatenate([_column(table, name, tables) for table in tables]) for name in columns
+    }
+
+
+def _column(table: dict[str, np.ndarray], name: str, tables: list[dict[str, np.ndarray]]):
+    if name in table:
+        return table[name]
+    kind = next(other[name].dtype.kind for other in tables if name in other)
+    return np.full(len(table["step"]), "" if kind == "U" else np.nan)
 
 
 def write_trace(directory: str | Path, path: str | Path) -> None:

@@ -30,6 +30,7 @@ from madjax.files import write_atomically
 VARIABLE = "MADJAX_CACHE"
 VERSIONS = {"network": 1, "posteriors": 1, "answers": 1, "transfer": 1}
 """Of each stage: to be raised when its results change though nothing that a key holds does."""
+_PACKAGES = ("jax", "flax", "optax", "jax-privacy")
 _SETTINGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -66,7 +67,7 @@ def key(stage: str, what: str, **inputs: Any) -> Key:
     inputs |= {n: value.digest for n, value in inputs.items() if isinstance(value, Key)}
     inputs |= {
         "stage": [stage, VERSIONS[stage]],
-        "versions": [version(package) for package in ("jax", "flax", "optax")],
+        "versions": [version(package) for package in _PACKAGES],
         "platform": jax.default_backend(),
         "settings": [str(getattr(jax.config, name)) for name in _SETTINGS],
     }

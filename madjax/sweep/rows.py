@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ def measured(
     }
 
 
-def which(cell: Cell) -> dict[str, Any]:
+def which(cell: Cell, checksums: Mapping[str, int]) -> dict[str, Any]:
     """The fields of one cell that say which it is; `epsilon` where the strength is a budget.
 
     The digests tell apart what the other fields call by one name: they change with any setting of
-    the task but its seed, of the rule and of the attack.
+    the task but its seed, and with its data, by checksums; of the rule; and of the attack.
     """
     task, attack, budgeted = cell.task, cell.attack, cell.rule.is_budgeted
     asked = {"queryset": (task.queryset, task.query_splits), "dataset": (task.dataset, ("train",))}
@@ -71,7 +72,7 @@ def which(cell: Cell) -> dict[str, Any]:
         "budget": cell.budget,
         "examples": attack.examples(cell.budget),
         "seed": cell.seed,
-        "task_settings": digest(describe(replace(task, victim_seed=0))),
+        "task_settings": digest([describe(replace(task, victim_seed=0)), dict(checksums)]),
         "defense_settings": digest(describe(cell.rule)),
         "attack_settings": digest(describe(attack)),
     }
@@ -105,6 +106,17 @@ def after(accuracy: np.ndarray, loss: np.ndarray, num_classes: int) -> dict[str,
         "attacker_accuracy_best": number(known.max()) if known.size else None,
         "attacker_accuracies": numbers(accuracy),
     }
+
+
+def plain(value: Any) -> Any:
+    """A row, or a value of one, as JSON has it: NumPy's numbers as Python's, null for infinity."""
+    if isinstance(value, dict):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def numbers(values: Any) -> list[float | None]:

@@ -7,6 +7,7 @@ written when it ends, and a checkpoint after each of its rounds and epochs.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from madjax.sweep.stock import Stock
 from madjax.sweep.study import study
 from madjax.sweep.tasks import open_tasks
 from madjax.sweep.trial import tried
-from madjax.sweep.victim import Log
+from madjax.sweep.victim import Log, agrees
 from madjax.sweep.work import Desk, Group, Place, grouped
 from madjax.train import State
 
@@ -72,13 +73,18 @@ def run(
         if missing:
             mesh = make_mesh(devices)
             facts = run_facts(config, description, mesh)
-            stock = Stock(opened, directory, mesh, open_cache(made_with(facts)), log)
+            kept = open_cache(made_with(facts))
+            for task, each in opened.items():
+                if not agrees(directory, task, each.network, each.data, kept):
+                    log(f"{task.label}: the cache has another victim than {directory}: not used")
+                    kept = replace(kept, folder=None)
+            stock = Stock(opened, directory, mesh, kept, log)
             groups = grouped(missing, config, ahead)
             ways = stock, directory, mesh, cells_per_device
             log(planned(config.name, len(cells), groups, *ways).summary())
             epochs = sum(group.epochs * len(group.cells) for group in groups)
             with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
-                desk = Desk(directory, mesh, facts, rows, bar, log)
+                desk = Desk(opened, directory, mesh, facts, rows, bar, log)
                 for group in groups:
                     if isinstance(group.attack, Online):
                         study(group, stock, desk)

@@ -341,7 +341,7 @@ def foreseen(
     What `Attack.foreseen` says is tried: an attack that does not ask for these images by their
     index, in this order, is one that cannot be told.
     """
-    tried = _tried(parties, attack, seed, images, labels)
+    tried = _tried(parties, attack, np.uint32(seed), images, labels)
     return None if tried is None or not tried[1] else np.asarray(tried[0])
 
 

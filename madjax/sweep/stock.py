@@ -19,7 +19,7 @@ from madjax.config import Task
 from madjax.defenses import Defense, Owner
 from madjax.streams import stream
 from madjax.sweep import rates, stages
-from madjax.sweep.cache import Cache, Maker
+from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.keyring import Asked, Keyring
 from madjax.sweep.mesh import everywhere, over_rows
@@ -78,7 +78,8 @@ class Stock:
 
     def facts(self, group: Group, place: Place) -> dict[str, Any]:
         """The fields of a row that its task says, and what made results of other runs behind it."""
-        scopes = place.task, (group.rule, place.task, place.seed), (group.rule, place)
+        rule, task, sent = group.rule, place.task, _sent(group, place.task, place.seed)
+        scopes = task, (task, sent), (rule, task, place.seed), (rule, place), (rule, place, sent)
         found = {stage: maker for scope in scopes for stage, maker in self._makers[scope].items()}
         elsewhere = {stage: maker for stage, maker in found.items() if maker != self.kept.maker}
         known = task_facts(self.opened[place.task].data, self._victim(place.task).state)
@@ -127,8 +128,7 @@ class Stock:
         """The answers [Q, K] to the queries that the attack sends, at each place."""
         began, found = time.perf_counter(), {}
         for task, seed in group.owners:
-            what = group.attack.source, group.drawn[task][seed].tobytes()
-            found |= self._at_places(group, task, seed, what, self._told)
+            found |= self._at_places(group, task, seed, _sent(group, task, seed), self._told)
         self._log(
             f"{group.label}: {len(found)} x {group.attack.budget:,} queries answered in "
             f"{time.perf_counter() - began:.1f} s"
@@ -149,15 +149,17 @@ class Stock:
             return
         names = {place: self.keys.transfer(group, place) for place in places}
         with ExitStack() as locks:
-            # In one order, so that no two commands wait for each other.
-            for name in sorted(names.values(), key=lambda name: str(name.digest)):
+            # Each once, as places of two tasks may share one; in one order, so that no two
+            # commands wait for each other.
+            for name in sorted({n.digest: n for n in names.values()}.values(), key=_by_digest):
                 locks.enter_context(self.kept.alone(name, self._log))
             held = [self.kept.get(name, like) for name in names.values()]
             if None in held:
                 yield None
                 return
             for place, (_, maker) in zip(places, held, strict=True):
-                self._makers[group.rule, place]["transfer"] = maker
+                sent = _sent(group, place.task, place.seed)
+                self._makers[group.rule, place, sent]["transfer"] = maker
             yield [transfer for transfer, _ in held]
 
     def keep_transfers(self, group: Group, places: list[Place], transfers: Any) -> None:
@@ -199,7 +201,7 @@ class Stock:
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[dict[str, float]]:
         key, asked = stream(keys(seed)["defense"], "tests"), self.keys.tested(task)
-        told = np.stack(self._answers(group, task, seed, key, asked, strengths, "test answers"))
+        told = np.stack(self._answers(group, task, seed, key, asked, strengths))
         y, labels = self._test_posteriors(task), self.opened[task].data.y_test
         measured = jax.device_get(stages.utility(y, told, labels))
         return [{name: each[i] for name, each in measured.items()} for i in range(len(told))]
@@ -208,7 +210,7 @@ class Stock:
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[np.ndarray]:
         asked, key = self.keys.queries(group, task, seed), keys(seed)["defense"]
-        return self._answers(group, task, seed, key, asked, strengths, "answers")
+        return self._answers(group, task, seed, key, asked, strengths, _sent(group, task, seed))
 
     def _answers(
         self,
@@ -218,9 +220,12 @@ class Stock:
         key: Array,
         asked: Asked,
         strengths: tuple[float, ...],
-        stage: str,
+        sent: Hashable = None,
     ) -> list[np.ndarray]:
-        """The answers [Q, K] at each strength; those that the cache lacks are made in one pass."""
+        """The answers [Q, K] at each strength; those that the cache lacks are made in one pass.
+
+        sent says which queries of attacks they are, None that they are the test set.
+        """
         rule, network = group.rule, self.opened[task].network
         names = {each: self.keys.answers(rule, task, seed, asked, each) for each in strengths}
         like = jax.ShapeDtypeStruct((asked.count, group.parties.num_classes), np.float32)
@@ -231,11 +236,11 @@ class Stock:
                 held = self.kept.get(name, like)
                 if held is not None:
                     found[strength] = held[0]
-                    place = Place(task, strength, seed)
-                    self._makers[rule, place][stage] = held[1]
+                    scope = (rule, Place(task, strength, seed), *([sent] if sent else []))
+                    self._makers[scope]["answers" if sent else "test answers"] = held[1]
             missing = tuple(each for each in strengths if each not in found)
             if missing:
-                known, y = self._known(group, task, seed), self._posteriors(task, asked)
+                known, y = self._known(group, task, seed), self._posteriors(task, asked, sent)
                 spread = {"over": over_rows(self._mesh), "chunk": QUERIES * self._mesh.size}
                 watch = Stopwatch()
                 with watch:
@@ -257,13 +262,15 @@ class Stock:
                     self.kept.put(names[strength], found[strength])
         return [found[each] for each in strengths]
 
-    def _posteriors(self, task: Task, asked: Asked) -> np.ndarray:
-        """The victim's own posteriors of each image."""
+    def _posteriors(self, task: Task, asked: Asked, sent: Hashable = None) -> np.ndarray:
+        """The victim's own posteriors of each image; sent as in `_answers`."""
         opened, name = self.opened[task], self.keys.posteriors(task, asked)
         like = jax.ShapeDtypeStruct((asked.size, opened.data.num_classes), np.float32)
         with self.kept.alone(name, self._log):
             held = self.kept.get(name, like)
             if held is not None:
+                stage = "posteriors" if sent else "test posteriors"
+                self._makers[(task, sent) if sent else task][stage] = held[1]
                 return held[0]
             params, over = self._victim(task).state.params, over_rows(self._mesh)
             watch = Stopwatch()
@@ -318,6 +325,17 @@ class Stock:
             owner = owner_of(task, each.network, each.data, self._keeper(task, task))
             self._victims[task] = _Victim(owner, train_victim(owner))
         return self._victims[task]
+
+
+def _sent(group: Group, task: Task, seed: int) -> Hashable:
+    """What tells the queries of one attack from those of others."""
+    if group.drawn is None:
+        return group.attack
+    return group.attack.source, group.drawn[task][seed].tobytes()
+
+
+def _by_digest(key: Key) -> str:
+    return key.digest or ""
 
 
 def _is_kept(transfer: Any) -> bool:

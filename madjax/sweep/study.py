@@ -9,6 +9,7 @@ import numpy as np
 from madjax import store
 from madjax.attacks import Online
 from madjax.config import describe, digest
+from madjax.datasets import base_name
 from madjax.linear import dot
 from madjax.sweep import online, rates
 from madjax.sweep.clock import Stopwatch
@@ -104,6 +105,7 @@ def _save_traces(
             "strength": np.array([places[i].strength for i in mine]),
             "seed": np.array([seed] * len(mine)),
             "dataset": np.array(task.name),
+            "queryset": np.array(base_name(task.queryset)),
             "victim_seed": np.array(task.victim_seed),
         }
         store.save_trace(

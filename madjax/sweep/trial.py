@@ -1,6 +1,7 @@
 """What a sweep will do, tried on shapes: what fails does so before any work."""
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from madjax.attacks import Attack, Online
-from madjax.config import Defended, Sweep, Task
+from madjax.config import Defended, Sweep, Task, describe
 from madjax.defenses import Defense
+from madjax.defenses.defense import Training
 from madjax.errors import InputError, in_one_line
 from madjax.sweep import online, stages
+from madjax.sweep.rows import plain
 from madjax.sweep.stages import Api, Own, Parties, Point, Tests
 from madjax.sweep.tasks import Opened
 from madjax.sweep.victim import owner_of
@@ -74,8 +77,9 @@ def _try_defense(opened: Opened, defended: Defended) -> Any:
     """The shapes of what a defence prepares, having seen it answer."""
     data, network, rule = opened.data, opened.network, defended.rule
 
-    def untrained(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-        del name, train
+    def untrained(name: str, recipe: Recipe, key: Array, train: Training) -> State:
+        del name
+        describe(train.fit)  # or its network could be taken for another
         return start(network, recipe, len(data.x_train), key)
 
     def defend(key: Array, images: Array) -> Any:
@@ -87,6 +91,9 @@ def _try_defense(opened: Opened, defended: Defended) -> Any:
         return known
 
     with _in_one_line(f"the defence {rule}"):
+        rule.check(network, len(data.x_train))
+        for strength in defended.strengths:
+            json.dumps(plain(rule.facts(strength, len(data.x_train))))
         return jax.eval_shape(defend, jax.random.key(0), _blank(opened, len(data.x_test)))
 
 

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from madjax import store
 from madjax.config import Task, describe, digest, name_of
 from madjax.datasets import Dataset
 from madjax.defenses import Owner
+from madjax.defenses.defense import Training, untracked
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.sweep import cache, rates
@@ -23,7 +25,7 @@ from madjax.train import Recipe, State, check_converges, start
 
 Array = jax.Array
 Log = Callable[[str], None]
-Keep = Callable[[str, Recipe, Array, Callable[..., State]], State]
+Keep = Callable[[str, Recipe, Array, Training], State]
 """`Owner.keep`."""
 
 VICTIM = 6
@@ -56,7 +58,7 @@ def keeper(
     """
     num_examples = len(data.x_train)
 
-    def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+    def keep(name: str, recipe: Recipe, key: Array, train: Training) -> State:
         folder, whole = identified(name, task, data, recipe, key, train)
         like = _like(victim, recipe, num_examples)
         saved = store.restore(directory, folder, like)
@@ -89,7 +91,7 @@ def keeper(
             if maker is not None:  # else a command was killed before it signed
                 found(name, maker)
                 kept.put(whole, state, maker)
-        kind = rates.training(victim, getattr(train, "func", train))
+        kind = rates.training(victim, train.fit)
         pace.note(kind, (recipe.epochs - done) * num_examples, watch.running)
         if done < recipe.epochs:
             log(
@@ -99,6 +101,23 @@ def keeper(
         return state
 
     return keep
+
+
+def agrees(directory: Path, task: Task, victim: Classifier, data: Dataset, kept: Cache) -> bool:
+    """Whether directory and cache hold the same victim, where both hold one.
+
+    They may not where the run was begun on another kind of machine, which rounds otherwise.
+    """
+    owner = owner_of(task, victim, data, untracked)
+    train = owner.training(owner.recipe, owner.key)
+    folder, whole = identified("victim", task, data, owner.recipe, owner.key, train)
+    if not (kept.has(whole) and store.holds(directory, folder, owner.recipe.epochs)):
+        return True
+    like = _like(victim, owner.recipe, len(data.x_train))
+    here, held = store.restore(directory, folder, like), kept.get(whole, like)
+    if here is None or held is None:  # one is damaged
+        return True
+    return all(map(np.array_equal, *map(jax.tree.leaves, (here.params, held[0].params))))
 
 
 class Planned(NamedTuple):
@@ -122,13 +141,13 @@ def planner(
     """The `Owner.keep` of who plans a run, inside a trace, and the list of what it is asked for."""
     found: list[Planned] = []
 
-    def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+    def keep(name: str, recipe: Recipe, key: Array, train: Training) -> State:
         held, folder = False, None
         if not isinstance(key, jax.core.Tracer):
             with jax.ensure_compile_time_eval():  # of the key's numbers, which are known
                 folder, whole = identified(name, task, data, recipe, key, train)
             held = kept.has(whole) or store.holds(directory, folder, recipe.epochs)
-        kind = rates.training(victim, getattr(train, "func", train))
+        kind = rates.training(victim, train.fit)
         state = start(victim, recipe, len(data.x_train), key)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         found.append(Planned(folder, held, kind, recipe.epochs * len(data.x_train), size))
@@ -145,7 +164,7 @@ def train_victim(owner: Owner) -> State:
 def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Keep:
     """The `Owner.keep` of who reads a finished run: what is not there is an error, not trained."""
 
-    def keep(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
+    def keep(name: str, recipe: Recipe, key: Array, train: Training) -> State:
         folder, _ = identified(name, task, data, recipe, key, train)
         saved = store.restore(directory, folder, _like(victim, recipe, len(data.x_train)))
         if saved is None or int(saved.epoch) < recipe.epochs:
@@ -169,20 +188,17 @@ def identified(name: str, task: Task, data: Dataset, *training: Any) -> tuple[st
 
 
 def _inputs(
-    task: Task, data: Dataset, recipe: Recipe, key: Array, train: Callable[..., State]
+    task: Task, data: Dataset, recipe: Recipe, key: Array, train: Training
 ) -> dict[str, Any]:
     """All that determines a network but the machine."""
-    try:
-        # Its positional arguments are what the rest says: network, recipe, key and data.
-        said = describe(partial(train.func, **train.keywords))
-    except (AttributeError, InputError):  # no partial, or of what has no import path
-        said = {"path": "", "source": None}
+    same = train.data[0] is data.x_train and train.data[1] is data.y_train
     return {
         "architecture": describe(task.architecture),
         "data": [data.checksum(), data.num_classes, describe(data.family)],
         "recipe": describe(recipe),
         "key": jax.random.key_data(key).tolist(),
-        "train": said,
+        "fit": describe(train.fit),
+        "owned": None if same else describe([np.asarray(each) for each in train.data]),
     }
 
 

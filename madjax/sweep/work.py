@@ -16,8 +16,9 @@ from madjax.config import Sweep, Task, describe, digest
 from madjax.defenses import Defense
 from madjax.errors import InputError
 from madjax.sweep.grid import Cell
-from madjax.sweep.rows import DIVERGED, which
+from madjax.sweep.rows import DIVERGED, plain, which
 from madjax.sweep.stages import Parties, Point
+from madjax.sweep.tasks import Opened
 from madjax.sweep.trial import Prospect
 from madjax.sweep.victim import Log
 
@@ -118,6 +119,7 @@ class Desk:
     facts are the fields that all rows share, rows those that there are so far.
     """
 
+    opened: Mapping[Task, Opened]
     directory: Path
     mesh: Mesh
     facts: dict[str, Any]
@@ -131,8 +133,9 @@ class Desk:
         for place, values in measured.items():
             name = group.waiting[place, budget]
             cell = group.cells[name]
-            row = {"id": name} | self.facts | which(cell) | values
-            rows.append(row | cell.rule.facts(cell.strength, row["n_train"]))
+            said = which(cell, self.opened[cell.task].checksums)
+            row = {"id": name} | self.facts | said | values
+            rows.append(plain(row | cell.rule.facts(cell.strength, row["n_train"])))
         store.append_rows(self.directory, rows)
         self.rows.extend(rows)
         for row in rows:

@@ -3,7 +3,7 @@
 Claim: the undefended attacker reaches >= 98 % with 50,000 queries; at epsilon 0.99 it loses at
 least 12 points while the defender loses less than half of that.
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_knockoff.py
-Cost: about 40 minutes on 2 CPU cores.
+Cost: about 30 minutes on 2 CPU cores.
 
 Differs from the paper: Kassel letters (train and test part, 52,152 images) stand in for EMNIST
 letters; the attackers train 10 epochs in place of 30. Victim and attackers train with the paper's

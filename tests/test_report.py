@@ -489,10 +489,10 @@ def test_strengths_that_are_no_budget_are_not_called_epsilon_and_none_stands_in_
     (ax,) = report.figure([{**r, "epsilon": None} for r in rows]).get_axes()
     assert {text.get_text() for text in ax.texts} == {"0.5", "1"}
     assert all(text.get_position()[1] < 1 for text in ax.texts)
-    top = [{**r, "defender_accuracy": 100.0} for r in rows]
-    (ax,) = report.figure(top).get_axes()
-    assert ax.texts
-    assert all(text.get_position()[1] < 1 for text in ax.texts)
+    best = {"defender_accuracy": 100.0, "attacker_accuracy": 99.9}
+    (ax,) = report.figure([rows[0] | best, rows[1]]).get_axes()
+    assert len(ax.texts) == 2
+    assert all(np.all(np.array(text.get_position()) < 1) for text in ax.texts)
 
 
 def test_legend_names_are_readable_and_distinct():

@@ -113,7 +113,7 @@ def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:
             text = "ε = " * (point is line.points[-1] and point.budgeted) + f"{point.strength:g}"
             half = np.array([0.006 + 0.006 * len(text), 0.022])
             spots = spot + sides * (half + 0.01)
-            inside = spots[spots[:, 1] + half[1] < 1]  # above it is the title
+            inside = spots[np.all(spots + half < 1, axis=1)]  # above it is the title
             free = [at for at in inside if not np.any(np.all(abs(taken - at) < half, axis=1))]
             if free and point.strength and min(np.hypot(*(spot - other)) for other in done) > 0.02:
                 style = {"fontsize": 7, "ha": "center", "va": "center", "transform": ax.transAxes}

@@ -4,7 +4,7 @@ Claim: all of them run, over a grid of epsilons, each in under 3 minutes on 2 CP
 scale (one seed, 2,000 queries) their accuracies say little; configs/mnist_attacks.py is for those.
 Command: madjax sweep all_attacks
 One alone: madjax sweep all_attacks --set attacks=madjax.jbda
-Cost: about 15 minutes on 2 CPU cores.
+Cost: about 7 minutes on 2 CPU cores.
 
 The paper's Fig. 9: argmax (train on the top label), arch-* (another network), nquery (each image
 sent four times, answers averaged), nquery+aug (cropped and mirrored anew each time), opt-* (another

@@ -508,6 +508,10 @@ def test_the_table_and_the_figures_of_a_study(finished):
         lines = [line for line in bottom.get_lines() if line.get_gid() == "curve"]
         assert len(lines) == 3
         assert all(line.get_xdata().tolist() == [10, 20, 24] for line in lines)
+    for epsilon, sign in ((0.5, "ε"), (None, "strength")):
+        legend = report.angles_figure([{**row, "epsilon": epsilon} for row in rows]).legends[0]
+        said = [text.get_text() for text in legend.get_texts()]
+        assert said == [f"{sign} = {strength}" for strength in ("0", "0.7", "2")]
     course, _ = report.course_figure(rows).get_axes()
     curve = [line for line in course.get_lines() if line.get_gid() == "curve"][-1]
     wanted = np.mean([r["angle_means"] for r in rows if r["strength"] == 2.0], axis=0)

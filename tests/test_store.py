@@ -90,6 +90,8 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"i": 0}\n{"i": \n{"i": 2}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:2 is damaged"):
         reopened(tmp_path, CONFIG, CELLS, resume=True)
+    with pytest.raises(InputError, match=r"rows\.jsonl:2 is damaged"):
+        store.ids(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json is damaged"):
         reopened(tmp_path, CONFIG, CELLS, resume=True)

@@ -134,6 +134,7 @@ def check(classifier: Classifier, recipe: Recipe, num_examples: int) -> None:
 
 
 def _check_data(classifier: Classifier, images: Array, labels: Array) -> None:
+    """Refuse labels that fit neither the images nor the network."""
     n = len(images)
     if labels.shape != (n,):
         raise InputError(f"{n} images have labels of shape {labels.shape}: give labels [{n}]")

@@ -115,7 +115,7 @@ def test_a_network_is_told_by_its_data_its_recipe_its_key_and_how_it_is_trained(
     def name(task=TASK, data=data, recipe=RECIPE, key=key, loop=fit, owned=None):
         owned = owned or (data.x_train, data.y_train)
         train = Training(loop, None, recipe, key, owned, (data.x_test, data.y_test))
-        return identified("one", task, data, recipe, key, train)
+        return identified("one", task, data, train)
 
     found = [
         name(),

@@ -25,7 +25,7 @@ from madjax import (
     top_label,
 )
 from madjax.constraints import keep_label
-from madjax.report.points import curve_of
+from madjax.report.points import RECIPE, curve_of
 from madjax.sweep.rows import plain, which
 from madjax.train import adam
 
@@ -130,6 +130,7 @@ def test_a_row_holds_both_recipes():
         said = {name: row[prefix + name] for name in asdict(recipe)}
         assert said == asdict(recipe) | {"optimizer": optimizer}
     json.dumps(row)
+    assert set(RECIPE) == set(asdict(victim)), "fields by which reports tell curves apart"
 
 
 def test_equal_cells_have_equal_ids_in_any_process():

@@ -19,9 +19,9 @@ def describe(value: Any) -> Any:
 
     Dataclasses become objects of their class and all fields, other objects of their class and
     attributes; functions and classes their import path, methods also the object that they are of.
-    What is not madjax's own has a digest of its source too, null where that cannot be had, and
-    what a function has caught from around it; not the source of what it calls. Arrays are told
-    apart by a digest.
+    What is not madjax's own has a digest of its source too, null where that cannot be had, and a
+    function the values in its closure. The source of what it calls is not looked at. Arrays are
+    told apart by a digest.
 
     Raises:
         InputError: a function without an import path; a value of a kind that cannot be told apart.
@@ -88,8 +88,9 @@ def _described_code(code: Any) -> Any:
         )
     if path.startswith("madjax."):
         return path
-    caught = [describe(cell.cell_contents) for cell in getattr(code, "__closure__", None) or ()]
-    return {"path": path, "source": _source_digest(code)} | ({"caught": caught} if caught else {})
+    closure = [describe(cell.cell_contents) for cell in getattr(code, "__closure__", None) or ()]
+    said = {"path": path, "source": _source_digest(code)}
+    return said | {"closure": closure} if closure else said
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def _source_digest(code: Any) -> str | None:
     """Of a function's source, and of a class with its bases from the same package."""
     package = code.__module__.partition(".")[0]
     bases = [c for c in getattr(code, "__mro__", (code,)) if c.__module__.startswith(package)]
-    # Of a decorated function that of the decorator's: what it decorates is caught.
+    # A decorated function's own is the decorator's; what that decorates is in the closure.
     parts = [code.__code__] if inspect.isfunction(code) else bases
     try:
         return _sha("\n".join(map(inspect.getsource, parts)).encode())

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,10 @@ class Dataset:
 
     def checksum(self) -> int:
         """A number that changes with the images and labels, for telling data of one name apart."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> int:
         parts = (self.x_train, self.y_train, self.x_test, self.y_test)
         return reduce(lambda crc, part: zlib.crc32(np.ascontiguousarray(part), crc), parts, 0)
 

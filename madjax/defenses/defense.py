@@ -31,47 +31,6 @@ MAX_STRENGTH = 1e6
 """Beyond any distance that a posterior can have but an infinite KL; small enough for float32."""
 
 
-def untracked(name: str, recipe: Recipe, key: Array, train: Callable[..., State]) -> State:
-    """Train without a trace: what `Owner.keep` is outside of a sweep.
-
-    Raises:
-        InputError: training that diverges.
-    """
-    del key
-    state = train()
-    check_converges(name, recipe, state)
-    return state
-
-
-@dataclass(frozen=True)
-class Owner:
-    """What the owner of a prediction API has to prepare a defence with.
-
-    classifier is the victim's network, recipe how it was trained, with key; data = (images, labels)
-    and test are its data. keep(name, recipe, key, train) trains, and a sweep makes it go on from
-    checkpoints: train(state=, after_epoch=) -> State. Training that diverges is an error there.
-    """
-
-    classifier: Classifier
-    recipe: Recipe
-    key: Array
-    data: tuple[Array, Array]
-    test: tuple[Array, Array]
-    keep: Callable[..., State] = untracked
-
-    def train(self, name: str, recipe: Recipe, key: Array, fit: Fit = fit) -> Any:
-        """The parameters of the victim's network, trained by a recipe on the victim's data.
-
-        recipe, key, data and fit tell its checkpoint from those of other networks of one sweep, so
-        fit must have an import path, or be a `functools.partial` or an object of what has.
-        """
-        return self.keep(name, recipe, key, self.training(recipe, key, fit)).params
-
-    def training(self, recipe: Recipe, key: Array, fit: Fit = fit) -> "Training":
-        """What `keep` is given to train."""
-        return Training(fit, self.classifier, recipe, key, self.data, self.test)
-
-
 @dataclass(frozen=True, eq=False)
 class Training:
     """A training loop with what it trains: called as train(state=, after_epoch=) -> State."""
@@ -86,6 +45,47 @@ class Training:
     def __call__(self, **options: Any) -> State:
         """Run `fit`, or go on from a state."""
         return self.fit(self.classifier, self.recipe, self.key, self.data, self.test, **options)
+
+
+def untracked(name: str, train: Training) -> State:
+    """Train without a trace: what `Owner.keep` is outside of a sweep.
+
+    Raises:
+        InputError: training that diverges.
+    """
+    state = train()
+    check_converges(name, train.recipe, state)
+    return state
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the owner of a prediction API has to prepare a defence with.
+
+    classifier is the victim's network, recipe how it was trained, with key; data = (images, labels)
+    and test are its data. keep(name, train) trains, and a sweep makes it go on from checkpoints.
+    Training that diverges is an error there.
+    """
+
+    classifier: Classifier
+    recipe: Recipe
+    key: Array
+    data: tuple[Array, Array]
+    test: tuple[Array, Array]
+    keep: Callable[..., State] = untracked
+
+    def train(self, name: str, recipe: Recipe, key: Array, fit: Fit = fit) -> Any:
+        """The parameters of the victim's network, trained by a recipe on the victim's data.
+
+        Its checkpoint is told from others by recipe, key, data and fit. So fit needs an import
+        path: a function of a module, a `functools.partial` of one, or an object of a module's
+        class.
+        """
+        return self.keep(name, self.training(recipe, key, fit)).params
+
+    def training(self, recipe: Recipe, key: Array, fit: Fit = fit) -> Training:
+        """What `keep` is given to train."""
+        return Training(fit, self.classifier, recipe, key, self.data, self.test)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
     }
 
 
-def _column(table: dict[str, np.ndarray], name: str, tables: list[dict[str, np.ndarray]]):
+def _column(
+    table: dict[str, np.ndarray], name: str, tables: list[dict[str, np.ndarray]]
+) -> np.ndarray:
     if name in table:
         return table[name]
     kind = next(other[name].dtype.kind for other in tables if name in other)

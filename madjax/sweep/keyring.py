@@ -7,11 +7,10 @@ import numpy as np
 
 from madjax.config import Task, describe
 from madjax.defenses import Defense
-from madjax.defenses.defense import untracked
 from madjax.sweep import cache
 from madjax.sweep.cache import Key
 from madjax.sweep.tasks import Opened
-from madjax.sweep.victim import identified, owner_of
+from madjax.sweep.victim import identified_victim
 from madjax.sweep.work import Group, Place
 
 
@@ -57,10 +56,7 @@ class Keyring:
         """The key of a task's victim."""
         if task not in self._victims:
             each = self._opened[task]
-            owner = owner_of(task, each.network, each.data, untracked)
-            train = owner.training(owner.recipe, owner.key)
-            training = owner.recipe, owner.key, train
-            _, self._victims[task] = identified("victim", task, each.data, *training)
+            _, self._victims[task] = identified_victim(task, each.network, each.data)
         return self._victims[task]
 
     def transfer(self, group: Group, place: Place) -> Key:

@@ -155,8 +155,8 @@ def _collect(
 ) -> tuple[Transfer, Stopwatch]:
     """The wave's transfer sets and the seconds that took.
 
-    Those of cells that meet the defence are kept in the cache, and taken from there where it has
-    all of the wave's. (The others' are the answers, which lie there.)
+    Cells that meet the defence find theirs in the cache, where it has all of the wave's, and leave
+    them there. Those of others are made anew from the answers, at no cost.
     """
     begin, proceed = (
         over_cells(stage, group.parties, group.attack, rule, mesh=desk.mesh)

@@ -19,7 +19,7 @@ from madjax.config import Task
 from madjax.defenses import Defense, Owner
 from madjax.streams import stream
 from madjax.sweep import rates, stages
-from madjax.sweep.cache import Cache, Key, Maker
+from madjax.sweep.cache import Cache, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.keyring import Asked, Keyring
 from madjax.sweep.mesh import everywhere, over_rows
@@ -79,7 +79,8 @@ class Stock:
     def facts(self, group: Group, place: Place) -> dict[str, Any]:
         """The fields of a row that its task says, and what made results of other runs behind it."""
         rule, task, sent = group.rule, place.task, _sent(group, place.task, place.seed)
-        scopes = task, (task, sent), (rule, task, place.seed), (rule, place), (rule, place, sent)
+        asked = [(*scope, each) for scope in ((task,), (rule, place)) for each in (None, sent)]
+        scopes = task, (rule, task, place.seed), *asked
         found = {stage: maker for scope in scopes for stage, maker in self._makers[scope].items()}
         elsewhere = {stage: maker for stage, maker in found.items() if maker != self.kept.maker}
         known = task_facts(self.opened[place.task].data, self._victim(place.task).state)
@@ -147,13 +148,13 @@ class Stock:
         if not _is_kept(like):
             yield None
             return
-        names = {place: self.keys.transfer(group, place) for place in places}
+        names = [self.keys.transfer(group, place) for place in places]
         with ExitStack() as locks:
             # Each once, as places of two tasks may share one; in one order, so that no two
             # commands wait for each other.
-            for name in sorted({n.digest: n for n in names.values()}.values(), key=_by_digest):
+            for _, name in sorted({str(name.digest): name for name in names}.items()):
                 locks.enter_context(self.kept.alone(name, self._log))
-            held = [self.kept.get(name, like) for name in names.values()]
+            held = [self.kept.get(name, like) for name in names]
             if None in held:
                 yield None
                 return
@@ -236,7 +237,7 @@ class Stock:
                 held = self.kept.get(name, like)
                 if held is not None:
                     found[strength] = held[0]
-                    scope = (rule, Place(task, strength, seed), *([sent] if sent else []))
+                    scope = rule, Place(task, strength, seed), sent
                     self._makers[scope]["answers" if sent else "test answers"] = held[1]
             missing = tuple(each for each in strengths if each not in found)
             if missing:
@@ -270,7 +271,7 @@ class Stock:
             held = self.kept.get(name, like)
             if held is not None:
                 stage = "posteriors" if sent else "test posteriors"
-                self._makers[(task, sent) if sent else task][stage] = held[1]
+                self._makers[task, sent][stage] = held[1]
                 return held[0]
             params, over = self._victim(task).state.params, over_rows(self._mesh)
             watch = Stopwatch()
@@ -332,10 +333,6 @@ def _sent(group: Group, task: Task, seed: int) -> Hashable:
     if group.drawn is None:
         return group.attack
     return group.attack.source, group.drawn[task][seed].tobytes()
-
-
-def _by_digest(key: Key) -> str:
-    return key.digest or ""
 
 
 def _is_kept(transfer: Any) -> bool:

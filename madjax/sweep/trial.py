@@ -19,7 +19,7 @@ from madjax.sweep.rows import plain
 from madjax.sweep.stages import Api, Own, Parties, Point, Tests
 from madjax.sweep.tasks import Opened
 from madjax.sweep.victim import owner_of
-from madjax.train import Recipe, State, start
+from madjax.train import State, start
 
 Array = jax.Array
 
@@ -77,10 +77,10 @@ def _try_defense(opened: Opened, defended: Defended) -> Any:
     """The shapes of what a defence prepares, having seen it answer."""
     data, network, rule = opened.data, opened.network, defended.rule
 
-    def untrained(name: str, recipe: Recipe, key: Array, train: Training) -> State:
+    def untrained(name: str, train: Training) -> State:
         del name
         describe(train.fit)  # or its network could be taken for another
-        return start(network, recipe, len(data.x_train), key)
+        return start(network, train.recipe, len(data.x_train), train.key)
 
     def defend(key: Array, images: Array) -> Any:
         owner = owner_of(opened.task, network, data, untrained)

@@ -25,7 +25,7 @@ from madjax.train import Recipe, State, check_converges, start
 
 Array = jax.Array
 Log = Callable[[str], None]
-Keep = Callable[[str, Recipe, Array, Training], State]
+Keep = Callable[[str, Training], State]
 """`Owner.keep`."""
 
 VICTIM = 6
@@ -58,8 +58,9 @@ def keeper(
     """
     num_examples = len(data.x_train)
 
-    def keep(name: str, recipe: Recipe, key: Array, train: Training) -> State:
-        folder, whole = identified(name, task, data, recipe, key, train)
+    def keep(name: str, train: Training) -> State:
+        recipe = train.recipe
+        folder, whole = identified(name, task, data, train)
         like = _like(victim, recipe, num_examples)
         saved = store.restore(directory, folder, like)
         done = int(saved.epoch) if saved else 0
@@ -108,12 +109,10 @@ def agrees(directory: Path, task: Task, victim: Classifier, data: Dataset, kept:
 
     They may not where the run was begun on another kind of machine, which rounds otherwise.
     """
-    owner = owner_of(task, victim, data, untracked)
-    train = owner.training(owner.recipe, owner.key)
-    folder, whole = identified("victim", task, data, owner.recipe, owner.key, train)
-    if not (kept.has(whole) and store.holds(directory, folder, owner.recipe.epochs)):
+    folder, whole = identified_victim(task, victim, data)
+    if not (kept.has(whole) and store.holds(directory, folder, task.victim.epochs)):
         return True
-    like = _like(victim, owner.recipe, len(data.x_train))
+    like = _like(victim, task.victim, len(data.x_train))
     here, held = store.restore(directory, folder, like), kept.get(whole, like)
     if here is None or held is None:  # one is damaged
         return True
@@ -141,14 +140,14 @@ def planner(
     """The `Owner.keep` of who plans a run, inside a trace, and the list of what it is asked for."""
     found: list[Planned] = []
 
-    def keep(name: str, recipe: Recipe, key: Array, train: Training) -> State:
-        held, folder = False, None
-        if not isinstance(key, jax.core.Tracer):
+    def keep(name: str, train: Training) -> State:
+        held, folder, recipe = False, None, train.recipe
+        if not isinstance(train.key, jax.core.Tracer):
             with jax.ensure_compile_time_eval():  # of the key's numbers, which are known
-                folder, whole = identified(name, task, data, recipe, key, train)
+                folder, whole = identified(name, task, data, train)
             held = kept.has(whole) or store.holds(directory, folder, recipe.epochs)
         kind = rates.training(victim, train.fit)
-        state = start(victim, recipe, len(data.x_train), key)
+        state = start(victim, recipe, len(data.x_train), train.key)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         found.append(Planned(folder, held, kind, recipe.epochs * len(data.x_train), size))
         return state
@@ -158,14 +157,15 @@ def planner(
 
 def train_victim(owner: Owner) -> State:
     """The undefended victim."""
-    return owner.keep("victim", owner.recipe, owner.key, owner.training(owner.recipe, owner.key))
+    return owner.keep("victim", owner.training(owner.recipe, owner.key))
 
 
 def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Keep:
     """The `Owner.keep` of who reads a finished run: what is not there is an error, not trained."""
 
-    def keep(name: str, recipe: Recipe, key: Array, train: Training) -> State:
-        folder, _ = identified(name, task, data, recipe, key, train)
+    def keep(name: str, train: Training) -> State:
+        recipe = train.recipe
+        folder, _ = identified(name, task, data, train)
         saved = store.restore(directory, folder, _like(victim, recipe, len(data.x_train)))
         if saved is None or int(saved.epoch) < recipe.epochs:
             raise InputError(
@@ -177,26 +177,30 @@ def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Ke
     return keep
 
 
-def identified(name: str, task: Task, data: Dataset, *training: Any) -> tuple[str, Key]:
+def identified_victim(task: Task, victim: Classifier, data: Dataset) -> tuple[str, Key]:
+    """`identified` for the undefended victim."""
+    owner = owner_of(task, victim, data, untracked)
+    return identified("victim", task, data, owner.training(owner.recipe, owner.key))
+
+
+def identified(name: str, task: Task, data: Dataset, train: Training) -> tuple[str, Key]:
     """What a network of a task's owner is called in a run's directory, and its key in the cache.
 
-    training is (recipe, key, train); other data, networks and trainings have other names and keys.
+    Other data, networks and trainings have other names and keys.
     """
-    inputs = _inputs(task, data, *training)
+    inputs = _inputs(task, data, train)
     key = cache.key("network", f"{task.name}, {name}", **inputs)
     return f"{name}-{digest(inputs)}", key
 
 
-def _inputs(
-    task: Task, data: Dataset, recipe: Recipe, key: Array, train: Training
-) -> dict[str, Any]:
+def _inputs(task: Task, data: Dataset, train: Training) -> dict[str, Any]:
     """All that determines a network but the machine."""
     same = train.data[0] is data.x_train and train.data[1] is data.y_train
     return {
         "architecture": describe(task.architecture),
         "data": [data.checksum(), data.num_classes, describe(data.family)],
-        "recipe": describe(recipe),
-        "key": jax.random.key_data(key).tolist(),
+        "recipe": describe(train.recipe),
+        "key": jax.random.key_data(train.key).tolist(),
         "fit": describe(train.fit),
         "owned": None if same else describe([np.asarray(each) for each in train.data]),
     }

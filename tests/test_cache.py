@@ -356,15 +356,26 @@ def test_a_network_that_lies_in_the_runs_directory_keeps_what_made_it(
         assert victim["victim"]["git_commit"] == first["git_commit"]
 
 
-def test_what_made_a_transfer_set_is_said_of_its_own_attack(kept, folder, tmp_path, monkeypatch):
-    config = replace(CONFIG, attacks=(JBDA,), seeds=(0,))
-    run(config, tmp_path / "one", folder)
+def test_what_made_a_result_is_said_of_the_cells_that_it_is_behind(
+    kept, folder, tmp_path, monkeypatch
+):
+    """Not of those of another attack on the same victim, whose own results are made here."""
+    (knockoff,), rule = CONFIG.attacks, MAD(surrogate_epochs=1)
+    few = {"seeds": (0,), "defenses": (Defended(rule, (0.5,)),)}
+    run(replace(CONFIG, attacks=(JBDA, knockoff), **few), tmp_path / "one", folder)
     monkeypatch.setattr("madjax.sweep.rows.git_commit", lambda: "later")
-    twin = replace(JBDA, variant="twin", step=0.2)
-    rows, _ = run(replace(config, attacks=(JBDA, twin)), tmp_path / "two", folder)
-    assert len(rows) == 4
+    new = replace(JBDA, variant="new", step=0.2), replace(knockoff, variant="new", repeats=2)
+    more = few | {"defenses": (Defended(rule, (0.5, 0.99)),), "attacks": (JBDA, knockoff, *new)}
+    one_by_one = {"devices": jax.devices()[:1]}  # as a wave takes all of its transfer sets, or none
+    rows, _ = run(replace(CONFIG, **more), tmp_path / "two", folder, **one_by_one)
+    assert len(rows) == 8
     for row in rows:
-        assert ("transfer" in row["made_elsewhere"]) == ("twin" not in row["variant"])
+        asked, old = row["attack"] == "jbda", "new" not in row["variant"]
+        same = old and row["strength"] == 0.5
+        assert ("transfer" in row["made_elsewhere"]) == (same and asked)
+        assert ("answers" in row["made_elsewhere"]) == (same and not asked)
+        # The new answers to the old queries are made of the posteriors that there were.
+        assert ("posteriors" in row["made_elsewhere"]) == (old and not asked)
 
 
 def test_tasks_that_share_a_transfer_set_share_a_wave(kept, folder, tmp_path):

@@ -40,6 +40,7 @@ from madjax.models import MLP, VGG16, Classifier, LeNet, ResNet18
 from madjax.objectives import angle, deviation
 from madjax.serving import defend, export, load, perturb
 from madjax.train import Recipe, fit
+from madjax.white_box import white_box
 
 __all__ = [
     "DPSGD",
@@ -92,4 +93,5 @@ __all__ = [
     "solve",
     "steal",
     "top_label",
+    "white_box",
 ]

@@ -40,6 +40,8 @@ class Weights(NamedTuple):
     names: list[str]
     rebuild: Callable[[Sequence[Array]], Params]
     """Puts other leaves in the place of these, beside whatever else params held."""
+    tree: Params
+    """These leaves alone, in the places that they have in params: what an optimiser steps over."""
 
 
 def weights(params: Params) -> Weights:
@@ -60,7 +62,11 @@ def weights(params: Params) -> Weights:
         return {**params, "params": new} if inside else new
 
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
-    return Weights([everything[at] for at in chosen], [names[at] for at in chosen], rebuild)
+    leaves = [everything[at] for at in chosen]
+    placed = dict(zip(chosen, leaves, strict=True))
+    alone = jax.tree.unflatten(tree, [placed.get(at) for at in range(len(everything))])
+    alone = {"params": alone} if inside else alone
+    return Weights(leaves, [names[at] for at in chosen], rebuild, alone)
 
 
 def _may_be_weights(tree: Any) -> list[bool]:

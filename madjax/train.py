@@ -93,6 +93,11 @@ class Recipe:
                 f"weight_decay ({error}): wrap it in a function that does"
             ) from error
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether an update is the gradient times a negative number: SGD and nothing more."""
+        return self.optimizer is sgd and not self.momentum and not self.weight_decay
+
     def transformation(self, num_examples: Array | int) -> optax.GradientTransformation:
         """The optax transformation for a data set of this many examples, which may be traced."""
         steps = -(-num_examples // self.batch_size)

@@ -11,12 +11,23 @@ import numpy as np
 import pytest
 
 import madjax
-from madjax import InputError, Knockoff, Recipe, defend, fit, gram, perturb, solve, steal
+from madjax import (
+    InputError,
+    Knockoff,
+    Recipe,
+    defend,
+    fit,
+    gram,
+    perturb,
+    solve,
+    steal,
+    white_box,
+)
 from madjax.datasets import MNIST_FAMILY
 from madjax.mad import extreme
 from madjax.objectives import defined
 
-VERBS = {verb.__name__: verb for verb in (gram, solve, perturb, defend, fit, steal)}
+VERBS = {verb.__name__: verb for verb in (gram, solve, perturb, defend, fit, steal, white_box)}
 
 
 def edge_cases(verb):
@@ -283,6 +294,43 @@ def small_pixels():
             steal(Knockoff(budget=5), 0, victim, IMAGES, LABELS, NETWORK, MNIST_FAMILY, test)
 
 
+# --- white_box ------------------------------------------------------------------------------------
+
+PARAMS, DENSE = NETWORK.init(KEY), NETWORK.module.apply
+ANSWERS = Y[:, :3] / Y[:, :3].sum(axis=1, keepdims=True)
+online = partial(white_box, DENSE, PARAMS)
+
+
+def clean_path():
+    _, trace = online(X, ANSWERS, epsilon=0.0)
+    same(trace.y_tilde, ANSWERS)
+    same(trace.angle, np.zeros(4, np.float32))
+
+
+def no_query_is_sent():
+    params, trace = online(X[:0], ANSWERS[:0], epsilon=0.5)
+    same(params, PARAMS)
+    assert (trace.angle.shape, trace.y_tilde.shape) == ((0,), (0, 3))
+
+
+def agrees_already():
+    p = jax.nn.softmax(DENSE(PARAMS, X[:1]))
+    _, trace = online(X[:1], p, epsilon=0.5)
+    same(trace.y_tilde, p)
+    assert trace.angle == 0
+
+
+def diverges():
+    _, trace = online(X, ANSWERS, epsilon=0.5, learning_rate=1e38)
+    assert np.isfinite(trace.angle[0])
+    assert np.isnan(trace.angle[2:]).all()
+
+
+def never_called():
+    _, trace = online(X, ANSWERS, epsilon=0.5, callback=lambda done, w: done, every=5)
+    assert trace.called.shape == (0,)
+
+
 TRIED = {
     "gram": {
         "no query": no_query_has_a_gram,
@@ -328,6 +376,13 @@ TRIED = {
         "a victim that answers labels, or posteriors of other classes": other_answers,
         "more queries than images": too_many,
         "images in [0, 1], or of another type than uint8": small_pixels,
+    },
+    "white_box": {
+        "epsilon = 0": clean_path,
+        "no query": no_query_is_sent,
+        "y is the attacker's own posterior": agrees_already,
+        "training that diverges": diverges,
+        "fewer steps than every": never_called,
     },
 }
 CASES = [(name, case) for name, verb in VERBS.items() for case in edge_cases(verb)]

@@ -20,7 +20,7 @@ FLOORS = [
     {"objectives", "polytope", "steps"},
     {"label"},
     {"mad", "train"},
-    {"ablations", "ascend", "private", "serving"},
+    {"ablations", "ascend", "private", "serving", "white_box"},
     {"defenses"},
     {"attacks", "evaluate"},
     {"config"},

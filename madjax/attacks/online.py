@@ -1,9 +1,4 @@
-"""White-box mode: an attacker that trains online, before a defence that knows its parameters.
-
-The study of the paper's section 5.2.3 (Fig. 6, 7 and A5): at every step the attacker sends a query,
-the defence perturbs the answer with the attacker's own gradients in place of a surrogate's, and
-the angle between the poisoned and the true gradient, over all parameters, is recorded.
-"""
+"""The online attacker of white-box mode, as an attack of a sweep; see `madjax.white_box`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +10,8 @@ import jax.numpy as jnp
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.objectives import angle_between
 from madjax.train import Recipe, trainable
+from madjax.white_box import Attacker, handed, step
 
 Array = jax.Array
 
@@ -98,21 +93,28 @@ class Online(Attack):
 
 
 class Trace(NamedTuple):
-    """What is recorded of every step, float32 [steps], -inf where not yet done."""
+    """What is recorded of queries and steps, float32, -inf where not yet done.
+
+    See `madjax.white_box.Trace`; where the attacker trains on something else than the answer, its
+    gradient and its loss are those of that.
+    """
 
     angle: Array
-    """Degrees between the gradients of the batch's loss on the answers and on the posteriors."""
+    """[budget]."""
     distance_used: Array
-    """Between answers and posteriors, mean over the batch."""
+    """[budget], between answer and posterior."""
     loss: Array
-    """-sum_k y~_k log F_k(x) on the answers, mean over the batch, before the step."""
+    """[budget]."""
+    batch_angle: Array
+    """[steps]."""
+    update_angle: Array
+    """[steps]."""
 
 
 class Training(NamedTuple):
     """An online attacker between two steps."""
 
-    params: Any
-    opt_state: Any
+    attacker: Attacker
     surrogate: Any
     """The parameters that the defence was last handed; empty where that is at every step."""
     drawn: Array
@@ -143,16 +145,15 @@ def begin(
     params = classifier.init(init_key)
     drawn = draw(key["draw"], len(images), attack.images)
     optimizer = attack.recipe.transformation(attack.images)
-    unknown = jnp.full(attack.steps, -jnp.inf, jnp.float32)
+    by_query, by_step = (jnp.full(n, -jnp.inf, jnp.float32) for n in (attack.budget, attack.steps))
     return Training(
-        params,
-        optimizer.init(trainable(params)),
+        Attacker(params, optimizer.init(trainable(params))),
         params if attack.refresh > 1 else (),
         drawn,
         posterior(images[drawn]),
         jax.random.key_data(order_key),
         jnp.zeros((), jnp.int32),
-        Trace(unknown, unknown, unknown),
+        Trace(by_query, by_query, by_query, by_step, by_step),
     )
 
 
@@ -164,58 +165,44 @@ def lap(
     respond: Respond,
     distance: Callable[[Array, Array], Array],
 ) -> Training:
-    """`attack.every` steps, or as many as are left, as one `lax.scan`.
-
-    The gradient of the batch's loss on targets t is -(1/B) sum_i G_i' t_i, with G_i the attacker's
-    d log F(x_i; w) / dw: the step takes it at the answers, and the angle recorded is that to the
-    one at the posteriors.
-    """
+    """`attack.every` steps, or as many as are left: one `lax.scan` of `madjax.white_box.step`."""
     optimizer = attack.recipe.transformation(attack.images)
-    batch = attack.recipe.batch_size
+    batch, is_plain = attack.recipe.batch_size, attack.recipe.is_plain
     key = jax.random.wrap_key_data(training.key)
 
-    def step(now: Training, t: Array) -> tuple[Training, Trace]:
+    def one(now: Training, t: Array) -> tuple[Training, Trace]:
         at = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, attack.images)
         x, y = images[now.drawn[at]], now.posteriors[at]
         if attack.refresh > 1:
-            handed = jax.lax.cond(
-                t % attack.refresh == 0, lambda: now.params, lambda: now.surrogate
+            now = now._replace(
+                surrogate=handed(attack.refresh, t, now.attacker.params, now.surrogate)
             )
-            now = now._replace(surrogate=handed)
-        else:
-            handed = now.params
-        y_tilde = respond(handed, t * batch + jnp.arange(batch), x, y)
+        known = now.surrogate if attack.refresh > 1 else now.attacker.params
+        y_tilde = respond(known, t * batch + jnp.arange(batch), x, y)
         targets = attack.targets(y_tilde)
-        trained = trainable(now.params)
-
-        def log_likelihoods(trained: Any) -> Array:
-            logits = classifier.apply(now.params | trained, x)
-            return jax.nn.log_softmax(logits.astype(jnp.float32))
-
-        log_p, pull_back = jax.vjp(log_likelihoods, trained)
-        (both,) = jax.vmap(pull_back)(-jnp.stack([targets, y]) / batch)
-        poisoned, true = (jax.tree.map(lambda g, i=i: g[i], both) for i in (0, 1))
-        updates, opt_state = optimizer.update(poisoned, now.opt_state, trained)
-        moved = jax.tree.map(jnp.add, trained, updates)
-        seen = Trace(
-            angle_between(poisoned, true),
-            jax.vmap(distance)(y_tilde, y).mean(),
-            -(targets * log_p).sum(-1).mean(),
+        attacker, seen = step(
+            classifier.apply, optimizer, now.attacker, x, y, targets, is_plain=is_plain
         )
-        return now._replace(params=now.params | moved, opt_state=opt_state), seen
+        far = jax.vmap(distance)(y_tilde, y)
+        seen = Trace(seen.angle, far, seen.loss, seen.batch_angle, seen.update_angle)
+        return now._replace(attacker=attacker), seen
 
     def within(now: Training, t: Array) -> tuple[Training, Trace]:
         # The last lap may be shorter; the program is the same.
-        idle = Trace(*[jnp.full((), -jnp.inf, jnp.float32)] * 3)
-        return jax.lax.cond(t < attack.steps, step, lambda now, t: (now, idle), now, t)
+        shapes = jax.eval_shape(one, now, t)[1]
+        idle = jax.tree.map(lambda a: jnp.full(a.shape, -jnp.inf, a.dtype), shapes)
+        return jax.lax.cond(t < attack.steps, one, lambda now, t: (now, idle), now, t)
 
     whole = attack.steps % attack.every == 0
     steps = training.step + jnp.arange(attack.every)
     with jax.default_matmul_precision("highest"):  # angles are what this is run for
-        after, seen = jax.lax.scan(step if whole else within, training, steps)
+        after, seen = jax.lax.scan(one if whole else within, training, steps)
+
+    def written(old: Array, new: Array) -> Array:
+        rows = old.reshape(attack.steps, -1)  # of one number, or one a query
+        return rows.at[steps].set(new.reshape(attack.every, -1), mode="drop").reshape(-1)
+
     return after._replace(
         step=jnp.minimum(training.step + attack.every, attack.steps),
-        trace=jax.tree.map(
-            lambda old, new: old.at[steps].set(new, mode="drop"), training.trace, seen
-        ),
+        trace=jax.tree.map(written, training.trace, seen),
     )

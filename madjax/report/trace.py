@@ -10,9 +10,10 @@ from madjax.files import write_atomically
 
 
 def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
-    """Every step of every online attacker in `traces/` of a run: column -> [rows].
+    """Every query of every online attacker in `traces/` of a run: column -> [rows].
 
-    Columns: `step` from 0, `angle` (degrees), `distance_used`, `loss`, and which cell it was:
+    Columns: `step` from 0, `angle` (degrees), `distance_used`, `loss` (nats), the step's
+    `batch_angle` and `update_angle` (see `madjax.white_box.Trace`), and which cell it was:
     `strength`, `seed`, `dataset`, `queryset`, `victim_seed`, and the names of defence and attack. A
     column that a file lacks is empty there, or NaN. InputError where there are no traces.
     """
@@ -23,13 +24,13 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
     for file in files:
         with np.load(file) as held:
             arrays = dict(held)
-        cells, steps = arrays["angle"].shape
-        table = {"step": np.tile(np.arange(steps, dtype=np.int32), cells)}
+        cells, queries = arrays["angle"].shape
+        table = {}
         for name, values in arrays.items():
             each = (
                 values if values.ndim == 2 else np.broadcast_to(values.reshape(-1, 1), (cells, 1))
             )
-            table[name] = np.broadcast_to(each, (cells, steps)).reshape(-1)
+            table[name] = np.broadcast_to(each, (cells, queries)).reshape(-1)
         tables.append(table)
     columns = dict.fromkeys(name for table in tables for name in table)
     return {

@@ -80,18 +80,18 @@ def judge(
 
     def test(example: tuple[Array, Array]) -> tuple[Array, Array]:
         x, labels = example
-        logits = parties.stolen.apply(training.params, x)
+        logits = parties.stolen.apply(training.attacker.params, x)
         one_hot = jax.nn.one_hot(labels, parties.num_classes)
         return logits.argmax(-1) == labels, cross_entropy(logits, one_hot)
 
     losses = training.trace.loss
-    done = jnp.arange(losses.size) < training.step
-    sound = finite((training.params, jnp.where(done, losses, 0)))
+    done = jnp.arange(losses.size) < training.step * attack.recipe.batch_size
+    sound = finite((training.attacker.params, jnp.where(done, losses, 0)))
 
     hits, test_losses = map_chunks(test, (tests.images, tests.labels), 250)
     few = slice(attack.judged)
     y = tests.posteriors[few]
-    handed = training.surrogate if attack.refresh > 1 else training.params
+    handed = training.surrogate if attack.refresh > 1 else training.attacker.params
     told = answers(
         rule,
         stream(keys(point.seed)["defense"], "tests"),

@@ -25,6 +25,8 @@ BINS = 180
 """Of the histogram of angles in rows: one degree each."""
 QUANTILES = (5, 25, 50, 75, 95)
 """Percent; rows have the angle at each."""
+OF_STEPS = ("batch_angle", "update_angle")
+"""What a trace has of every step; the rest is of every query."""
 
 
 def study(group: Group, stock: Stock, desk: Desk) -> None:
@@ -44,7 +46,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
         for stage in (online.start, online.advance, online.judge)
     )
     training = start(cells, ground)
-    origin = training.params
+    origin = training.attacker.params
     judged = jax.eval_shape(judge, (cells, training), ground)
     laps = {
         field: np.full((attack.laps, size), np.nan, np.float32)
@@ -62,7 +64,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
             results = judge((cells, training), ground)
             for place, distance in zip(places, np.asarray(results["l1_mean"]), strict=False):
                 check_answers(group.rule, place, distance)
-            products = np.asarray(_products(origin, training.params))
+            products = np.asarray(_products(origin, training.attacker.params))
             results["direction_kept"] = direction_kept(cells, products)
             for field, values in results.items():
                 laps[field][at] = values
@@ -98,6 +100,10 @@ def _save_traces(
 ) -> None:
     """A file for each task and seed, in place of an older one with fewer strengths."""
     said = group.rule.describe() | group.attack.describe()
+    batch = group.attack.recipe.batch_size
+    by_step = {field: np.repeat(trace[field], batch, axis=1) for field in OF_STEPS}
+    steps = np.arange(group.attack.budget, dtype=np.int32) // batch
+    trace = {"step": np.tile(steps, (len(places), 1))} | trace | by_step
     for task, seed in group.owners:
         mine = [i for i, place in enumerate(places) if (place.task, place.seed) == (task, seed)]
         name = digest(describe([task, group.rule, group.attack, seed]))
@@ -163,9 +169,9 @@ def _evaluated(laps: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _summary(attack: Online, trace: dict[str, np.ndarray]) -> dict[str, Any]:
     """The fields of a row from its trace; `steps_at` are the steps of the evaluations."""
-    angle = trace["angle"]
+    angle, batch = trace["angle"], attack.recipe.batch_size
     ends = [min((i + 1) * attack.every, attack.steps) for i in range(attack.laps)]
-    pieces = [slice(i * attack.every, end) for i, end in enumerate(ends)]
+    pieces = [slice(i * attack.every * batch, end * batch) for i, end in enumerate(ends)]
     counts, _ = np.histogram(np.clip(angle, 0, 180), BINS, (0, 180))
     return {
         "angle_mean": number(angle.mean(dtype=np.float64)),
@@ -173,6 +179,7 @@ def _summary(attack: Online, trace: dict[str, np.ndarray]) -> dict[str, Any]:
         "angle_max": number(angle.max()),
         **{f"angle_p{q:02}": number(np.percentile(angle, q)) for q in QUANTILES},
         "angle_histogram": counts.tolist(),
+        **{f"{field}_mean": number(trace[field].mean(dtype=np.float64)) for field in OF_STEPS},
         "distance_used_mean": number(trace["distance_used"].mean(dtype=np.float64)),
         "unchanged": number(100 * np.mean(trace["distance_used"] == 0)),
         "steps_at": ends,

@@ -9,20 +9,19 @@ See configs/mnist_angle.py for the paper's study, on all of MNIST; here Fashion-
 queries, and the victim has 10,000 training images.
 """
 
-from madjax import MAD, Defended, Online, Recipe, Sweep, Task
+from madjax import AngleStudy, Online, Recipe, Task
 
 
-def config() -> Sweep:
+def config() -> AngleStudy:
     """Eight epsilons, 0 for the clean path; all-parameter gradients of the live attacker."""
-    return Sweep(
+    return AngleStudy(
         name="angle",
-        tasks=(
-            Task(
-                dataset="embedded:mnist",
-                queryset="embedded:fashion_mnist",
-                victim=Recipe(epochs=8, weight_decay=5e-4),
-            ),
+        task=Task(
+            dataset="embedded:mnist",
+            queryset="embedded:fashion_mnist",
+            victim=Recipe(epochs=8, weight_decay=5e-4),
         ),
-        defenses=(Defended(MAD(layers="all"), (0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0)),),
-        attacks=(Online(budget=5_000, images=5_000, every=500, judged=500),),
+        strengths=(0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0),
+        steps=5_000,
+        attackers=(Online(judged=500),),
     )

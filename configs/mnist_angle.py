@@ -1,4 +1,4 @@
-"""The white-box study of section 5.2.3 (Fig. 6, 7 and A5) on MNIST: the angle at every step.
+"""The paper's study of angular deviations (Fig. 6, 7 and A5) on MNIST: the angle at every step.
 
 Claim: an attacker whose parameters the defence knows sees its gradient turned by the more the
 larger the budget, though the answer has but K - 1 degrees of freedom; at epsilon 2 by more than 90
@@ -12,22 +12,21 @@ Kassel letters stand in for EMNIST letters; the victim trains for 15 epochs, its
 after 10. Epsilon 0 is the clean path.
 """
 
-from madjax import MAD, Defended, Online, Recipe, Sweep, Task
+from madjax import AngleStudy, Online, Recipe, Task
 
 
-def config() -> Sweep:
+def config() -> AngleStudy:
     """Seven epsilons and the clean path x three seeds, gradients over all parameters."""
-    return Sweep(
+    return AngleStudy(
         name="mnist_angle",
-        tasks=(
-            Task(
-                dataset="mnist",
-                queryset="kassel_letters",
-                query_splits=("train", "test"),
-                victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
-            ),
+        task=Task(
+            dataset="mnist",
+            queryset="kassel_letters",
+            query_splits=("train", "test"),
+            victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
         ),
-        defenses=(Defended(MAD(layers="all"), (0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0)),),
+        strengths=(0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0),
         seeds=(0, 1, 2),
-        attacks=(Online(budget=10_000, images=5_000, every=500, judged=1_000),),
+        steps=10_000,
+        attackers=(Online(images=5_000, every=500, judged=1_000),),
     )

@@ -13,7 +13,7 @@ from madjax.attacks import (
     steal,
     top_label,
 )
-from madjax.config import Defended, Sweep, Task
+from madjax.config import AngleStudy, Defended, Sweep, Task
 from madjax.constraints import kl, l1, l2, linf
 from madjax.datasets import Dataset, open_dataset
 from madjax.defenses import (
@@ -48,6 +48,7 @@ __all__ = [
     "MLP",
     "VGG16",
     "AdaptiveKnockoff",
+    "AngleStudy",
     "Ascend",
     "Attack",
     "Classifier",

@@ -10,7 +10,6 @@ from functools import reduce
 from pathlib import Path
 
 from madjax import config, report, serving, sweep
-from madjax.attacks import Online
 from madjax.errors import InputError
 from madjax.files import check_can_write
 from madjax.sweep import cache
@@ -45,24 +44,25 @@ def _warning(message: Warning | str, *_: object, **__: object) -> str:
     return f"madjax: warning: {message}\n"
 
 
-def _chosen(options: argparse.Namespace) -> tuple[config.Sweep, Path]:
-    """The config with what --set replaces, and the directory of its run."""
+def _chosen(options: argparse.Namespace, command: str | None = None) -> tuple[config.Sweep, Path]:
+    """The grid of the config with what --set replaces, and the directory of its run.
+
+    command: of `sweep` and `angle` the one that runs it, where it is to be run.
+    """
     chosen = reduce(config.override, options.set, config.load(options.config))
-    return chosen, options.out or Path("runs") / chosen.name
+    study = isinstance(chosen, config.AngleStudy)
+    kind, runs = type(chosen).__name__, "angle" if study else "sweep"
+    if command not in (None, runs):
+        raise InputError(f"config {options.config!r} is a madjax.{kind}: run it by madjax {runs}")
+    return chosen.sweep() if study else chosen, options.out or Path("runs") / chosen.name
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    _run(options, *_chosen(options))
+    _run(options, *_chosen(options, "sweep"))
 
 
 def _angle(options: argparse.Namespace) -> None:
-    chosen, out = _chosen(options)
-    if not all(isinstance(attack, Online) for attack in chosen.attacks):
-        raise InputError(
-            f"config {options.config!r} has attacks that are not white-box: give "
-            "--set attacks=madjax.Online with a recipe of its own, or run madjax sweep"
-        )
-    _run(options, chosen, out)
+    _run(options, *_chosen(options, "angle"))
 
 
 def _plan(options: argparse.Namespace) -> None:

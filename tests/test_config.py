@@ -13,10 +13,12 @@ import pytest
 import madjax
 from madjax import (
     MAD,
+    AngleStudy,
     Defended,
     Defense,
     InputError,
     Knockoff,
+    Online,
     ReverseSigmoid,
     Sweep,
     Task,
@@ -310,6 +312,56 @@ def test_a_users_own_file_loads(tmp_path):
         "    return Sweep('mine', (Task('a', 'b'),), (Defended(MAD()),))\n"
     )
     assert config.load(str(path)).name == "mine"
+
+
+STUDY = AngleStudy(TASK, strengths=(0.0, 0.5), steps=60)
+
+
+def test_a_study_is_the_sweep_of_its_attackers():
+    batches = Online(refresh=5, recipe=replace(Online().recipe, batch_size=16))
+    study = replace(STUDY, rules=(MAD(), MAD(layers="last")), attackers=(Online(), batches))
+    assert study.sweep() == Sweep(
+        "angle",
+        (TASK,),
+        (Defended(MAD(), (0.0, 0.5)), Defended(MAD(layers="last"), (0.0, 0.5))),
+        (Online(budget=60), replace(batches, budget=960)),
+    )
+    assert study.sweep() == replace(study, attackers=study.sweep().attacks).sweep()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "get", "want"),
+    [
+        ("steps=10", lambda s: s.attacks[0].budget, 10),
+        ("strengths=0.5,1", lambda s: s.defenses[0].strengths, (0.5, 1.0)),
+        ("task.dataset=mnist", lambda s: s.tasks[0].dataset, "mnist"),
+        ("rules=madjax.ReverseSigmoid", lambda s: s.defenses[0].rule, ReverseSigmoid()),
+        ("rules.layers=last", lambda s: s.defenses[0].rule.layers, "last"),
+        ("attackers.refresh=0", lambda s: s.attacks[0].refresh, 0),
+        ("attackers.online.recipe.batch_size=4", lambda s: s.attacks[0].budget, 240),
+    ],
+)
+def test_a_field_of_a_study_is_replaced(assignment, get, want):
+    assert get(config.override(STUDY, assignment).sweep()) == want
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"task": (TASK,)}, "give a madjax.Task"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"rules": ()}, "defenses holds nothing"),
+        ({"rules": (Defended(MAD()),)}, "rules holds .* which is not a madjax.Defense"),
+        ({"attackers": (Knockoff(),)}, "which is not a madjax.Online"),
+        ({"attackers": (Online(budget=50),)}, "budget of 50: steps, which is 60, says how many"),
+        ({"strengths": (-1.0,)}, "strength is -1.0"),
+        ({"seeds": (-1,)}, "seed is -1"),
+    ],
+)
+def test_a_study_that_cannot_be_followed_is_refused(change, wrong):
+    with pytest.raises(InputError, match=wrong):
+        replace(STUDY, **change)
 
 
 @pytest.mark.parametrize(

@@ -513,16 +513,38 @@ def test_the_table_and_the_figures_of_a_study(finished):
     np.testing.assert_allclose(curve.get_ydata(), wanted)
 
 
+def test_the_figure_of_ages_shows_each_surrogate_once(finished):
+    """From rows that say they are of other ages; two attackers of one age are not mixed."""
+    _, rows = finished
+    aged = [
+        {**row, "refresh": m, "variant": f"every {m}", "attack_settings": str(m), "angle_mean": a}
+        for row in rows
+        for m, a in ((0, 10.0 + row["seed"]), (1, 30.0), (100, 20.0 + 2 * row["seed"]))
+    ]
+    assert "age.png" in report.figures_for(aged)
+    assert "age.png" not in report.figures_for(aged[::3] + aged[1::3])
+    angle, kept = report.age_figure(aged).get_axes()
+    for ax in (angle, kept):
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "100", "black-box"]
+        assert len(ax.containers) == 2  # epsilon 0 is no curve
+    line, _, (bars,) = angle.containers[0]
+    assert line.get_ydata().tolist() == [30, 21, 10.5]
+    lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+    np.testing.assert_allclose(lengths, [0, 2 * np.sqrt(2), np.sqrt(2)], atol=1e-6)
+    other = {**aged[0], "attack_settings": "other"}
+    assert "age.png" not in report.figures_for([*aged, other])
+
+
 def test_the_command_runs_the_study_and_refuses_what_is_none(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = (
-        "tasks.dataset=embedded:mnist[:200,:60]",
-        "tasks.queryset=embedded:fashion_mnist[:50]",
-        "tasks.architecture=madjax.MLP",
+        "task.dataset=embedded:mnist[:200,:60]",
+        "task.queryset=embedded:fashion_mnist[:50]",
+        "task.architecture=madjax.MLP",
     )
-    changes += ("tasks.victim.epochs=1", "defenses.strengths=0,0.99", "attacks.images=40")
-    changes += ("attacks.every=4", "attacks.judged=10", "seeds=0", "attacks.budget=6")
-    changes += ("attacks.architecture=madjax.MLP",)
+    changes += ("task.victim.epochs=1", "strengths=0,0.99", "attackers.images=40", "steps=6")
+    changes += ("attackers.every=4", "attackers.judged=100", "rules.layers=last")
+    changes += ("attackers.architecture=madjax.MLP",)
     words = [word for each in changes for word in ("--set", each)]
     assert main(["angle", *words]) == 0
     said = capsys.readouterr().out
@@ -530,7 +552,14 @@ def test_the_command_runs_the_study_and_refuses_what_is_none(data, tmp_path, cap
     assert "runs/angle/rows.jsonl, report.md, tradeoff.png, angles.png, course.png" in said
     rows = report.read_rows("runs/angle")
     assert [row["steps_at"] for row in rows] == [[4, 6]] * 2
+    assert {(row["layers"], row["n_judged"]) for row in rows} == {("last", 60)}
+    assert main(["plan", "angle", *words]) == 0
+    assert "all 2 cells have their row" in capsys.readouterr().out
     assert main(["report", "runs/angle", "--trace", "steps.parquet"]) == 0
     assert (tmp_path / "steps.parquet").stat().st_size > 0
-    assert main(["angle", "quickstart"]) == 2
-    assert "not white-box" in capsys.readouterr().err
+    for words, says in (
+        (["angle", "quickstart"], "'quickstart' is a madjax.Sweep: run it by madjax sweep"),
+        (["sweep", "angle"], "'angle' is a madjax.AngleStudy: run it by madjax angle"),
+    ):
+        assert main(words) == 2
+        assert says in capsys.readouterr().err

@@ -1,11 +1,12 @@
-"""What a sweep is: frozen dataclasses, config files that return them, and `--set` overrides."""
+"""Sweeps and studies as frozen dataclasses, config files that return them, and `--set`."""
 
 from madjax.config.describe import describe, digest, name_of
 from madjax.config.files import load, shipped_configs
 from madjax.config.override import override
-from madjax.config.values import Architecture, Defended, Sweep, Task
+from madjax.config.values import AngleStudy, Architecture, Defended, Sweep, Task
 
 __all__ = [
+    "AngleStudy",
     "Architecture",
     "Defended",
     "Sweep",

@@ -1,4 +1,4 @@
-"""Config files: Python files with a function `config() -> Sweep`.
+"""Config files: Python files with a function `config()` that returns a `Sweep` or an `AngleStudy`.
 
 Their docstrings state the claim, the command and the cost.
 """
@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from madjax.config.values import Sweep
+from madjax.config.values import AngleStudy, Sweep
 from madjax.errors import InputError, in_one_line
 
 
@@ -21,11 +21,12 @@ def shipped_configs() -> dict[str, Path]:
     return {}
 
 
-def load(name: str) -> Sweep:
+def load(name: str) -> Sweep | AngleStudy:
     """The config of a file, or of a shipped config by its name ("quickstart").
 
     Raises:
-        InputError: no such config, a file that cannot be run, or one without `config() -> Sweep`.
+        InputError: no such config, a file that cannot be run, or one without a `config()` that
+            returns one.
     """
     shipped = shipped_configs()
     path = Path(name)
@@ -50,9 +51,12 @@ def load(name: str) -> Sweep:
         raise
     except Exception as error:
         raise InputError(
-            f"config {name!r} fails with {in_one_line(error)}; it must define config() -> "
-            "madjax.Sweep"
+            f"config {name!r} fails with {in_one_line(error)}; it must define config(), "
+            "which returns a madjax.Sweep or a madjax.AngleStudy"
         ) from error
-    if not isinstance(config, Sweep):
-        raise InputError(f"config {name!r} returns {type(config).__name__}: return a madjax.Sweep")
+    if not isinstance(config, Sweep | AngleStudy):
+        raise InputError(
+            f"config {name!r} returns {type(config).__name__}: return a madjax.Sweep or a "
+            "madjax.AngleStudy"
+        )
     return config

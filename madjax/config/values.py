@@ -1,17 +1,17 @@
-"""What a sweep is: frozen dataclasses that hold no file and no array."""
+"""What a sweep or a study is: frozen dataclasses that hold no file and no array."""
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 
-from madjax.attacks import Attack, Knockoff
+from madjax.attacks import Attack, Knockoff, Online
 from madjax.datasets import base_name
-from madjax.defenses import Defense
+from madjax.defenses import MAD, Defense
 from madjax.errors import InputError
 from madjax.models import LeNet
 from madjax.train import Recipe
@@ -134,6 +134,53 @@ class Sweep:
     def budgets_of(self, attack: Attack) -> list[int]:
         """The budgets at which a stolen model is trained, smallest first."""
         return sorted({*self.budgets, attack.budget})
+
+
+@dataclass(frozen=True)
+class AngleStudy:
+    """The white-box study (section 5.2.3): attackers trained online, at a grid of strengths.
+
+    Each of `attackers` takes `steps` steps before each of `rules`, at each strength and seed; of a
+    rule without strengths, at those that are usual for it. How many queries, N, that are is steps
+    times its batch: an attacker's own budget is left as it is. Strength 0 is the clean path, beside
+    which `direction_kept` is measured. `sweep()` is the same grid for `madjax.sweep.run`.
+    """
+
+    task: Task
+    strengths: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 10_000
+    rules: tuple[Defense, ...] = (MAD(layers="all"),)
+    attackers: tuple[Online, ...] = (Online(),)
+    name: str = "angle"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, Task):
+            raise InputError(f'task is {self.task!r}: give a madjax.Task("mnist", "emnist")')
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"steps is {self.steps!r}: give a whole number >= 1")
+        _check_kind("rules", self.rules, Defense, "madjax.MAD()")
+        _check_kind("attackers", self.attackers, Online, "madjax.Online()")
+        for attacker in self.attackers:
+            if attacker.budget not in (Online.budget, self._queries(attacker)):
+                raise InputError(
+                    f"attackers holds one with a budget of {attacker.budget}: steps, which is "
+                    f"{self.steps}, says how many queries it sends; leave its budget out"
+                )
+        self.sweep()
+
+    def _queries(self, attacker: Online) -> int:
+        return self.steps * attacker.recipe.batch_size
+
+    def sweep(self) -> Sweep:
+        """The sweep of these cells."""
+        return Sweep(
+            name=self.name,
+            tasks=(self.task,),
+            defenses=tuple(Defended(rule, self.strengths) for rule in self.rules),
+            attacks=tuple(replace(each, budget=self._queries(each)) for each in self.attackers),
+            seeds=self.seeds,
+        )
 
 
 def _check_seed(seed: Any) -> None:

@@ -1,6 +1,6 @@
 """Rows to tables and figures: reads files only, so a finished sweep is reported anywhere."""
 
-from madjax.report.angles import angles_figure, course_figure
+from madjax.report.angles import age_figure, angles_figure, course_figure
 from madjax.report.figures import (
     ablations_figure,
     defenses_figure,
@@ -21,6 +21,7 @@ __all__ = [
     "Stat",
     "Summary",
     "ablations_figure",
+    "age_figure",
     "angles_figure",
     "course_figure",
     "defenses_figure",

@@ -4,12 +4,13 @@ They read rows alone, which hold a histogram of each trace and the means between
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
 from madjax.report.names import attack, labels, name
 from madjax.report.panels import GREY, INK
-from madjax.report.points import Curve, curve_of, is_sound
+from madjax.report.points import Curve, curve_of, is_sound, stat
 
 ACROSS = 6
 """Curves side by side."""
@@ -39,20 +40,79 @@ def course_figure(rows: list[dict]):
     return _figure(rows, (_angle, _direction))
 
 
-def _figure(rows: list[dict], panels: tuple):
-    from matplotlib import colormaps  # lazy: a second that tables do not need
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+def age_figure(rows: list[dict]):
+    """Matplotlib Figure from white-box to black-box: what an older surrogate costs the defence.
 
-    rows = [row for row in rows if is_traced(row) and is_sound(row)]
+    The mean angle in degrees, and below it the direction kept at the end, against how often the
+    defence is handed the attacker's parameters; means and sample standard deviations over seeds. A
+    column for each data set, defence and attacker that differ in more than that, see `ages`.
+    """
+    from matplotlib.figure import Figure  # lazy: a second that tables do not need
+
+    found = ages(rows)
+    strengths = sorted({e for ages in found.values() for own in ages.values() for e in own} - {0})
+    colours = _colours(strengths)
+    panels = (("angle_mean", "mean angle (degrees)"), ("direction_kept", "direction kept (cosine)"))
+    fig = Figure(figsize=(5.2 * len(found), 7), layout="constrained", facecolor="white")
+    axes = fig.subplots(len(panels), len(found), squeeze=False)
+    said = labels(found, ("dataset", "attack", "variant"))
+    for column, (curve, own) in enumerate(found.items()):
+        every = sorted(own, key=lambda refresh: refresh or math.inf)
+        for ax, (field, label) in zip(axes[:, column], panels, strict=True):
+            for strength in strengths:
+                seeds = [(at, own[m][strength]) for at, m in enumerate(every) if strength in own[m]]
+                stats = {at: stat([row[field] for row in rows]) for at, rows in seeds}
+                known = [(at, each.mean, each.std or 0) for at, each in stats.items() if each.mean]
+                look = {"color": colours[strength], "marker": "o", "ms": 4, "lw": 1.4}
+                ax.errorbar(*zip(*known, strict=True), **look, capsize=2, gid="curve")
+            names = [f"{refresh:,}" if refresh else "black-box" for refresh in every]
+            ax.set_xticks(range(len(every)), names)
+            ax.set_xlabel("steps between two looks at the attacker's parameters", color=INK)
+            ax.set_ylabel(label, color=INK)
+            _plain(ax)
+        title = f"{name(curve.dataset)}, {said[curve]}"
+        axes[0, column].set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    _legend(fig, rows, colours, len(found))
+    return fig
+
+
+def ages(rows: list[dict]) -> dict[Curve, dict[int, dict[float, list[dict]]]]:
+    """Rows that differ in the age of the surrogate: curve -> refresh -> strength -> rows.
+
+    Of those at least three ages; the curve is without what says the age. Attackers that differ in a
+    setting that no row names would be one point: such curves are left out.
+    """
+    found: dict[Curve, dict[int, dict[float, list[dict]]]] = {}
+    settings: dict[tuple[Curve, int], set] = {}
+    for row in sorted(filter(is_drawn, rows), key=lambda row: row["strength"]):
+        curve = curve_of(row)
+        ageless = curve._replace(variant="", attack_settings="")
+        own = found.setdefault(ageless, {}).setdefault(row["refresh"], {})
+        own.setdefault(row["strength"], []).append(row)
+        settings.setdefault((ageless, row["refresh"]), set()).add(curve.attack_settings)
+    return {
+        curve: own
+        for curve, own in found.items()
+        if len(own) > 2 and all(len(settings[curve, refresh]) == 1 for refresh in own)
+    }
+
+
+def is_drawn(row: dict) -> bool:
+    """Whether figures of the white-box study show a row: one of it that has not diverged."""
+    return is_traced(row) and is_sound(row)
+
+
+def _figure(rows: list[dict], panels: tuple):
+    from matplotlib.figure import Figure  # lazy: a second that tables do not need
+
+    rows = list(filter(is_drawn, rows))
     groups: dict[Curve, dict[float, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: row["strength"]):
         curve = curve_of(row)
         groups.setdefault(curve, {}).setdefault(row["strength"], []).append(row)
     # Strengths of several defences may mean different things: each rank has a colour.
     every = sorted({strength for group in groups.values() for strength in group})
-    shades = colormaps["viridis"](np.linspace(0, 0.93, len(every)))
-    colours = dict(zip(every, shades, strict=True))
+    colours = _colours(every)
     columns = min(len(groups), ACROSS)
     lines = math.ceil(len(groups) / columns) * len(panels)
     size = (5.2 * columns, 3.2 * lines + 0.6)
@@ -64,18 +124,35 @@ def _figure(rows: list[dict], panels: tuple):
             ax = fig.add_subplot(lines, columns, at + 1)
             for strength, own in group.items():
                 draw(ax, own, {"color": colours[strength], "lw": 1.4})
-            ax.spines[:].set_color(GREY)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(color=GREY, alpha=0.2, lw=0.6)
+            _plain(ax)
             if line == 0:
                 title = f"{name(curve.dataset)}, {attack(curve)}\n{said[curve]}"
                 ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    _legend(fig, rows, colours, columns)
+    return fig
+
+
+def _colours(strengths: list[float]) -> dict[float, Any]:
+    from matplotlib import colormaps  # lazy, as above
+
+    shades = colormaps["viridis"](np.linspace(0, 0.93, len(strengths)))
+    return dict(zip(strengths, shades, strict=True))
+
+
+def _plain(ax) -> None:
+    ax.spines[:].set_color(GREY)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color=GREY, alpha=0.2, lw=0.6)
+
+
+def _legend(fig, rows: list[dict], colours: dict[float, Any], columns: int) -> None:
+    from matplotlib.lines import Line2D  # lazy, as above
+
     sign = "ε" if all(row.get("epsilon") is not None for row in rows) else "strength"
-    handles = [Line2D([], [], color=colours[e], lw=2, label=f"{sign} = {e:g}") for e in every]
+    handles = [Line2D([], [], color=c, lw=2, label=f"{sign} = {e:g}") for e, c in colours.items()]
     abreast = math.ceil(len(handles) / math.ceil(len(handles) / (4 * columns)))
     style = {"frameon": False, "fontsize": 8.5, "loc": "outside lower center", "ncols": abreast}
     fig.legend(handles=handles, labelcolor=INK, **style)
-    return fig
 
 
 def _histogram(ax, rows: list[dict], look: dict) -> None:

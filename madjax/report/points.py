@@ -132,7 +132,8 @@ def _attacked(curve: Curve) -> tuple:
     return tuple(getattr(curve, name) for name in Curve._fields if name not in RULE)
 
 
-def _stat(values: list) -> Stat:
+def stat(values: list) -> Stat:
+    """Mean and sample standard deviation; None for both where a value is none."""
     if not values or any(value is None or not math.isfinite(value) for value in values):
         return Stat(None, None)
     return Stat(fmean(values), stdev(values) if len(values) > 1 else None)
@@ -149,7 +150,7 @@ def _summary(curve: Curve, strength: float, rows: list[dict]) -> Summary:
         raise InputError(f"{times} rows for the cell {cell}; keep one of them in rows.jsonl")
     sound = list(filter(is_sound, rows))
     metrics = (field.name for field in fields(Summary) if field.type is Stat)
-    stats = {name: _stat([row.get(name) for row in sound]) for name in metrics}
+    stats = {name: stat([row.get(name) for row in sound]) for name in metrics}
     return Summary(
         curve,
         strength,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from madjax.errors import InputError
 from madjax.files import write_atomically
-from madjax.report.angles import angles_figure, course_figure, is_traced
+from madjax.report.angles import age_figure, ages, angles_figure, course_figure, is_drawn
 from madjax.report.figures import ablations_figure, defenses_figure, figure, save_png
 from madjax.report.names import is_ablation, place
 from madjax.report.points import RULE, curves, is_sound
@@ -26,8 +26,10 @@ def figures_for(rows: list[dict]) -> dict[str, Callable]:
         found["defenses.png"] = defenses_figure
     if any(map(is_ablation, known)):
         found["ablations.png"] = ablations_figure
-    if any(is_traced(row) for row in rows if is_sound(row)):
+    if any(map(is_drawn, rows)):
         found |= {"angles.png": angles_figure, "course.png": course_figure}
+    if ages(rows):
+        found["age.png"] = age_figure
     return found
 
 
@@ -41,7 +43,7 @@ def write_report(*directories: str | Path, out: str | Path | None = None) -> str
 
     It goes to `out`, or beside the rows of a single directory: `report.md` and `tradeoff.png`
     always; `defenses.png` for two or more defences, `ablations.png` for ablations, `angles.png` and
-    `course.png` for online attackers.
+    `course.png` for online attackers, `age.png` for surrogates of three ages or more.
     Raises InputError for several directories and no `out`, and for what `read_rows` refuses.
     """
     if out is None and len(directories) != 1:

@@ -47,10 +47,10 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
     )
     training = start(cells, ground)
     origin = training.attacker.params
-    judged = jax.eval_shape(judge, (cells, training), ground)
+    fields = jax.eval_shape(judge, (cells, training), ground)
     laps = {
         field: np.full((attack.laps, size), np.nan, np.float32)
-        for field in (*judged, "direction_kept")
+        for field in (*fields, "direction_kept")
     }
     watch, first = Stopwatch(), 0
     saved = store.restore(desk.directory, name, (training, laps, np.zeros(())))
@@ -79,7 +79,8 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
         if (place, attack.budget) not in group.waiting:
             continue
         course = {field: values[:, i] for field, values in laps.items()}
-        row = _settings(attack) | _evaluated(course)
+        judged = min(attack.judged, len(stock.opened[place.task].data.x_test))
+        row = _settings(attack) | {"n_judged": judged} | _evaluated(course)
         row |= _summary(attack, {field: values[i] for field, values in trace.items()})
         losses = np.array(row["train_losses"], float)
         row |= after(course["attacker_accuracy"], losses, group.parties.num_classes)
@@ -152,7 +153,6 @@ def _settings(attack: Online) -> dict[str, Any]:
         "steps": attack.steps,
         "epochs": None,  # its recipe's are not used
         "refresh": attack.refresh,
-        "n_judged": attack.judged,
     }
 
 

@@ -1,0 +1,34 @@
+"""From white-box to black-box: the angle against the age of the surrogate.
+
+Claim: what the defence knows of the attacker decides how far it turns the gradient. It is handed
+the attacker's parameters every 1, 10, 100 and 1,000 steps, at the start alone (5,000), or never,
+which leaves it a random network of its own.
+Command: MADJAX_DATA=DIR madjax angle configs/mnist_angle_age.py
+Cost: about 25 minutes on 2 CPU cores.
+
+See configs/mnist_angle.py; here N = 5,000.
+"""
+
+from dataclasses import replace
+
+from madjax import AngleStudy, Online, Recipe, Task
+
+AGES = (1, 10, 100, 1_000, 5_000, 0)
+
+
+def config() -> AngleStudy:
+    """Six surrogates x two epsilons and the clean path x three seeds."""
+    online = Online(every=1_000, judged=500)
+    return AngleStudy(
+        name="mnist_angle_age",
+        task=Task(
+            dataset="mnist",
+            queryset="kassel_letters",
+            query_splits=("train", "test"),
+            victim=Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10),
+        ),
+        strengths=(0.0, 0.99, 2.0),
+        seeds=(0, 1, 2),
+        steps=5_000,
+        attackers=tuple(replace(online, refresh=age) for age in AGES),
+    )

@@ -28,5 +28,5 @@ def config() -> AngleStudy:
         strengths=(0.0, 0.1, 0.5, 0.95, 0.99, 1.1, 1.5, 2.0),
         seeds=(0, 1, 2),
         steps=10_000,
-        attackers=(Online(images=5_000, every=500, judged=1_000),),
+        attackers=(Online(images=5_000, every=1_000, judged=1_000),),
     )

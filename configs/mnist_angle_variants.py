@@ -4,7 +4,7 @@ Claim: gradients of the last layer alone turn the attacker's, of all parameters,
 those of all; a batch and Adam each take their part of the angle, and MAD-argmax turns little within
 a budget below 1.
 Command: MADJAX_DATA=DIR madjax angle configs/mnist_angle_variants.py
-Cost: about 25 minutes on 2 CPU cores.
+Cost: about 12 minutes on 2 CPU cores.
 
 The angle is over all parameters whatever the defence's gradients are. Batches of 16 send 16 times
 the queries. See configs/mnist_angle.py.
@@ -31,7 +31,7 @@ def config() -> AngleStudy:
         ),
         strengths=(0.0, 0.99, 2.0),
         seeds=(0, 1),
-        steps=2_000,
+        steps=1_000,
         rules=(MAD(layers="all"), MAD(layers="last"), MAD(solver=LineSearch(argmax_preserving))),
         attackers=(online, batches, by_adam),
     )

@@ -57,6 +57,8 @@ class Summary:
     angle_p50: Stat
     angle_p95: Stat
     angle_max: Stat
+    batch_angle_mean: Stat
+    update_angle_mean: Stat
     test_loss: Stat
     direction_kept: Stat
 

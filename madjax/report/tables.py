@@ -19,9 +19,13 @@ OPTIONAL = (
     ("median", "angle_p50", "angle_mean"),
     ("95 %", "angle_p95", "angle_mean"),
     ("max", "angle_max", "angle_mean"),
+    ("of batches", "batch_angle_mean", "angle_mean"),
+    ("of updates", "update_angle_mean", "batch_angle_mean"),
     ("test loss", "test_loss", "angle_mean"),
     ("direction kept", "direction_kept", "angle_mean"),
 )
+OF_STEPS = {"batch_angle_mean", "update_angle_mean"}
+"""Fields that are shown where they differ from the one that brings them."""
 SCALE = {"undefended_share": 100}  # to percent
 
 
@@ -60,9 +64,12 @@ def table(rows: list[dict]) -> str:
 
 def _is_shown(column: tuple[str, str, str], points: list[Summary]) -> bool:
     """Whether some point has it; of answers left as they are, some at a strength above 0."""
+    _, field, source = column
     if column is UNDEFENDED:
         return any(p.strength and p.undefended_share.mean for p in points)
-    return any(getattr(p, column[2]).mean is not None for p in points)
+    if field in OF_STEPS:
+        return any(_text(getattr(p, field).mean) != _text(getattr(p, source).mean) for p in points)
+    return any(getattr(p, source).mean is not None for p in points)
 
 
 def _heading(curve: Curve, points: list[Summary]) -> str:

@@ -513,6 +513,17 @@ def test_the_table_and_the_figures_of_a_study(finished):
     np.testing.assert_allclose(curve.get_ydata(), wanted)
 
 
+def test_angles_of_steps_are_shown_where_they_differ_from_those_of_queries(finished):
+    _, rows = finished
+    heads = {"batch_angle_mean": "of batches", "update_angle_mean": "of updates"}
+    assert not any(head in report.table(rows) for head in heads.values())
+    for field, head in heads.items():
+        turned = [{**row, field: row[field] + 1} for row in rows]
+        assert head in report.table(turned)
+        older = [{k: v for k, v in row.items() if k not in heads} for row in rows]
+        assert head not in report.table(older)
+
+
 def test_the_figure_of_ages_shows_each_surrogate_once(finished):
     """From rows that say they are of other ages; two attackers of one age are not mixed."""
     _, rows = finished

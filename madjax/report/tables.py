@@ -68,7 +68,8 @@ def _is_shown(column: tuple[str, str, str], points: list[Summary]) -> bool:
     if column is UNDEFENDED:
         return any(p.strength and p.undefended_share.mean for p in points)
     if field in OF_STEPS:
-        return any(_text(getattr(p, field).mean) != _text(getattr(p, source).mean) for p in points)
+        both = [(_text(getattr(p, field).mean), _text(getattr(p, source).mean)) for p in points]
+        return any(own not in ("-", other) for own, other in both)
     return any(getattr(p, source).mean is not None for p in points)
 
 

@@ -1,7 +1,8 @@
-"""The white-box study in short: angles by epsilon, the paper's claims beside them, and variants.
+"""The white-box study in short: angles by epsilon, the paper's claims, variants, and ages.
 
-Claim: see configs/mnist_angle.py and configs/mnist_angle_variants.py, whose rows this reads.
-Command: python experiments/angle_summary.py [DIR VARIANTS_DIR]     (the two's results)
+Claim: see configs/mnist_angle.py, mnist_angle_variants.py and mnist_angle_age.py, whose rows this
+reads.
+Command: python experiments/angle_summary.py [DIR VARIANTS_DIR AGE_DIR]     (their results)
 Cost: none; writes summary.md beside the rows of each, or nothing with --smoke.
 
 Angles in degrees over all steps of all seeds' means; ± is the sample standard deviation over seeds.
@@ -17,6 +18,7 @@ from measuring import RESULTS, markdown, parse
 
 from madjax.report import read_rows, summarise
 from madjax.report.names import attack, defence
+from madjax.report.points import curve_of
 
 
 def mean(points, field):
@@ -51,6 +53,7 @@ def claims(points, rows):
         mean(points, field) for field in ("angle_max", "angle_mean", "test_loss")
     )
     useful = [e for e in means if 0.95 <= e <= 0.99]
+    early = [fmean(row["angle_means"][0] for row in rows if row["strength"] == e) for e in useful]
     flipped = [row for row in rows if row["strength"] == 2]
     first = fmean(row["test_losses"][0] for row in flipped)
     clean = losses[0.0]
@@ -60,6 +63,11 @@ def claims(points, rows):
             "mean at epsilon 0.95 to 0.99",
             "24.9",
             f"{means[min(useful)]:.1f} to {means[max(useful)]:.1f}",
+        ],
+        [
+            f"the same, first {rows[0]['steps_at'][0]} steps alone",
+            "",
+            f"{min(early):.1f} to {max(early):.1f}",
         ],
         ["mean at epsilon 2", "above 90", f"{means[2.0]:.1f}"],
         [
@@ -73,19 +81,40 @@ def claims(points, rows):
 
 
 def variants(points):
-    """A line for every defence and attacker, with the angle and test loss at each epsilon."""
+    """A line for every defence, attacker and epsilon."""
     curves = {}
     for point in points:
         curves.setdefault(point.curve, {})[point.strength] = point
-    epsilons = sorted({p.strength for p in points} - {0})
-    head = ["defence", "attacker", "clean: test loss"]
-    head += [f"{what} at {e:g}" for e in epsilons for what in ("angle", "test loss", "kept")]
+    head = ["defence", "attacker", "epsilon", "angle", "of batches", "of updates"]
+    head += ["test loss", "clean", "direction kept"]
     lines = []
     for curve, own in curves.items():
-        line = [defence(curve), attack(curve), f"{own[0.0].test_loss.mean:.2f}"]
+        for p in own.values():
+            if p.strength:
+                line = [defence(curve), attack(curve), f"{p.strength:g}", said(p.angle_mean)]
+                line += [said(p.batch_angle_mean), said(p.update_angle_mean)]
+                line += [said(p.test_loss, 2), f"{own[0.0].test_loss.mean:.2f}"]
+                lines.append([*line, said(p.direction_kept, 2)])
+    return markdown(head, lines)
+
+
+def ages(points, rows):
+    """A line for every surrogate, from white-box to black-box, with the columns of each epsilon."""
+    refresh = {curve_of(row): row["refresh"] for row in rows}
+    steps = {row["steps"] for row in rows}
+    found = {}
+    for p in points:
+        found.setdefault(refresh[p.curve], {})[p.strength] = p
+    epsilons = sorted({p.strength for p in points} - {0})
+    head = ["the defence knows the attacker's parameters"]
+    head += [f"{what} at {e:g}" for e in epsilons for what in ("angle", "test loss", "kept")]
+    lines = []
+    for m in sorted(found, key=lambda m: m or float("inf")):
+        known = {0: "never (black-box)", 1: "of every step"}.get(m, f"of every {m:,} steps")
+        line = ["of the start alone" if m in steps else known]
         for e in epsilons:
-            line += [f"{own[e].angle_mean.mean:.1f}", f"{own[e].test_loss.mean:.2f}"]
-            line.append(f"{own[e].direction_kept.mean:.2f}")
+            p = found[m][e]
+            line += [said(p.angle_mean), said(p.test_loss, 2), said(p.direction_kept, 2)]
         lines.append(line)
     return markdown(head, lines)
 
@@ -93,15 +122,17 @@ def variants(points):
 def main():
     """Write the tables beside the rows, and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, folder in (("DIR", "mnist_angle"), ("VARIANTS_DIR", "mnist_angle_variants")):
-        parser.add_argument(name, type=Path, nargs="?", default=RESULTS / folder)
+    folders = {"DIR": "", "VARIANTS_DIR": "_variants", "AGE_DIR": "_age"}
+    for name, folder in folders.items():
+        parser.add_argument(name, type=Path, nargs="?", default=RESULTS / f"mnist_angle{folder}")
     options = parse(parser)
-    first, second = vars(options)["DIR"], vars(options)["VARIANTS_DIR"]
-    rows = read_rows(first)
+    first, second, third = (vars(options)[name] for name in folders)
+    rows, aged = read_rows(first), read_rows(third)
     points = summarise(rows)
     tables = {
         first: f"{angles(points)}\n{claims(points, rows)}",
         second: variants(summarise(read_rows(second))),
+        third: ages(summarise(aged), aged),
     }
     for directory, text in tables.items():
         print(text)

@@ -105,9 +105,16 @@ def angle_between(a: Any, u: Any) -> Array:
 
     What `angle` has from the Gram matrix of one query, for gradients that are at hand, such as
     those of a batch. 0 where either vanishes, NaN where either is not finite. Accumulated in
-    float32, by the same formula.
+    float32, by the same formula; the squares of numbers that are far from 1 would leave it, so each
+    gradient is divided by its largest entry first.
     """
-    a, u = ([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(each)] for each in (a, u))
+
+    def scaled(tree: Any) -> list[Array]:
+        leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+        largest = jnp.stack([jnp.abs(leaf).max() for leaf in leaves]).max()
+        return [leaf / jnp.where(largest == 0, 1, largest) for leaf in leaves]
+
+    a, u = scaled(a), scaled(u)
 
     def total_length(leaves: list[Array]) -> Array:
         return _root(sum(jnp.square(leaf).sum() for leaf in leaves))

@@ -21,7 +21,7 @@ from madjax.errors import InputError
 from madjax.gram import check_layers, gram
 from madjax.mad import AnySolver, LineSearch, as_posterior, check_epsilon, check_solver, solve
 from madjax.objectives import angle, angle_between
-from madjax.taps import Apply, Params, weights
+from madjax.taps import Apply, Params, as_logits, weights
 
 Array = jax.Array
 Callback = Callable[[Array, Params], Any]
@@ -72,8 +72,9 @@ def white_box(
     attacker itself; then w_{t+1} = w_t + learning_rate G'y~. The angle recorded is that between
     G'y~ and G'y over all parameters, whatever `layers` is (section 5.2.3, Fig. 6). One `lax.scan`;
     memory does not grow with N but for the trace. It is a function of its arrays: `jax.vmap` it
-    over epsilon, learning_rate or params, or give it to `jax.shard_map`. Programs are compiled once
-    for each function, solver and optimizer: give the same objects at every call.
+    over epsilon, learning_rate or params, or give it to `jax.shard_map(..., check_vma=False)`.
+    Programs are compiled once for each function, solver and optimizer: give the same objects at
+    every call.
 
     Args:
         apply: the attacker's network, apply(params, x [B, ...]) -> logits [B, K]; see `gram`. What
@@ -85,25 +86,29 @@ def white_box(
         learning_rate: of plain SGD, where no optimizer is given.
         layers: what the defence's G is taken over; see `gram`.
         solver: see `solve`.
-        optimizer: any optax transformation, its learning rate included, in place of plain SGD.
+        optimizer: any optax transformation, its learning rate included, in place of plain SGD. It
+            steps over the weights, params["params"] where there is that key; the loss is its
+            argument `value` where it takes one.
         batch: B, queries a step; the step is by the mean of their losses.
         refresh: the defence is handed the attacker's parameters every so many steps: 1 is
             white-box, more a surrogate that grows stale; 0 leaves it the first ones for ever.
         surrogate: (apply, params) of another network that the defence has in place of the
             attacker's, as in black-box mode.
         callback: callback(steps done, parameters), called after every `every` steps; what it
-            returns, a pytree of arrays, is in the trace.
+            returns, a pytree of arrays, is in the trace. It is traced: `jax.debug.callback` inside
+            it reaches Python.
         every: steps between two calls.
 
     Returns:
-        The parameters after the last step, and the `Trace`. trace.angle [N], trace.distance [N],
-        trace.loss [N] and trace.y_tilde [N, K] are of queries, trace.batch_angle and
-        trace.update_angle [N / batch] of steps.
+        The parameters after the last step, a FrozenDict as a dict, and the `Trace`. trace.angle
+        [N], trace.distance [N], trace.loss [N] and trace.y_tilde [N, K] are of queries,
+        trace.batch_angle and trace.update_angle [N / batch] of steps.
 
     Edge cases:
         epsilon = 0: answers are y, bit for bit, and angles are 0.
         no query: params as they are, and an empty trace.
-        y is the attacker's own posterior: its answer is y, and its angle 0.
+        y is the attacker's own posterior: its angle is 0, and its answer y where the defence knows
+            that, by the attacker's own "all" or "last" layers.
         training that diverges: angles are NaN from there on.
         fewer steps than every: the callback is not called, and what it returned is empty.
 
@@ -123,7 +128,7 @@ def white_box(
     check_epsilon(epsilon)
     check_layers(layers)
     check_solver(solver)
-    y, epsilon = as_posterior(y), jnp.asarray(epsilon, jnp.float32)
+    x, y, epsilon = jnp.asarray(x), as_posterior(y), jnp.asarray(epsilon, jnp.float32)
     if y.ndim != 2 or len(y) != len(x):
         raise InputError(f"white_box takes posteriors y [N, K] for {len(x)} queries, not {y.shape}")
     if epsilon.ndim:
@@ -131,21 +136,26 @@ def white_box(
             f"epsilon has shape {epsilon.shape}: give one budget, and jax.vmap over several"
         )
     for name, value, least in (("batch", batch, 1), ("refresh", refresh, 0), ("every", every, 1)):
-        if value < least:
+        if not isinstance(value, int | np.integer) or value < least:
             raise InputError(f"{name} is {value}: give a whole number >= {least}")
     if len(x) % batch:
         raise InputError(
             f"batch is {batch} for {len(x)} queries: give a divisor of that, so that all are spent"
         )
-    if surrogate is not None and refresh != 1:
+    if surrogate is not None:
+        if refresh != 1:
+            raise InputError(
+                f"refresh is {refresh} with a surrogate, which is never refreshed: leave out one"
+            )
+        if not isinstance(surrogate, tuple) or len(surrogate) != 2:
+            raise InputError("surrogate is no pair: give (apply, params) of another network")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback is {callback!r}: give a function of (steps done, parameters)")
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise InputError(
-            f"refresh is {refresh} with a surrogate, which is never refreshed: leave out one"
+            f"optimizer is {optimizer!r}: give an optax transformation, such as optax.adam(1e-3)"
         )
-    check_optimizer(optimizer)
-    if optimizer is None and not isinstance(learning_rate, jax.core.Tracer):
-        rate = np.asarray(learning_rate)
-        if not np.all((rate >= 0) & np.isfinite(rate)):
-            raise InputError(f"learning_rate is {learning_rate}: give a number >= 0")
+    _check_rate(learning_rate)
     defence = _Defence(layers, solver, refresh, surrogate and surrogate[0])
     calling = _Calling(callback, every) if callback else None
     known = surrogate and surrogate[1]
@@ -166,12 +176,19 @@ class _Calling(NamedTuple):
     every: int
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Refuse what is no optax transformation; None, plain SGD, may pass."""
-    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+def _check_rate(learning_rate: Any) -> None:
+    """Refuse what is no number >= 0, where it is not traced."""
+    if callable(learning_rate):
         raise InputError(
-            f"optimizer is {optimizer!r}: give an optax transformation, such as optax.adam(1e-3)"
+            "learning_rate is a function: give optimizer=optax.sgd(learning_rate) for a schedule"
         )
+    if jnp.ndim(learning_rate):
+        shape = jnp.shape(learning_rate)
+        raise InputError(f"learning_rate has shape {shape}: give one, and jax.vmap over several")
+    if isinstance(learning_rate, jax.core.Tracer):
+        return
+    if not 0 <= learning_rate < np.inf:
+        raise InputError(f"learning_rate is {learning_rate}: give a number >= 0")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -188,6 +205,10 @@ def _white_box(
     epsilon: Array,
     learning_rate: Array,
 ) -> tuple[Params, Trace]:
+    one_query = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    k = as_logits(jax.eval_shape(apply, params, one_query), 1).shape[1]
+    if k != y.shape[1]:
+        raise InputError(f"y has posteriors of {y.shape[1]} classes: apply returns {k} logits")
     steps = len(x) // batch
     distance = getattr(defence.solver, "distance", l1)
     is_plain = optimizer is None
@@ -217,9 +238,10 @@ def _white_box(
         known=params if surrogate is None and defence.refresh != 1 else surrogate,
         called=_blank(calling, params, steps) if calling else (),
     )
+    numbers = jnp.arange(steps, dtype=jnp.int32)
     by_step = jax.tree.map(lambda a: a.reshape(steps, batch, *a.shape[1:]), (x, y))
     with jax.default_matmul_precision("highest"):  # angles are what this is run for
-        end, (seen, far, y_tilde) = jax.lax.scan(one, start, (jnp.arange(steps), *by_step))
+        end, (seen, far, y_tilde) = jax.lax.scan(one, start, (numbers, *by_step))
     by_query = (seen.angle, far, seen.loss, y_tilde)
     by_query = (a.reshape(len(x), *a.shape[2:]) for a in by_query)
     return end.attacker.params, Trace(*by_query, seen.batch_angle, seen.update_angle, end.called)
@@ -286,10 +308,10 @@ def step(
     """One step of an online attacker on targets [B, K], where the posteriors are y [B, K].
 
     The gradient of the batch's mean loss on t is -(1/B) sum_i G_i't_i, with G_i the attacker's
-    d log F(x_i; w) / d w. A query's angle is that of its Gram matrix, M = G G', between t - p and
-    y - p: G'p = 0 (score identity), and near p nothing but rounding is left of y'My. XLA computes M
-    once where the defence computes the same. is_plain: the optimiser's updates are its gradients
-    times a negative number.
+    d log F(x_i; w) / d w. As G'p = 0 (score identity), t - p takes the place of t, and y - p that
+    of y: near p nothing but rounding would be left of G'y. A query's angle is that of its Gram
+    matrix M = G G', which XLA computes once where the defence computes the same. is_plain: the
+    optimiser's updates are its gradients times a negative number, and it takes no `value`.
     """
     w = weights(attacker.params)
 
@@ -298,22 +320,44 @@ def step(
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 
     log_p, pull_back = jax.vjp(log_likelihoods, w.tree)
-    (poisoned,) = pull_back(-targets / len(x))
-    updates, opt_state = optimizer.update(poisoned, attacker.opt_state, w.tree)
+    a, u = _less(log_p, targets), _less(log_p, y)
+    loss = -(targets * log_p).sum(-1)
+    update = partial(optax.with_extra_args_support(optimizer).update, value=loss.mean())
+    (poisoned,) = pull_back(-a / len(x))
+    updates, opt_state = update(poisoned, attacker.opt_state, w.tree)
     moved = optax.apply_updates(w.tree, updates)
 
-    m, p = gram(apply, attacker.params, x), jnp.exp(log_p)
-    angles = jax.vmap(angle)(*(t - p * t.sum(-1, keepdims=True) for t in (targets, y)), m)
+    m = gram(apply, attacker.params, x)
+    angles = jax.vmap(angle)(a, u, m)
+    still = (targets == y).all(-1)
     sound = jnp.isfinite(m).all((1, 2)) & jnp.isfinite(log_p).all(-1)
-    angles = jnp.where(sound, angles, jnp.nan)
+    angles = jnp.where(sound, jnp.where(still, 0, angles), jnp.nan)
+
+    def turned(poisoned: Params, true: Params) -> Array:
+        between = angle_between(poisoned, true)
+        return jnp.where(still.all() & ~jnp.isnan(between), 0, between)
+
     batch_angle = angles[0]
     if len(x) > 1 or not is_plain:
-        (true,) = pull_back(-y / len(x))
-        batch_angle = angle_between(poisoned, true) if len(x) > 1 else batch_angle
+        (true,) = pull_back(-u / len(x))
+        batch_angle = turned(poisoned, true) if len(x) > 1 else batch_angle
     update_angle = batch_angle
     if not is_plain:
-        wanted, _ = optimizer.update(true, attacker.opt_state, w.tree)
-        update_angle = angle_between(updates, wanted)
-    loss = -(targets * log_p).sum(-1)
+        wanted, _ = update(true, attacker.opt_state, w.tree)
+        update_angle = turned(updates, wanted)
     after = Attacker(w.rebuild(jax.tree.leaves(moved)), opt_state)
     return after, Seen(angles, loss, batch_angle, update_angle)
+
+
+def _less(log_p: Array, t: Array) -> Array:
+    """The part t - p sum_k t_k of targets t [B, K], as G'p = 0; 0 where that is but rounding.
+
+    Entry by entry, as those of an attacker that is certain have digits however small they are; the
+    largest p has none, and its entry is what the others leave of a sum of 0.
+    """
+    p, total = jnp.exp(log_p), t.sum(-1, keepdims=True)
+    v = t - p * total
+    noise = jnp.finfo(v.dtype).eps * (3 * jnp.maximum(jnp.abs(t), p) - p * log_p / 2)
+    is_top = jax.nn.one_hot(log_p.argmax(-1), p.shape[-1], dtype=bool)
+    others = jnp.where(is_top | (jnp.abs(v) <= noise), 0, v)
+    return jnp.where(is_top, -others.sum(-1, keepdims=True), others)

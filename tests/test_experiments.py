@@ -82,7 +82,7 @@ def test_committed_reports_are_made_from_their_rows():
     [
         ("table1", ["mnist_attacks"], "table1.md"),
         ("defenses_summary", ["mnist_defenses", "mnist_top_label"], "summary.md"),
-        ("angle_summary", ["mnist_angle", "mnist_angle_variants"], "summary.md"),
+        ("angle_summary", ["mnist_angle", "mnist_angle_variants", "mnist_angle_age"], "summary.md"),
     ],
 )
 def test_a_summary_is_made_from_its_rows_and_quoted(run, tmp_path, name, folders, file):

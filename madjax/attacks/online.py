@@ -21,7 +21,8 @@ class Online(Attack):
     """SGD on one query at a time (section 5.2.3): learning rate 0.001, batch 1, plain SGD.
 
     budget: N, queries in all; a step takes `recipe.batch_size` of them, drawn uniformly from
-    `images` distinct images (B). Of the recipe `epochs` is not used, and a pass over the images is
+    `images` distinct images (B). A `madjax.AngleStudy` sets it by its steps, and a `madjax.Sweep`
+    needs one. Of the recipe `epochs` is not used, and a pass over the images is
     its epoch for `decay_epochs`. refresh: the defence is handed the attacker's parameters every
     so many steps: 1 is white-box, more a surrogate that grows stale, 0 black-box: a defence keeps
     the surrogate of its own. A defence without a surrogate has nothing to be handed. Every `every`
@@ -29,7 +30,7 @@ class Online(Attack):
     BatchNorm keeps the statistics of the initial network: there are none in a batch of one.
     """
 
-    budget: int = 10_000
+    budget: int | None = None
     recipe: Recipe = Recipe(epochs=1, batch_size=1, learning_rate=0.001, momentum=0.0)
     name: str = "online"
     images: int = 5_000
@@ -44,6 +45,8 @@ class Online(Attack):
                 raise InputError(
                     f"{name} of Online is {getattr(self, name)}: give a whole number >= {least}"
                 )
+        if self.budget is None:
+            return
         if self.budget < 1 or self.budget % self.recipe.batch_size:
             raise InputError(
                 f"budget is {self.budget} with batches of {self.recipe.batch_size}: give a "
@@ -62,6 +65,11 @@ class Online(Attack):
 
     def examples(self, budget: int) -> int:
         """See `Attack.examples`: it trains as it asks, so there is one budget."""
+        if budget is None:
+            raise InputError(
+                f"budget of {self.title} is None: give the number of queries that it sends, or run "
+                "it by a madjax.AngleStudy, whose steps say it"
+            )
         if budget != self.budget:
             raise InputError(
                 f"budgets holds {budget}: {self.title} trains as it asks and has one budget, "

@@ -21,8 +21,8 @@ def override(config: Any, assignment: str) -> Any:
     function takes the import path of another function. A section takes the import path of a class
     or function that makes one without arguments ("attacks=madjax.attacks.jbda"); a new attack keeps
     the budget, network, recipe and targets of the first of those that it replaces, and a new
-    defence is tried at the strengths that are usual for it. Commas separate the values of a tuple.
-    Of several tasks, defences or attacks one is meant by its position or name
+    defence of a sweep is tried at the strengths that are usual for it. Commas separate the values
+    of a tuple. Of several tasks, defences or attacks one is meant by its position or name
     ("defenses.1.rule.layers=last", "attacks.jbda.budget=500"), and without these all that have the
     field. The new value must be of the same kind as the old one.
 

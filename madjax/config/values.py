@@ -119,10 +119,10 @@ class Sweep:
         _check_kind("attacks", self.attacks, Attack, "madjax.Knockoff()")
         for attack in self.attacks:
             _check_description(attack, Attack)
-        for seed in self.seeds:
-            _check_seed(seed)
+            attack.examples(attack.budget)
+        _check_tuple("budgets", self.budgets, 10_000)
+        _check_seeds(self.seeds)
         _check_distinct("tasks", [task.label for task in self.tasks], self.tasks)
-        _check_distinct("seeds", self.seeds, self.seeds)
         defenses = [tuple(each.rule.describe().values()) for each in self.defenses]
         _check_distinct("defenses", [each.label for each in self.defenses], defenses, _UNLIKE)
         attacks = [attack.label for attack in self.attacks]
@@ -140,10 +140,10 @@ class Sweep:
 class AngleStudy:
     """The white-box study (section 5.2.3): attackers trained online, at a grid of strengths.
 
-    Each of `attackers` takes `steps` steps before each of `rules`, at each strength and seed; of a
-    rule without strengths, at those that are usual for it. How many queries, N, that are is steps
-    times its batch: an attacker's own budget is left as it is. Strength 0 is the clean path, beside
-    which `direction_kept` is measured. `sweep()` is the same grid for `madjax.sweep.run`.
+    Each of `attackers` takes `steps` steps before each of `rules`, at each strength and seed; where
+    `strengths` is empty, at those that are usual for the rule. How many queries, N, that are is
+    steps times its batch, so attackers have no budget of their own. Strength 0 is the clean path,
+    beside which `direction_kept` is measured. `sweep()` is the same grid for `madjax.sweep.run`.
     """
 
     task: Task
@@ -157,30 +157,44 @@ class AngleStudy:
     def __post_init__(self) -> None:
         if not isinstance(self.task, Task):
             raise InputError(f'task is {self.task!r}: give a madjax.Task("mnist", "emnist")')
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if type(self.steps) is not int or self.steps < 1:
             raise InputError(f"steps is {self.steps!r}: give a whole number >= 1")
         _check_kind("rules", self.rules, Defense, "madjax.MAD()")
         _check_kind("attackers", self.attackers, Online, "madjax.Online()")
         for attacker in self.attackers:
-            if attacker.budget not in (Online.budget, self._queries(attacker)):
+            if attacker.budget is not None:
                 raise InputError(
                     f"attackers holds one with a budget of {attacker.budget}: steps, which is "
                     f"{self.steps}, says how many queries it sends; leave its budget out"
                 )
+        for name, values in (("rules", self.rules), ("attackers", self.attackers)):
+            _check_distinct(name, [each.label for each in values], values, _UNLIKE)
+        _check_seeds(self.seeds)
         self.sweep()
-
-    def _queries(self, attacker: Online) -> int:
-        return self.steps * attacker.recipe.batch_size
 
     def sweep(self) -> Sweep:
         """The sweep of these cells."""
+        queries = [self.steps * each.recipe.batch_size for each in self.attackers]
+        told = zip(self.attackers, queries, strict=True)
         return Sweep(
             name=self.name,
             tasks=(self.task,),
             defenses=tuple(Defended(rule, self.strengths) for rule in self.rules),
-            attacks=tuple(replace(each, budget=self._queries(each)) for each in self.attackers),
+            attacks=tuple(replace(attacker, budget=n) for attacker, n in told),
             seeds=self.seeds,
         )
+
+
+def _check_seeds(seeds: Any) -> None:
+    _check_tuple("seeds", seeds, 0)
+    for seed in seeds:
+        _check_seed(seed)
+    _check_distinct("seeds", seeds, seeds)
+
+
+def _check_tuple(name: str, values: Any, example: int) -> None:
+    if not isinstance(values, tuple):
+        raise InputError(f"{name} is {values!r}: give a tuple, such as ({example},)")
 
 
 def _check_seed(seed: Any) -> None:

@@ -50,7 +50,7 @@ def age_figure(rows: list[dict]):
     from matplotlib.figure import Figure  # lazy: a second that tables do not need
 
     found = ages(rows)
-    strengths = sorted({e for ages in found.values() for own in ages.values() for e in own} - {0})
+    strengths = sorted({e for ages in found.values() for own in ages.values() for e in own})
     colours = _colours(strengths)
     panels = (("angle_mean", "mean angle (degrees)"), ("direction_kept", "direction kept (cosine)"))
     fig = Figure(figsize=(5.2 * len(found), 7), layout="constrained", facecolor="white")
@@ -62,9 +62,11 @@ def age_figure(rows: list[dict]):
             for strength in strengths:
                 seeds = [(at, own[m][strength]) for at, m in enumerate(every) if strength in own[m]]
                 stats = {at: stat([row[field] for row in rows]) for at, rows in seeds}
-                known = [(at, each.mean, each.std or 0) for at, each in stats.items() if each.mean]
+                known = {at: each for at, each in stats.items() if each.mean is not None}
+                means = [each.mean for each in known.values()]
+                spread = [each.std or 0 for each in known.values()]
                 look = {"color": colours[strength], "marker": "o", "ms": 4, "lw": 1.4}
-                ax.errorbar(*zip(*known, strict=True), **look, capsize=2, gid="curve")
+                ax.errorbar(list(known), means, spread, **look, capsize=2, gid="curve")
             names = [f"{refresh:,}" if refresh else "black-box" for refresh in every]
             ax.set_xticks(range(len(every)), names)
             ax.set_xlabel("steps between two looks at the attacker's parameters", color=INK)
@@ -79,12 +81,13 @@ def age_figure(rows: list[dict]):
 def ages(rows: list[dict]) -> dict[Curve, dict[int, dict[float, list[dict]]]]:
     """Rows that differ in the age of the surrogate: curve -> refresh -> strength -> rows.
 
-    Of those at least three ages; the curve is without what says the age. Attackers that differ in a
-    setting that no row names would be one point: such curves are left out.
+    Of those above strength 0 at least three ages; the curve is without what says the age. Attackers
+    that differ in a setting that no row names would be one point: such curves are left out.
     """
     found: dict[Curve, dict[int, dict[float, list[dict]]]] = {}
     settings: dict[tuple[Curve, int], set] = {}
-    for row in sorted(filter(is_drawn, rows), key=lambda row: row["strength"]):
+    drawn = [row for row in rows if is_drawn(row) and row["strength"]]
+    for row in sorted(drawn, key=lambda row: row["strength"]):
         curve = curve_of(row)
         ageless = curve._replace(variant="", attack_settings="")
         own = found.setdefault(ageless, {}).setdefault(row["refresh"], {})

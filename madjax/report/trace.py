@@ -12,8 +12,9 @@ from madjax.files import write_atomically
 def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
     """Every query of every online attacker in `traces/` of a run: column -> [rows].
 
-    Columns: `step` from 0, `angle` (degrees), `distance_used`, `loss` (nats), the step's
-    `batch_angle` and `update_angle` (see `madjax.white_box.Trace`), and which cell it was:
+    Columns: `step` from 0, `angle` (degrees), `distance_used` (`distance` names which), `loss`
+    (nats), the step's `batch_angle` and `update_angle`, all as in `madjax.white_box.Trace`, and
+    which cell it was:
     `strength`, `seed`, `dataset`, `queryset`, `victim_seed`, and the names of defence and attack. A
     column that a file lacks is empty there, or NaN. InputError where there are no traces.
     """
@@ -25,7 +26,8 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
         with np.load(file) as held:
             arrays = dict(held)
         cells, queries = arrays["angle"].shape
-        table = {}
+        # Of the files of older runs, which have one query a step.
+        table = {"step": np.tile(np.arange(queries, dtype=np.int32), cells)}
         for name, values in arrays.items():
             each = (
                 values if values.ndim == 2 else np.broadcast_to(values.reshape(-1, 1), (cells, 1))

@@ -144,25 +144,23 @@ ONLINE = Online(
     every=10,
     recipe=Recipe(epochs=1, batch_size=1, learning_rate=0.3, momentum=0.0),
 )
+STALE = replace(ONLINE, refresh=2, recipe=replace(ONLINE.recipe, batch_size=3, learning_rate=2.0))
 
 
 @pytest.mark.parametrize(
     ("attack", "defense", "epsilon"),
     [
         (ONLINE, MAD(layers="all"), 0.0),
-        (ONLINE, MAD(layers="all"), 0.7),
-        (ONLINE, MAD(layers="last"), 0.7),
-        (ONLINE, MAD(solver=LineSearch(argmax_preserving)), 0.7),
-        (replace(ONLINE, recipe=replace(ONLINE.recipe, batch_size=4)), MAD(layers="all"), 0.7),
+        (ONLINE, MAD(layers="last", solver=LineSearch(argmax_preserving)), 0.7),
         (
             replace(ONLINE, recipe=replace(ONLINE.recipe, optimizer=adam, learning_rate=0.05)),
             MAD(layers="all"),
             0.7,
         ),
-        (replace(ONLINE, refresh=5), MAD(layers="all"), 0.7),
+        (STALE, MAD(layers="all"), 1.5),
         (replace(ONLINE, refresh=0), MAD(layers="all"), 0.7),
     ],
-    ids=["clean", "all", "last", "argmax", "batch", "adam", "stale", "black-box"],
+    ids=["clean", "argmax", "adam", "stale", "black-box"],
 )
 def test_it_is_white_box_on_queries_drawn_at_random(attack, defense, epsilon):
     world = World(attack, defense, epsilon)
@@ -175,6 +173,9 @@ def test_it_is_white_box_on_queries_drawn_at_random(attack, defense, epsilon):
     for field in ("angle", "batch_angle", "update_angle"):
         close(getattr(state.trace, field), getattr(trace, field), atol=0.05)
     assert (state.trace.angle.max() > 20) == (epsilon > 0)
+    if attack.refresh > 1:
+        live = World(replace(attack, refresh=1), defense, epsilon).scanned()
+        assert jnp.abs(live.trace.angle - state.trace.angle).max() > 1
 
 
 def test_the_attacker_trains_on_its_targets():
@@ -195,7 +196,7 @@ def test_the_attacker_trains_on_its_targets():
     assert state.trace.distance_used.max() == 0
 
 
-@pytest.mark.parametrize("every", [1, 7, 100])
+@pytest.mark.parametrize("every", [7, 100])
 def test_the_length_of_a_lap_changes_nothing(every):
     whole, cut = (
         World(replace(ONLINE, every=n), MAD(layers="all"), 0.7).scanned() for n in (12, every)

@@ -143,22 +143,26 @@ def plain_loop(
     return params, [np.concatenate(each) for each in zip(*trace, strict=True)]
 
 
+def slow(settings):
+    return pytest.param(settings, marks=pytest.mark.slow)
+
+
 MOMENTUM = optax.sgd(0.3, momentum=0.9)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"epsilon": 0.7},
+        slow({"epsilon": 0.7}),
         {"epsilon": 2.0},
-        {"epsilon": 0.7, "layers": "last"},
+        slow({"epsilon": 0.7, "layers": "last"}),
         {"epsilon": 0.7, "solver": LineSearch(argmax_preserving, distance=madjax.l2)},
-        {"epsilon": 0.7, "optimizer": MOMENTUM},
+        slow({"epsilon": 0.7, "optimizer": MOMENTUM}),
         {"epsilon": 0.7, "optimizer": optax.adam(0.05), "batch": 4},
-        {"epsilon": 0.7, "batch": 4},
+        slow({"epsilon": 0.7, "batch": 4}),
         {"epsilon": 1.5, "refresh": 6, "optimizer": optax.sgd(0.9)},
         {"epsilon": 1.5, "refresh": 2, "batch": 3, "optimizer": optax.sgd(2.0)},
-        {"epsilon": 0.7, "refresh": 0},
+        slow({"epsilon": 0.7, "refresh": 0}),
         {"epsilon": 0.7, "surrogate": (APPLY, OTHER)},
     ],
     ids=lambda settings: ", ".join(settings),

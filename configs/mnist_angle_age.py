@@ -1,10 +1,10 @@
 """From white-box to black-box: the angle against the age of the surrogate.
 
-Claim: what the defence knows of the attacker decides how far it turns the gradient. It is handed
-the attacker's parameters every 1, 10, 100 and 1,000 steps, at the start alone (5,000), or never,
-which leaves it a random network of its own.
+Claim: at epsilon 2 the defence turns the gradient by the less the longer ago it saw the attacker's
+parameters; at epsilon 0.99 that makes little difference. It is handed them every 1, 10, 100 and
+1,000 steps, at the start alone (5,000), or never, which leaves it a random network of its own.
 Command: MADJAX_DATA=DIR madjax angle configs/mnist_angle_age.py
-Cost: about 20 minutes on 2 CPU cores.
+Cost: about 25 minutes on 2 CPU cores.
 
 See configs/mnist_angle.py; here N = 5,000.
 """

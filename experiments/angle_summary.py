@@ -27,7 +27,9 @@ def mean(points, field):
 
 
 def said(stat, digits=1):
-    """Mean ± sample standard deviation over seeds, if there are several."""
+    """Mean ± sample standard deviation over seeds, if there are several; "-" for what rows lack."""
+    if stat.mean is None:
+        return "-"
     spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
     return f"{stat.mean:.{digits}f}{spread}"
 

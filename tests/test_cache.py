@@ -356,6 +356,7 @@ def test_a_network_that_lies_in_the_runs_directory_keeps_what_made_it(
         assert victim["victim"]["git_commit"] == first["git_commit"]
 
 
+@pytest.mark.slow
 def test_what_made_a_result_is_said_of_the_cells_that_it_is_behind(
     kept, folder, tmp_path, monkeypatch
 ):

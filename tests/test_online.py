@@ -91,7 +91,7 @@ class World:
 
     def __init__(self, attack, defense, epsilon):
         self.attack, self.defense, self.epsilon = attack, defense, epsilon
-        self.key = keys(5)
+        self.key = keys(1)
         drawn = jax.random.split(jax.random.key(0), 3)
         self.victim, self.surrogate = (CLASSIFIER.init(k) for k in drawn[:2])
         self.images = jax.random.randint(drawn[2], (40, 3, 3, 1), 0, 256).astype(jnp.uint8)
@@ -144,7 +144,7 @@ ONLINE = Online(
     every=10,
     recipe=Recipe(epochs=1, batch_size=1, learning_rate=0.3, momentum=0.0),
 )
-STALE = replace(ONLINE, refresh=2, recipe=replace(ONLINE.recipe, batch_size=3, learning_rate=2.0))
+STALE = replace(ONLINE, refresh=4, recipe=replace(ONLINE.recipe, batch_size=3, learning_rate=4.0))
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_the_figure_of_ages_shows_each_surrogate_once(finished):
     assert line.get_ydata().tolist() == [30, 21, 10.5]
     lengths = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
     np.testing.assert_allclose(lengths, [0, 2 * np.sqrt(2), np.sqrt(2)], atol=1e-6)
-    other = {**aged[0], "attack_settings": "other"}
+    other = {**aged[-1], "attack_settings": "other"}
     assert "age.png" not in report.figures_for([*aged, other])
 
 

@@ -212,6 +212,7 @@ def test_a_sweep_runs_under_x64(folder, tmp_path):
     np.testing.assert_allclose([row["l1_mean"], row["l1_max"]], 0.9, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_no_nan_to_fill_gaps_with(folder, tmp_path):
     """So JAX_DEBUG_NANS=1 finds those of a fault."""
     small_budget = {"budget": 30, "architecture": small, "recipe": RECIPE}

@@ -698,7 +698,11 @@ ALIKE = (
     [
         pytest.param(sweep.map_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
         pytest.param(sweep.vmap_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
-        (sweep.vmap_cells, replace(CONFIG.attacks[0], augment=partial(crop_and_flip, pad=2))),
+        pytest.param(
+            sweep.vmap_cells,
+            replace(CONFIG.attacks[0], augment=partial(crop_and_flip, pad=2)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["map", "vmap", "asking"],
 )
@@ -737,6 +741,7 @@ def test_tasks_of_equal_shapes_are_one_axis_of_one_program(tmp_path, monkeypatch
     assert len(np.unique(np.round(losses, 4))) == 12
 
 
+@pytest.mark.slow
 def test_equal_queries_are_answered_once(tmp_path, monkeypatch):
     """By attacks that draw the same images, and at more budgets and targets."""
     data, calls, answers = write_data(tmp_path), [], stages.answers

@@ -67,7 +67,9 @@ def same(got, wanted, **tolerance):
 # --- the angle ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("epsilon", "layers"), [(0.99, "last"), (2.0, "all")])
+@pytest.mark.parametrize(
+    ("epsilon", "layers"), [pytest.param(0.99, "last", marks=pytest.mark.slow), (2.0, "all")]
+)
 def test_the_angle_is_that_of_explicit_gradients_in_float64_while_lenet_trains(epsilon, layers):
     """50 steps with updates, each at the parameters that the attacker has then, to 1e-3 degrees."""
     data = open_dataset("embedded:mnist[:50]")

@@ -231,11 +231,10 @@ def _white_box(
         far = jax.vmap(distance)(y_tilde, y)
         return now._replace(attacker=attacker), (seen, far, y_tilde)
 
-    w = weights(params)
-    params = w.rebuild(w.leaves)  # a plain dictionary, as every step makes it, for a FrozenDict
+    attacker = fresh(optimizer, params)
     start = _Run(
-        Attacker(params, optimizer.init(w.tree)),
-        known=params if surrogate is None and defence.refresh != 1 else surrogate,
+        attacker,
+        known=attacker.params if surrogate is None and defence.refresh != 1 else surrogate,
         called=_blank(calling, params, steps) if calling else (),
     )
     numbers = jnp.arange(steps, dtype=jnp.int32)
@@ -253,6 +252,12 @@ class Attacker(NamedTuple):
     params: Params
     opt_state: Any
     """Of `weights(params).tree`."""
+
+
+def fresh(optimizer: optax.GradientTransformation, params: Params) -> Attacker:
+    """An attacker before its first step; a FrozenDict is a dict, as every step makes it."""
+    w = weights(params)
+    return Attacker(w.rebuild(w.leaves), optimizer.init(w.tree))
 
 
 class _Run(NamedTuple):

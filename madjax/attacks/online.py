@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, trainable
-from madjax.white_box import Attacker, handed, step
+from madjax.train import Recipe
+from madjax.white_box import Attacker, fresh, handed, step
 
 Array = jax.Array
 
@@ -22,11 +22,11 @@ class Online(Attack):
 
     budget: N, queries in all; a step takes `recipe.batch_size` of them, drawn uniformly from
     `images` distinct images (B). A `madjax.AngleStudy` sets it by its steps, and a `madjax.Sweep`
-    needs one. Of the recipe `epochs` is not used, and a pass over the images is
-    its epoch for `decay_epochs`. refresh: the defence is handed the attacker's parameters every
-    so many steps: 1 is white-box, more a surrogate that grows stale, 0 black-box: a defence keeps
-    the surrogate of its own. A defence without a surrogate has nothing to be handed. Every `every`
-    steps attacker and defender are evaluated, the defender on the first `judged` test images.
+    needs one. Of the recipe `epochs` is not used, and a pass over the images is its epoch for
+    `decay_epochs`. refresh: the defence is handed the attacker's parameters every so many steps: 1
+    is white-box, more a surrogate that grows stale, 0 black-box: a defence keeps the surrogate of
+    its own. A defence without a surrogate has nothing to be handed. Every `every` steps attacker
+    and defender are evaluated, the defender on the first `judged` test images.
     BatchNorm keeps the statistics of the initial network: there are none in a batch of one.
     """
 
@@ -155,7 +155,7 @@ def begin(
     optimizer = attack.recipe.transformation(attack.images)
     by_query, by_step = (jnp.full(n, -jnp.inf, jnp.float32) for n in (attack.budget, attack.steps))
     return Training(
-        Attacker(params, optimizer.init(trainable(params))),
+        fresh(optimizer, params),
         params if attack.refresh > 1 else (),
         drawn,
         posterior(images[drawn]),
@@ -182,9 +182,8 @@ def lap(
         at = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, attack.images)
         x, y = images[now.drawn[at]], now.posteriors[at]
         if attack.refresh > 1:
-            now = now._replace(
-                surrogate=handed(attack.refresh, t, now.attacker.params, now.surrogate)
-            )
+            known = handed(attack.refresh, t, now.attacker.params, now.surrogate)
+            now = now._replace(surrogate=known)
         known = now.surrogate if attack.refresh > 1 else now.attacker.params
         y_tilde = respond(known, t * batch + jnp.arange(batch), x, y)
         targets = attack.targets(y_tilde)

@@ -123,10 +123,8 @@ class Sweep:
         _check_tuple("budgets", self.budgets, 10_000)
         _check_seeds(self.seeds)
         _check_distinct("tasks", [task.label for task in self.tasks], self.tasks)
-        defenses = [tuple(each.rule.describe().values()) for each in self.defenses]
-        _check_distinct("defenses", [each.label for each in self.defenses], defenses, _UNLIKE)
-        attacks = [attack.label for attack in self.attacks]
-        _check_distinct("attacks", attacks, attacks, _UNLIKE)
+        _check_rules("defenses", [each.rule for each in self.defenses])
+        _check_attacks("attacks", self.attacks)
         for attack in self.attacks:
             for budget in self.budgets:
                 attack.examples(budget)
@@ -167,20 +165,19 @@ class AngleStudy:
                     f"attackers holds one with a budget of {attacker.budget}: steps, which is "
                     f"{self.steps}, says how many queries it sends; leave its budget out"
                 )
-        for name, values in (("rules", self.rules), ("attackers", self.attackers)):
-            _check_distinct(name, [each.label for each in values], values, _UNLIKE)
+        _check_rules("rules", self.rules)
+        _check_attacks("attackers", self.attackers)
         _check_seeds(self.seeds)
         self.sweep()
 
     def sweep(self) -> Sweep:
         """The sweep of these cells."""
-        queries = [self.steps * each.recipe.batch_size for each in self.attackers]
-        told = zip(self.attackers, queries, strict=True)
+        attacks = [replace(a, budget=self.steps * a.recipe.batch_size) for a in self.attackers]
         return Sweep(
             name=self.name,
             tasks=(self.task,),
             defenses=tuple(Defended(rule, self.strengths) for rule in self.rules),
-            attacks=tuple(replace(attacker, budget=n) for attacker, n in told),
+            attacks=tuple(attacks),
             seeds=self.seeds,
         )
 
@@ -192,7 +189,17 @@ def _check_seeds(seeds: Any) -> None:
     _check_distinct("seeds", seeds, seeds)
 
 
-def _check_tuple(name: str, values: Any, example: int) -> None:
+def _check_rules(name: str, rules: Iterable[Defense]) -> None:
+    said = [tuple(rule.describe().values()) for rule in rules]
+    _check_distinct(name, [rule.label for rule in rules], said, _UNLIKE)
+
+
+def _check_attacks(name: str, attacks: Iterable[Attack]) -> None:
+    labels = [attack.label for attack in attacks]
+    _check_distinct(name, labels, labels, _UNLIKE)
+
+
+def _check_tuple(name: str, values: Any, example: Any) -> None:
     if not isinstance(values, tuple):
         raise InputError(f"{name} is {values!r}: give a tuple, such as ({example},)")
 
@@ -204,8 +211,7 @@ def _check_seed(seed: Any) -> None:
 
 def _check_kind(name: str, values: Any, kind: type, example: str) -> None:
     """Refuse what is not a tuple of hashable values of a kind."""
-    if not isinstance(values, tuple):
-        raise InputError(f"{name} is {values!r}: give a tuple, such as ({example},)")
+    _check_tuple(name, values, example)
     for value in values:
         if not isinstance(value, kind):
             raise InputError(

@@ -50,7 +50,7 @@ def age_figure(rows: list[dict]):
     from matplotlib.figure import Figure  # lazy: a second that tables do not need
 
     found = ages(rows)
-    strengths = sorted({e for ages in found.values() for own in ages.values() for e in own})
+    strengths = sorted({e for own in found.values() for at in own.values() for e in at})
     colours = _colours(strengths)
     panels = (("angle_mean", "mean angle (degrees)"), ("direction_kept", "direction kept (cosine)"))
     fig = Figure(figsize=(5.2 * len(found), 7), layout="constrained", facecolor="white")
@@ -60,9 +60,9 @@ def age_figure(rows: list[dict]):
         every = sorted(own, key=lambda refresh: refresh or math.inf)
         for ax, (field, label) in zip(axes[:, column], panels, strict=True):
             for strength in strengths:
-                seeds = [(at, own[m][strength]) for at, m in enumerate(every) if strength in own[m]]
-                stats = {at: stat([row[field] for row in rows]) for at, rows in seeds}
-                known = {at: each for at, each in stats.items() if each.mean is not None}
+                seeds = [own[refresh].get(strength, []) for refresh in every]
+                stats = [stat([row[field] for row in cells]) for cells in seeds]
+                known = {at: each for at, each in enumerate(stats) if each.mean is not None}
                 means = [each.mean for each in known.values()]
                 spread = [each.std or 0 for each in known.values()]
                 look = {"color": colours[strength], "marker": "o", "ms": 4, "lw": 1.4}
@@ -81,22 +81,23 @@ def age_figure(rows: list[dict]):
 def ages(rows: list[dict]) -> dict[Curve, dict[int, dict[float, list[dict]]]]:
     """Rows that differ in the age of the surrogate: curve -> refresh -> strength -> rows.
 
-    Of those above strength 0 at least three ages; the curve is without what says the age. Attackers
-    that differ in a setting that no row names would be one point: such curves are left out.
+    Only curves of three ages or more, and only strengths above 0. The curve is without the fields
+    that say the age; it is left out where attackers of one age differ in a setting of their own.
     """
     found: dict[Curve, dict[int, dict[float, list[dict]]]] = {}
-    settings: dict[tuple[Curve, int], set] = {}
     drawn = [row for row in rows if is_drawn(row) and row["strength"]]
     for row in sorted(drawn, key=lambda row: row["strength"]):
-        curve = curve_of(row)
-        ageless = curve._replace(variant="", attack_settings="")
+        ageless = curve_of(row)._replace(variant="", attack_settings="")
         own = found.setdefault(ageless, {}).setdefault(row["refresh"], {})
         own.setdefault(row["strength"], []).append(row)
-        settings.setdefault((ageless, row["refresh"]), set()).add(curve.attack_settings)
+
+    def is_one(strengths: dict[float, list[dict]]) -> bool:
+        return len({row.get("attack_settings") for own in strengths.values() for row in own}) == 1
+
     return {
         curve: own
         for curve, own in found.items()
-        if len(own) > 2 and all(len(settings[curve, refresh]) == 1 for refresh in own)
+        if len(own) > 2 and all(map(is_one, own.values()))
     }
 
 

@@ -25,7 +25,7 @@ OPTIONAL = (
     ("direction kept", "direction_kept", "angle_mean"),
 )
 OF_STEPS = {"batch_angle_mean", "update_angle_mean"}
-"""Fields that are shown where they differ from the one that brings them."""
+"""Angles of steps, which often are those of queries."""
 SCALE = {"undefended_share": 100}  # to percent
 
 
@@ -63,7 +63,10 @@ def table(rows: list[dict]) -> str:
 
 
 def _is_shown(column: tuple[str, str, str], points: list[Summary]) -> bool:
-    """Whether some point has it; of answers left as they are, some at a strength above 0."""
+    """Whether some point has it; of answers left as they are, some at a strength above 0.
+
+    Angles of steps are shown where they differ from those before them.
+    """
     _, field, source = column
     if column is UNDEFENDED:
         return any(p.strength and p.undefended_share.mean for p in points)

@@ -14,9 +14,9 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
 
     Columns: `step` from 0, `angle` (degrees), `distance_used` (`distance` names which), `loss`
     (nats), the step's `batch_angle` and `update_angle`, all as in `madjax.white_box.Trace`, and
-    which cell it was:
-    `strength`, `seed`, `dataset`, `queryset`, `victim_seed`, and the names of defence and attack. A
-    column that a file lacks is empty there, or NaN. InputError where there are no traces.
+    which cell it was: `strength`, `seed`, `dataset`, `queryset`, `victim_seed`, and the names of
+    defence and attack. A column that a file lacks is empty there, or NaN. InputError where there
+    are no traces.
     """
     files = sorted((Path(directory) / "traces").glob("*.npz"))
     if not files:
@@ -26,7 +26,7 @@ def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
         with np.load(file) as held:
             arrays = dict(held)
         cells, queries = arrays["angle"].shape
-        # Of the files of older runs, which have one query a step.
+        # Files of older runs lack it: there every step is one query.
         table = {"step": np.tile(np.arange(queries, dtype=np.int32), cells)}
         for name, values in arrays.items():
             each = (

@@ -79,8 +79,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
         if (place, attack.budget) not in group.waiting:
             continue
         course = {field: values[:, i] for field, values in laps.items()}
-        judged = min(attack.judged, len(stock.opened[place.task].data.x_test))
-        row = _settings(attack) | {"n_judged": judged} | _evaluated(course)
+        row = _settings(attack, len(stock.opened[place.task].data.x_test)) | _evaluated(course)
         row |= _summary(attack, {field: values[i] for field, values in trace.items()})
         losses = np.array(row["train_losses"], float)
         row |= after(course["attacker_accuracy"], losses, group.parties.num_classes)
@@ -146,13 +145,14 @@ def direction_kept(cells: Point, products: np.ndarray) -> np.ndarray:
     return np.clip(cosine, -1, 1)
 
 
-def _settings(attack: Online) -> dict[str, Any]:
-    """The fields of a row that say how the attacker trained."""
+def _settings(attack: Online, num_tests: int) -> dict[str, Any]:
+    """The fields of a row that say how the attacker trained, and how the defender was judged."""
     return {
         "queries": attack.budget,
         "steps": attack.steps,
         "epochs": None,  # its recipe's are not used
         "refresh": attack.refresh,
+        "n_judged": min(attack.judged, num_tests),
     }
 
 

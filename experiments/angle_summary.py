@@ -67,7 +67,7 @@ def claims(points, rows):
             f"{means[min(useful)]:.1f} to {means[max(useful)]:.1f}",
         ],
         [
-            f"the same, first {rows[0]['steps_at'][0]} steps alone",
+            f"the same, first {rows[0]['steps_at'][0]:,} steps alone",
             "",
             f"{min(early):.1f} to {max(early):.1f}",
         ],
@@ -75,7 +75,7 @@ def claims(points, rows):
         [
             "test loss at epsilon 2",
             "rises",
-            f"{first:.1f} after {flipped[0]['steps_at'][0]} steps, {losses[2.0]:.1f} after "
+            f"{first:.1f} after {flipped[0]['steps_at'][0]:,} steps, {losses[2.0]:.1f} after "
             f"{flipped[0]['steps_at'][-1]:,} (clean: {clean:.2f})",
         ],
     ]

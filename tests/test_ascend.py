@@ -112,7 +112,9 @@ def best_of_grid(y, gram, grid, epsilon, objective=deviation, distance=l1):
 # --- the optimum ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("distance", [linf, l2, kl])
+@pytest.mark.parametrize(
+    "distance", [kl, *(pytest.param(d, marks=pytest.mark.slow) for d in (linf, l2))]
+)
 def test_other_balls_come_near_a_dense_grid(distance):
     epsilon = {linf: 0.4, l2: 0.5, kl: 0.3}[distance]
     y, gram = problems(60, 3, seed=7)
@@ -165,15 +167,17 @@ def test_one_answer_for_a_query_alone_in_a_batch_and_on_a_grid_of_budgets():
         np.testing.assert_allclose(values, values[0], atol=1e-4)
 
 
-def test_no_answer_lies_where_the_next_program_may_know_no_angle():
+@pytest.mark.parametrize(
+    "constraints", [(), pytest.param((partial(cap, most=1.0),), marks=pytest.mark.slow)]
+)
+def test_no_answer_lies_where_the_next_program_may_know_no_angle(constraints):
     """Budgets that end about the surrogate's own posterior: H is 4 beyond it, and 0 at it."""
     y, gram = problem(jax.random.split(jax.random.key(6), 100_000)[28061], 5)
     p = jnp.linalg.solve(gram + 1, jnp.ones(5))
     epsilons = l1(p / p.sum(), y) + jnp.linspace(-2e-3, 2e-3, 200)
-    for constraints in ((), (partial(cap, most=1.0),)):
-        solver = Ascend(constraints=constraints)
-        answers = jax.jit(jax.vmap(partial(solve, y, gram, solver=solver)))(epsilon=epsilons)
-        assert (jax.vmap(partial(norm, gram=gram, margin=1.5))(answers) > 0).all()
+    solver = Ascend(constraints=constraints)
+    answers = jax.jit(jax.vmap(partial(solve, y, gram, solver=solver)))(epsilon=epsilons)
+    assert (jax.vmap(partial(norm, gram=gram, margin=1.5))(answers) > 0).all()
 
 
 @pytest.mark.parametrize("solver", [LineSearch, Ascend])
@@ -247,7 +251,11 @@ def test_objectives_are_what_they_say_of_explicit_gradients():
 
 
 @pytest.mark.parametrize(
-    "objective", [unnormalised, opposition, partial(towards, target=(0.0, 1.0, 0.0))]
+    "objective",
+    [
+        partial(towards, target=(0.0, 1.0, 0.0)),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (unnormalised, opposition)),
+    ],
 )
 def test_ascend_maximises_any_objective(objective):
     y, gram = problems(60, 3, seed=11)
@@ -329,7 +337,7 @@ def check_constraint(constraint, solver, y, gram, block=BLOCK):
     return found
 
 
-FAST = ("cap", "learned")  # of the longer programs; the others are among the slow
+FAST = ("learned",)  # of the longer programs; the others are among the slow
 
 
 @pytest.mark.parametrize(
@@ -432,6 +440,7 @@ def test_of_opposite_gradients_the_longest_is_taken_with_constraints_too():
     np.testing.assert_array_less(0.98, (found.info.length / free.info.length)[opposite])
 
 
+@pytest.mark.slow  # test_polytope has the best of all
 def test_a_label_kept_by_constraint_beats_the_vertices_of_mad_argmax():
     y, gram = problems(50, 5, seed=4)
     inside = (EXAMPLES["keep_label"],)

@@ -96,7 +96,9 @@ def test_pooling_is_flax_pooling_with_its_gradient(shape):
     np.testing.assert_allclose(pull(cotangent)[0], pull_want(cotangent)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(("channels", "strides"), [(3, (1, 2)), (32, (1, 1))])
+@pytest.mark.parametrize(
+    ("channels", "strides"), [(3, (1, 2)), pytest.param(32, (1, 1), marks=pytest.mark.slow)]
+)
 def test_forward_mode_agrees_with_reverse_mode(channels, strides):
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, channels))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, 4))

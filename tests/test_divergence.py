@@ -270,6 +270,7 @@ def test_steal_gives_a_diverged_model_no_accuracy(images):
 SUBSTITUTE = {"budget": 30, "architecture": Linear, "recipe": RECIPE}
 
 
+@pytest.mark.slow
 def test_a_substitute_that_diverges_loses_its_own_cells_alone(folder, tmp_path):
     """Its queries are NaN: no other attack of the grid is stopped by that."""
     broken = jbda(seeds=10, substitute=replace(BROKEN, epochs=1), **SUBSTITUTE)
@@ -280,6 +281,7 @@ def test_a_substitute_that_diverges_loses_its_own_cells_alone(folder, tmp_path):
     assert all(row["attacker_accuracy"] is None for row in rows if row["attack"] == "jbda")
 
 
+@pytest.mark.slow
 def test_a_scratch_network_that_diverges_costs_a_bandit_its_rewards_only(folder, tmp_path):
     """The adaptive attacker chooses badly, and trains a sound model on what it chose."""
     broken = AdaptiveKnockoff(online=replace(BROKEN, epochs=1), **SUBSTITUTE)

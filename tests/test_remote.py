@@ -100,7 +100,9 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "name", [*list(ATTACKS)[:-1], pytest.param("adaptive", marks=pytest.mark.slow)]
+)
 def test_an_attack_over_http_is_the_attack_in_jax_and_asks_its_budget(name, server, tmp_path):
     victim = RemoteVictim(ask_over(server), num_classes=CLASSES, directory=tmp_path, batch=7)
     transfer, state = attack_with(ATTACKS[name], victim)

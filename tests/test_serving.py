@@ -81,9 +81,9 @@ def temporary(function, *shapes):
 @pytest.mark.parametrize(
     ("solver", "k"),
     [
-        (madjax.LineSearch(madjax.argmax_preserving), 20),
+        pytest.param(madjax.LineSearch(madjax.argmax_preserving), 20, marks=pytest.mark.slow),
         (madjax.LineSearch(madjax.argmax_preserving), 60),
-        (madjax.Ascend(), 10),
+        pytest.param(madjax.Ascend(), 10, marks=pytest.mark.slow),
     ],
 )
 def test_memory_bounds_the_search(solver, k):

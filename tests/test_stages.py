@@ -17,6 +17,7 @@ from madjax import (
     Recipe,
     Sweep,
     Task,
+    Undefended,
     jbda,
     sweep,
 )
@@ -165,7 +166,7 @@ def test_what_an_attack_says_that_it_sends_is_tried(attack, told):
 
 
 def test_an_attack_that_keeps_no_promise_gets_the_answers_to_its_own_images(tmp_path):
-    """All of the images are the attacker's: its stolen model must do as well as knockoff's."""
+    """All of the images are the attacker's: its stolen model does as well as the victim."""
     rng = np.random.default_rng(1)
     y = np.arange(240) % 4
     x = rng.integers(0, 80, (240, 6, 6)) + 150 * (np.arange(6) == y[:, None])[:, None]
@@ -174,9 +175,8 @@ def test_an_attack_that_keeps_no_promise_gets_the_answers_to_its_own_images(tmp_
         tmp_path / "easy.npz", x_train=x[:160], y_train=y[:160], x_test=x[160:], y_test=y[160:]
     )
     recipe = Recipe(epochs=8, batch_size=16)
-    same = {"budget": 160, "architecture": Linear, "recipe": recipe}
-    attacks = Knockoff(**same), Brightest(**same)
+    attack = Brightest(budget=160, architecture=Linear, recipe=recipe)
     task = Task("easy", "easy", architecture=Linear, victim=recipe)
-    config = Sweep("s", (task,), (Defended(MAD(), (0.0,)),), attacks)
-    rows = sweep.run(config, tmp_path / "out", data_dir=tmp_path, log=lambda line: None)
-    assert [row["attacker_accuracy"] > 95 for row in rows] == [True, True]
+    config = Sweep("s", (task,), (Defended(Undefended()),), (attack,))
+    (row,) = sweep.run(config, tmp_path / "out", data_dir=tmp_path, log=lambda line: None)
+    assert row["attacker_accuracy"] > 95

@@ -162,7 +162,7 @@ MOMENTUM = optax.sgd(0.3, momentum=0.9)
         slow({"epsilon": 0.7, "optimizer": MOMENTUM}),
         {"epsilon": 0.7, "optimizer": optax.adam(0.05), "batch": 4},
         slow({"epsilon": 0.7, "batch": 4}),
-        {"epsilon": 1.5, "refresh": 6, "optimizer": optax.sgd(0.9)},
+        slow({"epsilon": 1.5, "refresh": 6, "optimizer": optax.sgd(0.9)}),
         {"epsilon": 1.5, "refresh": 2, "batch": 3, "optimizer": optax.sgd(2.0)},
         slow({"epsilon": 0.7, "refresh": 0}),
         {"epsilon": 0.7, "surrogate": (APPLY, OTHER)},

@@ -2,7 +2,7 @@
 
 Claim: as epsilon grows, the stolen model gets worse long before the defended victim does.
 Command: madjax sweep
-Cost: under 5 minutes on 2 CPU cores.
+Cost: about 5 minutes on 2 CPU cores.
 
 Not the paper's protocol: 10,000 of MNIST's 60,000 training images, Fashion-MNIST images as
 queries in place of EMNIST letters, 10,000 queries in place of 50,000, 6 epochs in place of 30.

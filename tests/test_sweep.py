@@ -331,8 +331,8 @@ def finished(tmp_path_factory):
     return data, out, sweep.run(CONFIG, out, data_dir=data, log=lambda line: None)
 
 
-def test_one_program_of_each_stage_serves_three_attacks_at_three_budgets(tmp_path):
-    """Of attacks with equal training, against three strengths of a defence."""
+def test_one_program_of_each_stage_serves_three_attacks_at_two_budgets(tmp_path):
+    """Of attacks with equal training, against two strengths of a defence."""
     data = write_data(tmp_path)
     knockoff = CONFIG.attacks[0]
     attacks = (
@@ -342,12 +342,12 @@ def test_one_program_of_each_stage_serves_three_attacks_at_three_budgets(tmp_pat
             variant="nquery", repeats=2, budget=80, architecture=Linear, recipe=knockoff.recipe
         ),
     )
-    defenses = (Defended(MAD(layers="last"), (0.1, 0.5, 0.99)),)
-    grid = replace(CONFIG, attacks=attacks, budgets=(10, 20), defenses=defenses, seeds=(0,))
+    defenses = (Defended(MAD(layers="last"), (0.1, 0.99)),)
+    grid = replace(CONFIG, attacks=attacks, budgets=(20,), defenses=defenses, seeds=(0,))
     jax.clear_caches()
     sweep.programs.clear()
     rows = sweep.run(grid, tmp_path / "out", data_dir=data, log=lambda line: None)
-    assert len(rows) == 3 * 3 * 3
+    assert len(rows) == 3 * 2 * 2
     made = {name: sweep.programs[name] for name in ("start", "advance", "fidelity", "begin")}
     # The victim's training has a start too.
     assert made == {"start": 2, "advance": 1, "fidelity": 1, "begin": 3}

@@ -1,8 +1,8 @@
 """White-box mode otherwise: other gradients, solvers, batches and optimisers.
 
 Claim: gradients of the last layer alone turn the attacker's, of all parameters, about as far as
-those of all; within 0.99 a batch is turned further than its queries, and Adam's updates about half
-as far as its gradients; MAD-argmax turns less far.
+those of all; within 0.99 a batch is turned further than its queries, and MAD turns Adam's updates
+about half as far as its gradients; MAD-argmax turns less far than MAD.
 Command: MADJAX_DATA=DIR madjax angle configs/mnist_angle_variants.py
 Cost: about 30 minutes on 2 CPU cores.
 

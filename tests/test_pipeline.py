@@ -34,9 +34,8 @@ RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=0.3)
 SETTINGS = {"budget": 30, "architecture": Linear, "recipe": RECIPE}
 JACOBIAN = SETTINGS | {"seeds": 10, "substitute": replace(RECIPE, epochs=1)}
 CROPPED = {"repeats": 3, "augment": partial(crop_and_flip, pad=2)}
-ATTACKS = (
-    Knockoff(**SETTINGS),
-    Knockoff(variant="nquery", repeats=3, **SETTINGS),
+FORESEEN = (Knockoff(**SETTINGS), Knockoff(variant="nquery", repeats=3, **SETTINGS))
+ASKING = (
     Knockoff(variant="nquery+aug", targets=top_label, **CROPPED, **SETTINGS),
     AdaptiveKnockoff(online=replace(RECIPE, epochs=1, decay_epochs=0), **SETTINGS),
     jbtop(2, kappa=5, sigma=0, **JACOBIAN),
@@ -49,9 +48,9 @@ TASK = Task(
     victim=replace(RECIPE, epochs=3),
 )
 DEFENSES = {
-    "MAD": (Defended(MAD(), (0.9,)), ATTACKS[2:]),
+    "MAD": (Defended(MAD(), (0.9,)), ASKING),
     # Its answers depend on the number of the query, so that the order of queries shows.
-    "noise": (Defended(RandomNoise(), (4.0,)), ATTACKS[:2]),
+    "noise": (Defended(RandomNoise(), (4.0,)), FORESEEN),
 }
 
 

@@ -232,15 +232,16 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow  # test_pipeline has some of them at every run
 @pytest.mark.parametrize(
     ("name", "mapping"),
     [
-        pytest.param("jbda", sweep.map_cells, marks=pytest.mark.slow),  # as in test_pipeline
-        pytest.param("knockoff, repeated and augmented", sweep.map_cells, marks=pytest.mark.slow),
-        pytest.param("adaptive", sweep.map_cells, marks=pytest.mark.slow),
-        pytest.param("jbda", sweep.vmap_cells, marks=pytest.mark.slow),
-        pytest.param("jbself as published code", sweep.vmap_cells, marks=pytest.mark.slow),
-        pytest.param("jbtop2 with a reservoir", sweep.vmap_cells, marks=pytest.mark.slow),
+        ("jbda", sweep.map_cells),
+        ("knockoff, repeated and augmented", sweep.map_cells),
+        ("adaptive", sweep.map_cells),
+        ("jbda", sweep.vmap_cells),
+        ("jbself as published code", sweep.vmap_cells),
+        ("jbtop2 with a reservoir", sweep.vmap_cells),
     ],
 )
 def test_the_grid_of_every_attack_is_a_loop_over_cells(asked, name, mapping):
@@ -693,16 +694,13 @@ ALIKE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mapping", "attack"),
     [
-        pytest.param(sweep.map_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
-        pytest.param(sweep.vmap_cells, CONFIG.attacks[0], marks=pytest.mark.slow),
-        pytest.param(
-            sweep.vmap_cells,
-            replace(CONFIG.attacks[0], augment=partial(crop_and_flip, pad=2)),
-            marks=pytest.mark.slow,
-        ),
+        (sweep.map_cells, CONFIG.attacks[0]),
+        (sweep.vmap_cells, CONFIG.attacks[0]),
+        (sweep.vmap_cells, replace(CONFIG.attacks[0], augment=partial(crop_and_flip, pad=2))),
     ],
     ids=["map", "vmap", "asking"],
 )

@@ -181,10 +181,10 @@ def lap(
     def one(now: Training, t: Array) -> tuple[Training, Trace]:
         at = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, attack.images)
         x, y = images[now.drawn[at]], now.posteriors[at]
+        known = now.attacker.params
         if attack.refresh > 1:
-            known = handed(attack.refresh, t, now.attacker.params, now.surrogate)
+            known = handed(attack.refresh, t, known, now.surrogate)
             now = now._replace(surrogate=known)
-        known = now.surrogate if attack.refresh > 1 else now.attacker.params
         y_tilde = respond(known, t * batch + jnp.arange(batch), x, y)
         targets = attack.targets(y_tilde)
         attacker, seen = step(

@@ -144,7 +144,7 @@ ONLINE = Online(
     every=10,
     recipe=Recipe(epochs=1, batch_size=1, learning_rate=0.3, momentum=0.0),
 )
-STALE = replace(ONLINE, refresh=4, recipe=replace(ONLINE.recipe, batch_size=3, learning_rate=4.0))
+STALE = replace(ONLINE, refresh=2, recipe=replace(ONLINE.recipe, batch_size=3, learning_rate=4.0))
 
 
 @pytest.mark.parametrize(

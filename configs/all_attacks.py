@@ -30,7 +30,7 @@ from madjax import (
 )
 from madjax.attacks import certainty, crop_and_flip, disagreement, diversity
 from madjax.models import LeNetDouble, LeNetHalf
-from madjax.train import adagrad, adam
+from madjax.recipe import adagrad, adam
 
 RECIPE = Recipe(epochs=8)
 COMMON = {"budget": 2_000, "recipe": RECIPE}

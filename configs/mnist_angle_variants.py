@@ -13,7 +13,7 @@ the queries. See configs/mnist_angle.py.
 from dataclasses import replace
 
 from madjax import MAD, AngleStudy, LineSearch, Online, Recipe, Task, argmax_preserving
-from madjax.train import adam
+from madjax.recipe import adam
 
 
 def config() -> AngleStudy:

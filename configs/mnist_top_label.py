@@ -14,11 +14,11 @@ from madjax import (
     Defended,
     Knockoff,
     LineSearch,
+    NoDefense,
     Recipe,
     ReverseSigmoid,
     Sweep,
     Task,
-    Undefended,
     argmax_preserving,
     top_label,
 )
@@ -37,7 +37,7 @@ def config() -> Sweep:
             ),
         ),
         defenses=(
-            Defended(Undefended()),
+            Defended(NoDefense()),
             Defended(MAD(layers="last"), (0.99,)),
             Defended(MAD(layers="last", solver=LineSearch(argmax_preserving)), (1.0, 1.5)),
             Defended(ReverseSigmoid(gamma=0.2), (0.25, 1.0)),

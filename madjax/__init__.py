@@ -20,11 +20,12 @@ from madjax.defenses import (
     DPSGD,
     MAD,
     Defense,
+    NoDefense,
     RandomNoise,
     ReverseSigmoid,
     Rounding,
     TopK,
-    Undefended,
+    TopLabel,
 )
 from madjax.errors import InputError
 from madjax.gram import coverage, gram
@@ -38,8 +39,9 @@ from madjax.mad import (
 )
 from madjax.models import MLP, VGG16, Classifier, LeNet, ResNet18
 from madjax.objectives import angle, deviation
+from madjax.recipe import Recipe
 from madjax.serving import defend, export, load, perturb
-from madjax.train import Recipe, fit
+from madjax.train import fit
 from madjax.white_box import white_box
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Knockoff",
     "LeNet",
     "LineSearch",
+    "NoDefense",
     "Online",
     "RandomNoise",
     "Recipe",
@@ -69,7 +72,7 @@ __all__ = [
     "Sweep",
     "Task",
     "TopK",
-    "Undefended",
+    "TopLabel",
     "angle",
     "argmax_bound",
     "argmax_preserving",

@@ -118,4 +118,4 @@ def cap(y_tilde: Array, y: Array, *, most: float) -> Array:
 
 def entropy(y: Array) -> Array:
     """-sum_k y_k log2 y_k in bits, in [0, log2 K] on the simplex; a class with y_k = 0 adds 0."""
-    return -jnp.sum(y * jnp.log2(jnp.where(y > 0, y, 1)))
+    return jnp.sum(y * -jnp.log2(jnp.where(y > 0, y, 1)))

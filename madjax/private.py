@@ -9,201 +9,130 @@ clipping norm and sigma the noise multiplier.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, State, cross_entropy, judge, start
+from madjax.recipe import Lesson, Recipe, Step, cross_entropy, trainable
+from madjax.streams import stream
 
 Array = jax.Array
 
 # jax-privacy is imported where it is needed: it takes seconds, and most runs do without.
 
 
-def fit(
-    classifier: Classifier,
-    recipe: Recipe,
-    key: Array,
-    data: tuple[Array, Array],
-    test: tuple[Array, Array],
-    *,
-    noise_multiplier: float,
-    clip: float = 1.0,
-    microbatch: int | None = None,
-    state: State | None = None,
-    after_epoch: Callable[[State], None] = lambda state: None,
-) -> State:
-    """Train by DP-SGD; the arguments of `madjax.fit`, whose State this goes on from and returns.
+@dataclass(frozen=True)
+class PrivateGradient:
+    """The noised sum of clipped gradients of Poisson-sampled batches, over the expected batch.
 
-    data = (images uint8 [N, H, W, C], labels [N]). An epoch is ceil(N / recipe.batch_size) steps,
-    each of which draws every example with probability recipe.batch_size / N (Poisson sampling, as
-    the accounting supposes). noise_multiplier 0 clips only. clip: the L2 norm C, finite. The loss
-    is the mean over the examples drawn in an epoch; loss and accuracy are not private,
+    As the `gradient` of a `madjax.Recipe` it makes any training DP-SGD. An epoch is
+    ceil(N / batch_size) steps, each of which draws every example with probability batch_size / N,
+    as the accounting supposes (`accounted_epsilon`): the batch is as large as it comes, none is
+    padded or cut, and a step may draw no example at all. Losses and accuracies are not private,
     and who knows the key knows the draws and the noise.
 
+    noise_multiplier: sigma, >= 0; 0 clips only. clip: the L2 norm C, above 0 and finite. A gradient
+    that is not finite counts as zero (where it is, as jax-privacy's guarantee asks).
     microbatch: gradients held at once, which changes rounding alone; None: 1 on a CPU, where a
     gradient that stays in the cache is clipped several times as fast as 50 beside each other, and
     50 elsewhere.
-
-    Raises:
-        InputError: a network with BatchNorm, whose statistics mix the examples of a batch, or any
-            other state; labels that do not fit the images or the network; a batch larger than the
-            data; noise_multiplier, clip or microbatch out of range.
     """
-    from jax_privacy import batch_selection
 
-    if microbatch is None:
-        microbatch = 1 if jax.default_backend() == "cpu" else 50
-    for name, value, good, needed in (
-        ("noise_multiplier", noise_multiplier, 0 <= noise_multiplier < math.inf, "a number >= 0"),
-        ("clip", clip, 0 < clip < math.inf, "a number above 0"),
-        ("microbatch", microbatch, microbatch >= 1, "a whole number >= 1"),
-    ):
-        if not good:
-            raise InputError(f"{name} is {value}: give {needed}")
-    images, labels = map(jnp.asarray, data)
-    check(classifier, recipe, len(images))
-    _check_data(classifier, images, labels)
-    n = len(images)
-    if state is None:
-        state = _start(classifier, recipe, n, key)
-    x_test, labels_test = map(jnp.asarray, test)
-    rate = recipe.batch_size / n
-    steps = -(-n // recipe.batch_size)
-    # A batch above the capacity takes twice that, and a compilation more: none is ever cut, which
-    # would be another mechanism than the one that is accounted for.
-    most = recipe.batch_size + 8 * math.sqrt(recipe.batch_size * (1 - rate))
-    capacity = microbatch * math.ceil(most / microbatch)
-    sampling = batch_selection.CyclicPoissonSampling(sampling_prob=rate, iterations=steps)
-    for e in range(int(state.epoch), recipe.epochs):
-        # A function of the key and the epoch alone, so that a resumed run draws as one in one go.
-        rng = np.random.default_rng([*np.asarray(state.key).tolist(), e])
-        epoch_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), e)
-        params, opt_state, total, count = state.params, state.opt_state, 0.0, 0
-        for i, drawn in enumerate(sampling.batch_iterator(n, rng=rng)):
-            size = capacity * max(-(-len(drawn) // capacity), 1)
-            # Ordered so that whole microbatches are padding, which are skipped.
-            (padded,) = batch_selection.split_and_pad_global_batch(drawn, size, microbatch)
-            params, opt_state, loss = _step(
-                classifier,
-                recipe,
-                n,
-                clip,
-                microbatch,
-                (params, opt_state),
-                (images, labels),
-                padded.astype(np.int32),
-                jax.random.fold_in(epoch_key, i),
-                jnp.float32(noise_multiplier),
+    noise_multiplier: float
+    clip: float = 1.0
+    microbatch: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, good, needed in (
+            ("noise_multiplier", 0 <= self.noise_multiplier < math.inf, "a number >= 0"),
+            ("clip", 0 < self.clip < math.inf, "a number above 0"),
+            ("microbatch", self.microbatch is None or self.microbatch >= 1, "a whole number >= 1"),
+        ):
+            if not good:
+                raise InputError(f"{name} of DP-SGD is {getattr(self, name)}: give {needed}")
+
+    def check(self, classifier: Classifier, recipe: Recipe, num_examples: int) -> None:
+        """Refuse what cannot be trained privately.
+
+        Raises:
+            InputError: a network with BatchNorm, whose statistics mix the examples of a batch, or
+                with any other state; a batch larger than the data.
+        """
+        if set(jax.eval_shape(classifier.init, jax.random.key(0))) != {"params"}:
+            raise InputError(
+                f"DP-SGD cannot train {type(classifier.module).__name__}: BatchNorm, or other "
+                "state, mixes the examples of a batch; choose a network without it"
             )
-            total, count = total + loss, count + len(drawn)
-        state = state._replace(
-            params=params,
-            opt_state=opt_state,
-            epoch=state.epoch + 1,
-            loss=state.loss.at[e].set(total / max(count, 1)),
-        )
-        state = _judge(classifier, state, x_test, labels_test)
-        after_epoch(jax.block_until_ready(state))
-    return state
+        if recipe.batch_size > num_examples:
+            raise InputError(
+                f"batch_size is {recipe.batch_size}: DP-SGD draws that many of {num_examples} "
+                "examples, give at most all"
+            )
 
+    def __call__(self, classifier: Classifier, lesson: Lesson) -> Step:
+        """See `madjax.recipe.Recipe.gradient`."""
+        from jax_privacy import clipped_grad, noise_addition
 
-def check(classifier: Classifier, recipe: Recipe, num_examples: int) -> None:
-    """Refuse what cannot be trained privately.
+        n, expected = lesson.num_examples, lesson.batch_size
+        size = self.microbatch or (1 if jax.default_backend() == "cpu" else 50)
+        key = stream(jax.random.fold_in(lesson.key, lesson.epoch), "private steps")
 
-    Raises:
-        InputError: a network with BatchNorm or any other state; a batch larger than the data.
-    """
-    if set(jax.eval_shape(classifier.init, jax.random.key(0))) != {"params"}:
-        raise InputError(
-            f"DP-SGD cannot train {type(classifier.module).__name__}: BatchNorm, or other state, "
-            "mixes the examples of a batch; choose a network without it"
-        )
-    if recipe.batch_size > num_examples:
-        raise InputError(
-            f"batch_size is {recipe.batch_size}: DP-SGD draws that many of {num_examples} "
-            "examples, give at most all"
+        def loss(params: Any, x: Array, target: Array, key: Array) -> Array:
+            logits, _ = classifier.learn(params, x, key)
+            return cross_entropy(logits, target).sum()
+
+        clipped = clipped_grad(
+            loss,
+            l2_clip_norm=self.clip,
+            batch_argnums=(1, 2),
+            return_values=True,
+            prng_argnum=3,
         )
 
+        def step(params: Any, i: Array) -> tuple[Array, Any, Any]:
+            draw_key, learn_key, noise_key = jax.random.split(jax.random.fold_in(key, i), 3)
+            drawn = jax.random.uniform(draw_key, (n,)) * lesson.size < expected
+            drawn &= jnp.arange(n) < lesson.size
+            count = drawn.sum()
+            (chosen,) = jnp.nonzero(drawn, size=-(-n // size) * size, fill_value=0)
 
-def _check_data(classifier: Classifier, images: Array, labels: Array) -> None:
-    """Refuse labels that fit neither the images nor the network."""
-    n = len(images)
-    if labels.shape != (n,):
-        raise InputError(f"{n} images have labels of shape {labels.shape}: give labels [{n}]")
-    key = jax.random.key(0)
-    classes = jax.eval_shape(lambda: classifier.apply(classifier.init(key), images[:1])).shape[-1]
-    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise InputError(
-            f"labels run from {labels.min()} to {labels.max()}: the network has {classes} classes, "
-            "from 0"
-        )
+            def add(at: Array, sums: tuple[Any, Array]) -> tuple[Any, Array]:
+                places = at * size + jnp.arange(size)
+                x, targets = lesson.take(chosen[places])
+                gradient, seen = clipped(
+                    params,
+                    x,
+                    targets,
+                    jax.random.fold_in(learn_key, at),
+                    is_padding_example=places >= count,
+                )
+                losses = jnp.where(places < count, seen.values, 0).sum()
+                return jax.tree.map(jnp.add, sums, (gradient, losses))
 
+            zeros = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
+            total, losses = jax.lax.fori_loop(0, -(-count // size), add, zeros)
+            noise = noise_addition.gaussian_privatizer(
+                stddev=self.clip * self.noise_multiplier, prng_key=noise_key
+            )
+            total, _ = noise.update(total, noise.init(params))
+            mean = jax.tree.map(lambda g: g / expected, trainable(total))
+            return losses / jnp.maximum(count, 1), mean, params
 
-_start = jax.jit(start, static_argnums=(0, 1, 2))
-_judge = jax.jit(judge, static_argnums=0)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _step(
-    classifier: Classifier,
-    recipe: Recipe,
-    n: int,
-    clip: float,
-    microbatch: int,
-    network: tuple[Any, Any],
-    data: tuple[Array, Array],
-    drawn: Array,
-    key: Array,
-    noise_multiplier: Array,
-) -> tuple[Any, Any, Array]:
-    """One step on the examples `drawn` (-1: none): parameters, optimiser and the sum of losses."""
-    from jax_privacy import clipped_grad, noise_addition
-
-    params, opt_state = network
-    noise_key, learn_key = jax.random.split(key)
-
-    def loss(params: Any, x: Array, label: Array, key: Array) -> Array:
-        logits, _ = classifier.learn(params, x, key)
-        return cross_entropy(logits, jax.nn.one_hot(label, logits.shape[-1])).sum()
-
-    real = drawn >= 0
-    gradients = clipped_grad(
-        loss,
-        l2_clip_norm=clip,
-        batch_argnums=(1, 2),
-        return_values=True,
-        microbatch_size=microbatch,
-        prng_argnum=3,
-    )
-    x, labels = (a[drawn] for a in data)  # -1 reads the last example: its gradient is made zero
-    total, seen = gradients(params, x, labels, learn_key, is_padding_example=~real)
-    noise = noise_addition.gaussian_privatizer(stddev=clip * noise_multiplier, prng_key=noise_key)
-    total, _ = noise.update(total, noise.init(params))
-    mean = jax.tree.map(lambda g: g / recipe.batch_size, total)
-    updates, opt_state = recipe.transformation(n).update(mean, opt_state, params)
-    return (
-        optax.apply_updates(params, updates),
-        opt_state,
-        jnp.where(real, seen.values, 0).sum(),
-    )
+        return step
 
 
 def accounted_epsilon(
     noise_multiplier: float, *, num_examples: int, batch_size: int, epochs: int, delta: float
 ) -> float:
-    """Epsilon of the (epsilon, delta) guarantee of `fit`: PLD accounting, adding or removing one.
+    """Epsilon of DP-SGD's (epsilon, delta) guarantee: PLD accounting, adding or removing one.
 
     For any two data sets that differ by one example, and any set S of networks,
 
-        P(fit(data) in S) <= e^epsilon P(fit(other) in S) + delta
+        P(network of data in S) <= e^epsilon P(network of other data in S) + delta
 
     (Dwork and Roth 2014, definition 2.4), for epochs * ceil(num_examples / batch_size) steps of the
     Poisson-sampled Gaussian mechanism, by their privacy loss distribution (Koskela et al. 2020,

@@ -5,7 +5,6 @@ over keys, labels or data with `vmap` or `lax.map`. `fit` is the loop around the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,98 +16,9 @@ import optax
 from madjax.batching import map_chunks
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.streams import stream
+from madjax.recipe import Lesson, Recipe, Take, trainable
 
 Array = jax.Array
-
-
-def sgd(
-    learning_rate: optax.Schedule, momentum: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """SGD with heavy-ball momentum; weight decay is added to the gradient, as PyTorch does.
-
-    v <- momentum v + g + weight_decay w;  w <- w - learning_rate(t) v.
-    """
-    return optax.chain(_decay(weight_decay), optax.sgd(learning_rate, momentum=momentum or None))
-
-
-def adam(
-    learning_rate: optax.Schedule, momentum: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba 2015); the published learning rate is 0.001. It takes no momentum.
-
-    The recipe's momentum is not used: Adam's own averages take its place (0.9 and 0.999).
-    """
-    del momentum
-    return optax.chain(_decay(weight_decay), optax.adam(learning_rate))
-
-
-def adagrad(
-    learning_rate: optax.Schedule, momentum: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """Adagrad (Duchi et al. 2011) from an empty accumulator, as PyTorch has it; its rate is 0.01.
-
-    w <- w - learning_rate(t) g / sqrt(sum of g^2 so far). The recipe's momentum is not used.
-    PyTorch adds its 1e-10 outside the root, optax inside it: hence the square.
-    """
-    del momentum
-    empty = optax.adagrad(learning_rate, initial_accumulator_value=0.0, eps=1e-20)
-    return optax.chain(_decay(weight_decay), empty)
-
-
-def _decay(weight_decay: float) -> optax.GradientTransformation:
-    return optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; the defaults are the paper's for LeNet victims and attackers.
-
-    The learning rate is multiplied by `decay` every `decay_epochs` epochs (0: never).
-    `optimizer(learning_rate=, momentum=, weight_decay=)` returns any optax transformation;
-    learning_rate is a schedule, from the count of steps to a rate.
-    """
-
-    epochs: int = 30
-    batch_size: int = 64
-    learning_rate: float = 0.1
-    momentum: float = 0.5
-    weight_decay: float = 0.0
-    decay: float = 0.1
-    decay_epochs: int = 50
-    optimizer: Callable[..., optax.GradientTransformation] = sgd
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give a whole number >= 1")
-        for name in ("learning_rate", "momentum", "weight_decay", "decay", "decay_epochs"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}: give a number >= 0")
-        try:
-            self.transformation(1)
-        except TypeError as error:
-            raise InputError(
-                f"optimizer {self.optimizer} does not take learning_rate, momentum and "
-                f"weight_decay ({error}): wrap it in a function that does"
-            ) from error
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether an update is the gradient times a negative number: SGD and nothing more."""
-        return self.optimizer is sgd and not self.momentum and not self.weight_decay
-
-    def transformation(self, num_examples: Array | int) -> optax.GradientTransformation:
-        """The optax transformation for a data set of this many examples, which may be traced."""
-        steps = -(-num_examples // self.batch_size)
-
-        def schedule(count: Array) -> Array:
-            drops = count // (self.decay_epochs * steps) if self.decay_epochs else 0
-            return self.learning_rate * self.decay**drops
-
-        return self.optimizer(
-            learning_rate=schedule, momentum=self.momentum, weight_decay=self.weight_decay
-        )
 
 
 class State(NamedTuple):
@@ -142,34 +52,6 @@ def start(classifier: Classifier, recipe: Recipe, num_examples: int, key: Array)
     )
 
 
-def trainable(params: Any) -> Any:
-    """What gradients change: not the statistics of BatchNorm."""
-    return {"params": params["params"]}
-
-
-def order(key: Array, epoch: Array | int, num_examples: int, count: Any = None) -> Array:
-    """The order in which an epoch visits the examples: a permutation of num_examples, int32.
-
-    With a count, which may be traced, of which the first `count` are one of 0..count-1.
-    """
-    visit = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-    return visit if count is None else visit[jnp.argsort(visit >= count, stable=True)]
-
-
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """-sum_k y~_k log softmax(logits)_k for every example: [B, K], [B, K] -> float32 [B]."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.sum(targets.astype(jnp.float32) * log_p, axis=-1)
-
-
-Take = Callable[[Array], tuple[Array, Array]]
-"""Reads a training set: indices [B] -> (images [B, H, W, C], targets [B, K]).
-
-So examples may be shared between runs or made on the fly. Targets are any distribution over
-classes: posteriors, or one-hot labels.
-"""
-
-
 def one_pass(
     classifier: Classifier,
     recipe: Recipe,
@@ -178,30 +60,20 @@ def one_pass(
     num_examples: int,
     count: Array | None = None,
 ) -> State:
-    """One pass over the training set in shuffled batches: a step of the optimiser for each.
+    """One epoch: a step of the optimiser for each gradient that the recipe makes of it.
 
     count: how many of the examples there are so far, when that is traced; num_examples then is the
-    most there can be. The last batch may hold fewer examples, as PyTorch's loader has it: it is
-    filled up with others, which weigh nothing in the loss (BatchNorm's statistics see them).
+    most there can be.
     """
-    n = num_examples if count is None else count
-    optimizer = recipe.transformation(n)
-    steps = -(-n // recipe.batch_size)
     key = jax.random.wrap_key_data(state.key)
-    visit = order(key, state.epoch, num_examples, count)
-    step_key = stream(jax.random.fold_in(key, state.epoch), "steps")
-
-    def loss(trained: Any, params: Any, i: Array) -> tuple[Array, Any]:
-        at = i * recipe.batch_size + jnp.arange(recipe.batch_size)
-        x, targets = take(visit[at % n])
-        weight = (at < n).astype(jnp.float32)
-        logits, params = classifier.learn(params | trained, x, jax.random.fold_in(step_key, i))
-        return jnp.sum(weight * cross_entropy(logits, targets)) / jnp.sum(weight), params
+    lesson = Lesson(take, num_examples, count, recipe.batch_size, key, state.epoch)
+    optimizer, gradient_of = recipe.transformation(lesson.size), recipe.gradient(classifier, lesson)
+    steps = -(-lesson.size // recipe.batch_size)
 
     def step(i: Array, carry: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
         params, opt_state, total = carry
         trained = trainable(params)
-        (value, params), gradient = jax.value_and_grad(loss, has_aux=True)(trained, params, i)
+        value, gradient, params = gradient_of(params, i)
         updates, opt_state = optimizer.update(gradient, opt_state, trained)
         return params | optax.apply_updates(trained, updates), opt_state, total + value
 
@@ -303,8 +175,8 @@ def fit(
 ) -> State:
     """Train a network from a key, or go on from a state.
 
-    It minimises L = - mean_i sum_k t_ik log F(x_i; w)_k, the L of Eq. 2 with targets t, in shuffled
-    batches by the optimiser of the recipe.
+    It minimises L = - mean_i sum_k t_ik log F(x_i; w)_k, the L of Eq. 2 with targets t, by the
+    recipe's optimiser on the gradients that the recipe makes, of shuffled batches by default.
 
     Args:
         classifier: the network.
@@ -327,7 +199,8 @@ def fit(
         a loss or a parameter that is not finite: the accuracy is NaN from that epoch on.
 
     Raises:
-        InputError: targets that do not fit the images or the network.
+        InputError: targets that do not fit the images or the network; what `recipe.gradient`
+            cannot train.
 
     Example:
         >>> import jax, jax.numpy as jnp, madjax
@@ -336,6 +209,7 @@ def fit(
         >>> madjax.fit(network, madjax.Recipe(epochs=2), jax.random.key(0), data, data).accuracy
         Array([100., 100.], dtype=float32)
     """
+    recipe.check(classifier, len(data[0]))
     images, targets = data[0], jnp.asarray(data[1])
     n, classes = jax.eval_shape(
         lambda k, x: classifier.apply(classifier.init(k), x), key, jnp.asarray(images)

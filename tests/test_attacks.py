@@ -44,8 +44,8 @@ from madjax.attacks import (
     towards_top,
 )
 from madjax.datasets import MNIST_FAMILY
+from madjax.recipe import order
 from madjax.streams import stream
-from madjax.train import order
 
 SHAPE = (4, 4, 1)
 CLASSES = 4

@@ -21,15 +21,15 @@ from madjax import (
     Recipe,
     Sweep,
     Task,
-    fit,
     jbda,
     open_dataset,
-    private,
     sweep,
 )
 from madjax.cli import main
 from madjax.config import describe
 from madjax.defenses.defense import Training
+from madjax.private import PrivateGradient
+from madjax.recipe import mean_gradient
 from madjax.sweep import cache, stages
 from madjax.sweep.victim import identified
 from tests.networks import Linear
@@ -97,24 +97,23 @@ def test_what_has_no_source_is_not_kept(kept):
     assert cache.entries(kept.folder) == []
 
 
-class Loop:
-    """A training loop whose attributes decide how it trains."""
+class Scaled:
+    """A gradient whose attribute decides how it learns."""
 
-    def __init__(self, rate):
-        self.rate = rate
+    def __init__(self, scale):
+        self.scale = scale
 
-    def fit(self, *args, **options):
-        return fit(*args, **options)
+    def __call__(self, classifier, lesson):
+        raise NotImplementedError
 
 
 @pytest.mark.smoke
 def test_a_network_is_told_by_its_data_its_recipe_its_key_and_how_it_is_trained(folder):
     data, key = open_dataset("tiny", folder), jax.random.key(0)
-    noisy = partial(private.fit, noise_multiplier=0.5, clip=1.0)
 
-    def name(task=TASK, data=data, recipe=RECIPE, key=key, loop=fit, owned=None):
-        owned = owned or (data.x_train, data.y_train)
-        train = Training(loop, None, recipe, key, owned, (data.x_test, data.y_test))
+    def name(task=TASK, data=data, recipe=RECIPE, key=key, gradient=mean_gradient, owned=None):
+        owned, recipe = owned or (data.x_train, data.y_train), replace(recipe, gradient=gradient)
+        train = Training(None, recipe, key, owned, (data.x_test, data.y_test))
         return identified("one", task, data, train)
 
     found = [
@@ -124,18 +123,18 @@ def test_a_network_is_told_by_its_data_its_recipe_its_key_and_how_it_is_trained(
         name(owned=(data.x_train[:30], data.y_train[:30])),
         name(recipe=replace(RECIPE, learning_rate=0.2)),
         name(key=jax.random.key(1)),
-        name(loop=noisy),
-        name(loop=partial(noisy, noise_multiplier=0.5000001)),
-        name(loop=partial(private.fit, 0.1)),
-        name(loop=partial(private.fit, 0.9)),
-        name(loop=Loop(0.1).fit),
-        name(loop=Loop(0.9).fit),
+        name(gradient=PrivateGradient(0.5)),
+        name(gradient=PrivateGradient(0.5000001)),
+        name(gradient=PrivateGradient(0.5, clip=2.0)),
+        name(gradient=Scaled(0.1)),
+        name(gradient=Scaled(0.9)),
+        name(gradient=partial(Scaled, 0.9)),
     ]
     names, keys = zip(*found, strict=True)
     assert len({key.digest for key in keys}) == len(set(names)) == len(found)
     assert name(task=replace(TASK, queryset="other")) == found[0]
     with pytest.raises(InputError, match="no import path"):
-        name(loop=lambda *_: None)
+        name(gradient=lambda *_: None)
 
 
 @pytest.mark.smoke

@@ -159,7 +159,7 @@ def data(tmp_path):
         ),
         (
             sets("attacks.recipe.optimizer=madjax.train.rmsprop"),
-            "give an import path such as madjax.train.sgd",
+            "give an import path such as madjax.recipe.sgd",
         ),
         (
             sets("attacks=jbda"),

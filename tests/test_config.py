@@ -18,11 +18,11 @@ from madjax import (
     Defense,
     InputError,
     Knockoff,
+    NoDefense,
     Online,
     ReverseSigmoid,
     Sweep,
     Task,
-    Undefended,
     config,
     jbda,
     store,
@@ -35,7 +35,7 @@ BASE = Sweep("base", (TASK,), (Defended(MAD()),))
 SEVERAL = Sweep(
     "several",
     (TASK, replace(TASK, dataset="embedded:fashion_mnist", victim_seed=1)),
-    (Defended(Undefended()), Defended(MAD(), (0.5,)), Defended(MAD(layers="last"), (0.5,))),
+    (Defended(NoDefense()), Defended(MAD(), (0.5,)), Defended(MAD(layers="last"), (0.5,))),
     (Knockoff(budget=100), jbda(budget=200)),
 )
 
@@ -125,7 +125,7 @@ def test_several_defences_from_the_command_line():
     chosen = reduce(
         config.override,
         (
-            "defenses=madjax.Undefended,madjax.MAD,madjax.ReverseSigmoid",
+            "defenses=madjax.NoDefense,madjax.MAD,madjax.ReverseSigmoid",
             "defenses.mad.strengths=0,0.5",
             "defenses.rule.gamma=0.4",  # of those that have it
             "defenses.1.rule.layers=last",
@@ -154,8 +154,12 @@ def test_several_defences_from_the_command_line():
         ("attacks.seeds=20", lambda c: c.attacks[1].seeds, 20),
         # a name stands for all that have it
         ("defenses.mad.strengths=1", lambda c: [d.strengths for d in c.defenses[1:]], [(1.0,)] * 2),
-        ("defenses.2=madjax.TopK", lambda c: [d.name for d in c.defenses], ["none", "mad", "top1"]),
-        ("defenses.1.rule=madjax.Rounding", lambda c: c.defenses[1].strengths, (0.5,)),
+        (
+            "defenses.2=madjax.TopK",
+            lambda c: [d.name for d in c.defenses],
+            ["none", "mad", "top_k"],
+        ),
+        ("defenses.1.rule=madjax.ReverseSigmoid", lambda c: c.defenses[1].strengths, (0.5,)),
     ],
 )
 def test_one_of_several_is_meant_by_position_or_name(assignment, get, want):

@@ -1,5 +1,6 @@
 """A defence as the grid uses it and as a plain function, and what it costs honest users."""
 
+from dataclasses import dataclass, replace
 from functools import partial
 
 import chex
@@ -15,22 +16,23 @@ from madjax.defenses import (
     DPSGD,
     MAD,
     Custom,
+    NoDefense,
     Owner,
     RandomNoise,
+    Retrained,
     ReverseSigmoid,
     Rounding,
     TopK,
-    Undefended,
+    TopLabel,
     answers,
     as_function,
     fingerprints,
     gaussian,
-    l1_ball,
-    l2_ball,
     logit,
     uniform,
 )
 from madjax.evaluate import utility
+from madjax.private import PrivateGradient
 
 
 def apply(w, x):
@@ -42,6 +44,13 @@ def queries():
     keys = jax.random.split(jax.random.key(0), 3)
     w = jax.random.normal(keys[0], (6, 4))
     return w, jax.random.normal(keys[1], (5, 6)), jax.nn.softmax(jax.random.normal(keys[2], (5, 4)))
+
+
+def trainable():
+    """A small network, its recipe, and images of three classes."""
+    classifier = madjax.Classifier(madjax.MLP(3, hidden=(4,)), lambda x: x / 255.0, (2, 2, 1))
+    images = jax.random.randint(jax.random.key(0), (24, 2, 2, 1), 0, 256).astype(jnp.uint8)
+    return classifier, madjax.Recipe(epochs=9, batch_size=8), (images, jnp.arange(24) % 3)
 
 
 class Jacobian(MAD):
@@ -65,7 +74,7 @@ def test_strength_is_traced_and_zero_is_no_defence(queries):
 
     @jax.jit
     def grid(strengths):
-        return jax.vmap(lambda s: answers(defense, jax.random.key(0), y, evidence, s))(strengths)
+        return jax.vmap(lambda s: answers(defense, jax.random.key(0), x, y, evidence, s))(strengths)
 
     none, some = grid(jnp.array([0.0, 0.3]))
     np.testing.assert_array_equal(none, y)
@@ -77,10 +86,9 @@ def test_more_queries_than_a_chunk_change_nothing(queries):
     w, x, y = queries
     defense = Jacobian(layers="all")
     evidence = defense.evidence(apply, w, x)
-    many = answers(
-        defense, jax.random.key(0), jnp.tile(y, (401, 1)), jnp.tile(evidence, (401, 1, 1)), 0.6
-    )
-    few = answers(defense, jax.random.key(0), y, evidence, 0.6)
+    tiled = jnp.tile(x, (401, 1)), jnp.tile(y, (401, 1)), jnp.tile(evidence, (401, 1, 1))
+    many = answers(defense, jax.random.key(0), *tiled, 0.6)
+    few = answers(defense, jax.random.key(0), x, y, evidence, 0.6)
     np.testing.assert_allclose(many, jnp.tile(few, (401, 1)), atol=1e-7)
 
 
@@ -192,33 +200,36 @@ def awkward(classes):
 
 
 @partial(jax.jit, static_argnums=0)
-def _told(defense, y, strength, numbers, key):
-    return answers(defense, jax.random.key(key), y, (), strength, numbers)
+def _told(defense, x, y, strength, numbers, key):
+    return answers(defense, jax.random.key(key), x, y, (), strength, numbers)
 
 
-def told(defense, y, strength, numbers=None, key=0):
-    """The answers of a defence that needs no surrogate."""
-    return _told(defense, y, strength, numbers, key)
+def told(defense, y, strength, numbers=None, key=0, x=None):
+    """The answers of a defence that needs no surrogate, to queries that are places or x."""
+    x = jnp.arange(len(y)) if x is None else x
+    return _told(defense, x, y, strength, numbers, key)
 
 
 DETERMINISTIC = {
-    "none": (Undefended(), (0.5,)),
-    "top1": (TopK(k=1), (1.0,)),
-    "top2": (TopK(k=2), (1.0,)),
-    "rounding": (Rounding(), (0.01, 0.1, 1.0)),
+    "none": (NoDefense(), (0.5,)),
+    "top k": (TopK(), (1.0, 2.0, 5.0)),
+    "top label": (TopLabel(), (1.0,)),
+    "rounding": (Rounding(), (0.0, 1.0, 2.0, 6.0)),
     "reverse sigmoid": (ReverseSigmoid(gamma=0.2), (0.1, 1.0)),
     "steep reverse sigmoid": (ReverseSigmoid(gamma=1.0), (0.1, 1.0)),
+    "very steep reverse sigmoid": (ReverseSigmoid(gamma=100.0), (0.1, 1.0)),
+    "flat reverse sigmoid": (ReverseSigmoid(gamma=0.0), (0.1, 1.0)),
 }
 RANDOM = {
-    f"{noise.__name__} {ball.__name__}": (RandomNoise(noise=noise, ball=ball), (0.1, 5.0, 1e6))
-    for noise in (uniform, gaussian)
-    for ball in (l1_ball, l2_ball)
+    f"{noise} {ball.__name__}": (RandomNoise(noise=noise, ball=ball), (0.1, 5.0, 1e6))
+    for noise in ("uniform", "gaussian")
+    for ball in (madjax.l1, madjax.l2)
 }
 
 
 @pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("name", [*DETERMINISTIC, *RANDOM])
-def test_answers_are_distributions_and_strength_0_is_no_defence(name, classes):
+def test_answers_are_distributions_and_the_neutral_strength_is_no_defence(name, classes):
     defense, strengths = (DETERMINISTIC | RANDOM)[name]
     y = awkward(classes)
     for strength in strengths:
@@ -226,7 +237,8 @@ def test_answers_are_distributions_and_strength_0_is_no_defence(name, classes):
         assert jnp.isfinite(y_tilde).all()
         assert (y_tilde >= 0).all()
         np.testing.assert_allclose(y_tilde.sum(-1), 1, atol=1e-6)
-    np.testing.assert_array_equal(told(defense, y, 0.0), y)
+    if defense.neutral is not None:
+        np.testing.assert_array_equal(told(defense, y, defense.neutral), y)
 
 
 @pytest.mark.parametrize("name", [*DETERMINISTIC, *RANDOM])
@@ -235,7 +247,7 @@ def test_a_query_alone_gets_the_answer_it_gets_in_a_batch(name):
     y = awkward(4)
     batch = told(defense, y, strength)
     for i in (0, 17, len(y) - 1):
-        alone = told(defense, y[i : i + 1], strength, jnp.array([i]))
+        alone = told(defense, y[i : i + 1], strength, x=jnp.array([i]))
         np.testing.assert_allclose(alone[0], batch[i], atol=1e-7)
 
 
@@ -252,27 +264,39 @@ def test_renaming_the_classes_renames_the_answers(name):
 
 def test_top_k_by_hand():
     y = jnp.array([[0.5, 0.1, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25]])
-    np.testing.assert_allclose(told(TopK(k=1), y, 1.0), [[1, 0, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_allclose(told(TopK(), y, 1.0), [[1, 0, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(told(TopLabel(), y, 1.0), [[1, 0, 0, 0], [1, 0, 0, 0]])
     np.testing.assert_allclose(
-        told(TopK(k=2), y, 0.1), [[0.625, 0, 0.375, 0], [0.5, 0.5, 0, 0]], rtol=1e-6
+        told(TopK(), y, 2.0), [[0.625, 0, 0.375, 0], [0.5, 0.5, 0, 0]], rtol=1e-6
     )
     np.testing.assert_allclose(
-        told(TopK(k=3, normalised=False), y[:1], 1.0), [[0.5, 0.1, 0.3, 0]], rtol=1e-6
+        told(TopK(normalised=False), y[:1], 3.0), [[0.5, 0.1, 0.3, 0]], rtol=1e-6
     )
-    np.testing.assert_array_equal(told(TopK(k=9), y, 1.0), y)
+    rounded = y * jnp.float32(0.99)  # whose sum is not 1, which a division would mend
+    for k in (4.0, 9.0):
+        np.testing.assert_array_equal(told(TopK(), rounded, k), rounded)
 
 
 def test_rounding_by_hand():
     y = jnp.array([[0.6, 0.34, 0.06, 0.0], [0.3, 0.3, 0.2, 0.2]])
     plain = Rounding(normalised=False)
     np.testing.assert_allclose(
-        told(plain, y, 0.1), [[0.6, 0.3, 0.1, 0], [0.3, 0.3, 0.2, 0.2]], atol=1e-6
+        told(plain, y, 1.0), [[0.6, 0.3, 0.1, 0], [0.3, 0.3, 0.2, 0.2]], atol=1e-6
     )
-    np.testing.assert_allclose(told(plain, y, 1.0), [[1, 0, 0, 0], [0, 0, 0, 0]], atol=1e-6)
-    np.testing.assert_allclose(
-        told(Rounding(), y, 0.5), [[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]], atol=1e-6
-    )
-    np.testing.assert_allclose(told(Rounding(), y, 1.0)[1], 0.25)  # nothing is left: uniform
+    np.testing.assert_array_equal(told(plain, y, 0.0), [[1, 0, 0, 0], [0, 0, 0, 0]])
+    thirds = jnp.array([[0.34, 0.33, 0.33]])
+    np.testing.assert_allclose(told(Rounding(), thirds, 1.0), 1 / 3, atol=1e-6)
+    np.testing.assert_allclose(told(Rounding(), y, 0.0)[1], 0.25)  # nothing is left: uniform
+
+
+@pytest.mark.parametrize("decimals", range(7))
+def test_rounding_is_that_of_decimals(decimals):
+    """Against float64, where no entry lies half-way between two answers."""
+    y = np.float32(jax.nn.softmax(3 * jax.random.normal(jax.random.key(1), (200, 5))))
+    scaled = np.float64(y) * 10**decimals
+    clear = np.abs(scaled % 1 - 0.5) > 0.1
+    got = told(Rounding(normalised=False), y, float(decimals))
+    np.testing.assert_allclose(got[clear], np.round(scaled[clear]) / 10**decimals, atol=1e-7)
 
 
 def test_reverse_sigmoid_by_hand():
@@ -285,6 +309,8 @@ def test_reverse_sigmoid_by_hand():
     got = told(ReverseSigmoid(), jnp.array([[1.0, 0, 0]]), 1.0)[0]
     np.testing.assert_allclose(got, np.array([0.5, 0.5, 0.5]) / 1.5, rtol=1e-6)
     np.testing.assert_allclose(told(ReverseSigmoid(), jnp.full((1, 4), 0.25), 1.0), 0.25)
+    certain = jnp.eye(3)
+    np.testing.assert_array_equal(told(ReverseSigmoid(gamma=0.0), certain, 1.0), certain)
 
 
 def test_reverse_sigmoid_keeps_the_label_of_confident_posteriors_alone():
@@ -310,12 +336,12 @@ def fixed(values):
 @pytest.mark.parametrize(
     ("ball", "moved"),
     [
-        (l1_ball, [2.5, 0.0, -1.5]),  # the nearest point of |d|_1 = 4 to (3, .4, -2)
-        (l2_ball, 4 * np.array([3, 0.4, -2]) / np.linalg.norm([3, 0.4, -2])),
+        (madjax.l1, [2.5, 0.0, -1.5]),  # the nearest point of |d|_1 = 4 to (3, .4, -2)
+        (madjax.l2, 4 * np.array([3, 0.4, -2]) / np.linalg.norm([3, 0.4, -2])),
     ],
 )
 def test_random_noise_by_hand(ball, moved):
-    drawn = fixed([3, 0.4, -2.0] if ball is l1_ball else [30, 4.0, -20.0])
+    drawn = fixed([3, 0.4, -2.0] if ball is madjax.l1 else [30, 4.0, -20.0])
     y = np.array([0.7, 0.2, 0.1])
     got = told(RandomNoise(noise=drawn, ball=ball), jnp.float32(y)[None], 4.0)[0]
     s = 1 / (1 + np.exp(-(np.log(y / (1 - y)) + moved)))
@@ -336,21 +362,82 @@ def test_noise_is_drawn_as_it_says():
     np.testing.assert_allclose(draws.std(0), 1, rtol=0.06)
 
 
+def different(*answers):
+    """How many different ones there are."""
+    return len({tuple(row) for row in np.concatenate(answers)})
+
+
 def test_every_query_has_its_own_noise_and_the_key_decides():
     y = jnp.tile(jnp.array([[0.6, 0.3, 0.1]]), (3, 1))
     first, again, other = (told(RandomNoise(), y, 5.0, key=key) for key in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert len({tuple(row) for row in np.asarray(jnp.concatenate([first, other]))}) == 6
+    assert different(first, other) == 6
+
+
+def test_a_query_sent_again_has_the_same_noise_unless_that_is_fresh():
+    y = jnp.tile(jnp.array([[0.6, 0.3, 0.1]]), (3, 1))
+    x = jnp.array([[4, 5], [4, 6], [4, 5]], jnp.uint8)
+    for numbers in (None, jnp.array([7, 3, 1])):
+        kept = told(RandomNoise(), y, 5.0, numbers, x=x)
+        np.testing.assert_array_equal(kept[0], kept[2])
+        assert different(kept) == 2
+        np.testing.assert_array_equal(kept, told(RandomNoise(), y, 5.0, x=x))
+    fresh = RandomNoise(fresh=True)
+    assert different(told(fresh, y, 5.0, x=x), told(fresh, y, 5.0, jnp.arange(7, 10), x=x)) == 6
+
+
+def test_noise_is_named_or_a_function():
+    y, numbers = awkward(4), jnp.arange(46)
+    for noise in (uniform, gaussian):
+        named, given = (RandomNoise(noise=n) for n in (noise.__name__, noise))
+        np.testing.assert_array_equal(told(named, y, 2.0, numbers), told(given, y, 2.0, numbers))
+        assert named.describe() == given.describe()
+    assert RandomNoise(fresh=True).describe()["defense_variant"] == "uniform, l1 ball, fresh"
 
 
 def test_dp_sgd_answers_with_the_victim_of_its_noise(queries):
     w, x, y = queries
     defense = DPSGD()
     known = jnp.array([0.5, 2.0]), jnp.stack([w, -w])
-    got = [as_function(defense, apply, known, s)(jax.random.key(0), x, y) for s in (0.5, 2.0, 0.0)]
+    got = [as_function(defense, apply, known, s)(jax.random.key(0), x, y) for s in (0.5, 2.0, 1.0)]
     np.testing.assert_allclose(got[0], jax.nn.softmax(x @ w), atol=1e-6)
     np.testing.assert_allclose(got[1], jax.nn.softmax(-x @ w), atol=1e-6)
-    np.testing.assert_array_equal(got[2], y)
+    assert np.isnan(got[2]).all(), "there is no such victim"
+
+
+def test_dp_sgd_is_a_recipe_with_private_gradients():
+    own, theirs = madjax.Recipe(batch_size=200), madjax.Recipe(epochs=4, weight_decay=5e-4)
+    private = PrivateGradient(1.5, clip=0.5)
+    assert DPSGD(0.5).victim_recipe(theirs, 1.5) == replace(theirs, gradient=private)
+    assert DPSGD(0.5, own).victim_recipe(theirs, 1.5) == replace(own, gradient=private)
+    for rule in (MAD(), NoDefense(), RandomNoise(), TopK(), TopLabel(), ReverseSigmoid()):
+        assert rule.victim_recipe(theirs, 1.5) is theirs
+
+
+@dataclass(frozen=True)
+class Smoothed(Retrained):
+    """The victim with a weight decay of the strength."""
+
+    def victim_recipe(self, recipe, strength):
+        return replace(recipe, weight_decay=strength)
+
+
+def test_a_defence_in_the_training_is_a_recipe():
+    """A victim for each strength and each key, which answers in place of the undefended one."""
+    classifier, recipe, data = trainable()
+    owner = Owner(classifier, recipe, jax.random.key(1), data, data)
+    rule, x = Smoothed(), data[0]
+    known = rule.prepare(owner, jax.random.key(2), (0.0, 3.0))
+    again = rule.prepare(owner, jax.random.key(3), (0.0, 3.0))
+    y = classifier.posterior(classifier.init(jax.random.key(0)), x)
+    for strength in (0.0, 3.0):
+        settings = replace(recipe, weight_decay=strength)
+        victim = madjax.fit(classifier, settings, jax.random.key(2), data, data).params
+        got = as_function(rule, classifier.apply, known, strength)(jax.random.key(0), x, y)
+        np.testing.assert_allclose(got, classifier.posterior(victim, x), atol=1e-6)
+        other = as_function(rule, classifier.apply, again, strength)(jax.random.key(0), x, y)
+        assert np.abs(got - other).max() > 1e-4
+    assert rule.name == "smoothed"
 
 
 def test_a_defence_of_ones_own_is_a_function(queries):
@@ -366,14 +453,18 @@ def test_a_defence_of_ones_own_is_a_function(queries):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: TopK(k=0), "k of TopK is 0"),
+        (lambda: Defended(TopK(), (0.0,)), "strength is 0: that of top_k is k, give a whole"),
+        (lambda: Defended(TopK(), (1.5,)), "strength is 1.5: that of top_k is k, give a whole"),
         (
-            lambda: Defended(Rounding(), (2.0,)),
-            "strength is 2.0: .* rounding is a number from 0 to 1",
+            lambda: Defended(Rounding(), (7.0,)),
+            "strength is 7.0: .* rounding is a number from 0 to 6",
         ),
-        (lambda: ReverseSigmoid(gamma=0.0), "gamma of ReverseSigmoid is 0.0"),
+        (lambda: Defended(Rounding(), (0.1,)), "strength is 0.1: that of rounding is a number of"),
+        (lambda: ReverseSigmoid(gamma=-0.1), "gamma of ReverseSigmoid is -0.1"),
+        (lambda: ReverseSigmoid(gamma=float("inf")), "gamma of ReverseSigmoid is inf"),
+        (lambda: RandomNoise(noise="pink"), "noise of RandomNoise is 'pink': give 'uniform', 'g"),
         (lambda: Defended(ReverseSigmoid(), (1.5,)), "strength is 1.5: .* reverse_sigmoid"),
-        (lambda: RandomNoise(ball=max), "give madjax.defenses.l1_ball or l2_ball"),
+        (lambda: RandomNoise(ball=madjax.linf), "give madjax.l1 or madjax.l2"),
         (lambda: Defended(DPSGD(), (0.0, 1.0)), "strength is 0: .* give a number above 0"),
         (lambda: Defended(Custom(function=max)), "strengths of custom holds nothing"),
         (lambda: Defended(madjax.jbda()), "rule is JacobianAug.*not a madjax.Defense"),
@@ -392,7 +483,8 @@ def test_settings_that_make_no_sense_are_named(make, words):
 
 
 def test_a_defence_without_strengths_is_tried_at_its_usual_ones():
-    for rule in (MAD(), Undefended(), TopK(k=2), Rounding(), ReverseSigmoid(), RandomNoise()):
+    rules = MAD(), NoDefense(), TopK(), TopLabel(), Rounding(), ReverseSigmoid(), RandomNoise()
+    for rule in rules:
         assert Defended(rule).strengths == rule.usual
         assert len(rule.usual) > 0
     assert Defended(MAD(), (1,)).strengths == (1.0,)
@@ -405,40 +497,52 @@ def test_rows_tell_settings_apart():
         MAD(surrogate_epochs=1),
         MAD(surrogate_epochs=5),
         MAD(layers="identity"),
-        TopK(k=1),
-        TopK(k=1, normalised=False),
-        TopK(k=3),
+        MAD(surrogate_epochs=None),
+        TopK(),
+        TopK(normalised=False),
+        TopLabel(),
         Rounding(),
         ReverseSigmoid(),
         ReverseSigmoid(gamma=0.4),
         RandomNoise(),
-        RandomNoise(ball=l2_ball),
-        RandomNoise(noise=gaussian),
+        RandomNoise(ball=madjax.l2),
+        RandomNoise(noise="gaussian"),
+        RandomNoise(fresh=True),
         DPSGD(),
-        Undefended(),
-        Undefended(variant="twice"),
+        NoDefense(),
+        NoDefense(variant="twice"),
     ]
     labels = [defense.label for defense in said]
     assert len(set(labels)) == len(labels)
     assert labels[1] == "mad, all, extreme, l1, surrogate of 1 epoch"
-    assert labels[5] == "top1, not normalised"
+    assert labels[4] == "mad, all, extreme, l1, the victim as surrogate"
+    assert labels[6] == "top_k, not normalised"
     names = [defense.describe()["defense"] for defense in said]
     assert set(names) == {
-        *("mad", "top1", "top3", "rounding"),
+        *("mad", "top_k", "top_label", "rounding"),
         *("reverse_sigmoid", "random_noise", "dp_sgd", "none"),
     }
 
 
 def test_a_surrogate_is_trained_as_long_as_it_says():
-    classifier = madjax.Classifier(madjax.MLP(3, hidden=(4,)), lambda x: x / 255.0, (2, 2, 1))
-    images = jax.random.randint(jax.random.key(0), (24, 2, 2, 1), 0, 256).astype(jnp.uint8)
-    data = images, jnp.arange(24) % 3
-    recipe = madjax.Recipe(epochs=9, batch_size=8)
+    classifier, recipe, data = trainable()
     owner = Owner(classifier, recipe, jax.random.key(1), data, data)
     key = jax.random.key(2)
     chex.assert_trees_all_close(MAD().prepare(owner, key), classifier.init(key), atol=1e-7)
     want = madjax.fit(classifier, madjax.Recipe(epochs=2, batch_size=8), key, data, data).params
     chex.assert_trees_all_close(MAD(surrogate_epochs=2).prepare(owner, key), want)
+
+
+def test_before_the_victim_itself_as_surrogate_every_answer_stands():
+    """M p = 0 at the surrogate's own posterior p: no direction is known to be wrong."""
+    classifier, recipe, data = trainable()
+    owner = Owner(classifier, recipe, jax.random.key(1), data, data)
+    victim = madjax.fit(classifier, recipe, owner.key, data, data).params
+    rule, y = MAD(surrogate_epochs=None), classifier.posterior(victim, data[0])
+    known = rule.prepare(owner, jax.random.key(2))
+    chex.assert_trees_all_equal(known, victim)
+    told = as_function(rule, classifier.apply, known, 0.9)(jax.random.key(0), data[0], y)
+    np.testing.assert_array_equal(told, y)
 
 
 def test_entropy_by_hand():

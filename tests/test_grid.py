@@ -15,19 +15,20 @@ from madjax import (
     Defended,
     Knockoff,
     LineSearch,
+    NoDefense,
     Recipe,
     Sweep,
     Task,
-    Undefended,
     jbda,
     l2,
     sweep,
     top_label,
 )
 from madjax.constraints import keep_label
+from madjax.private import PrivateGradient
+from madjax.recipe import adam
 from madjax.report.points import RECIPE, curve_of
 from madjax.sweep.rows import plain, which
-from madjax.train import adam
 
 pytestmark = pytest.mark.smoke
 
@@ -38,7 +39,7 @@ SUMS = {"dataset": 1, "queryset": 2}
 
 def test_the_grid_is_the_product_of_its_axes():
     other = replace(TASK, victim_seed=1)
-    none, mad = Undefended(), MAD()
+    none, mad = NoDefense(), MAD()
     config = Sweep(
         "s",
         (TASK, other),
@@ -68,7 +69,7 @@ CHANGES = {
     "network": {"task": replace(TASK, architecture=MLP)},
     "victim": {"task": replace(TASK, victim=Recipe(epochs=3))},
     "victim seed": {"task": replace(TASK, victim_seed=1)},
-    "rule": {"rule": Undefended()},
+    "rule": {"rule": NoDefense()},
     "layers": {"rule": MAD(layers="last")},
     "solver": {"rule": MAD(solver=Ascend())},
     "distance": {"rule": MAD(solver=LineSearch(distance=l2))},
@@ -123,12 +124,16 @@ def test_a_row_is_as_json_has_it():
 
 
 def test_a_row_holds_both_recipes():
-    victim, attacker = Recipe(epochs=3), Recipe(learning_rate=0.2, decay_epochs=7, optimizer=adam)
+    victim = Recipe(epochs=3, gradient=PrivateGradient(1.0))
+    attacker = Recipe(learning_rate=0.2, decay_epochs=7, optimizer=adam)
     attack = replace(CELL.attack, recipe=attacker)
     row = which(replace(CELL, task=replace(TASK, victim=victim), attack=attack), SUMS)
-    for prefix, recipe, optimizer in (("victim_", victim, "sgd"), ("", attacker, "adam")):
+    for prefix, recipe, named in (
+        ("victim_", victim, {"optimizer": "sgd", "gradient": "PrivateGradient"}),
+        ("", attacker, {"optimizer": "adam", "gradient": "mean_gradient"}),
+    ):
         said = {name: row[prefix + name] for name in asdict(recipe)}
-        assert said == asdict(recipe) | {"optimizer": optimizer}
+        assert said == asdict(recipe) | named
     json.dumps(row)
     assert set(RECIPE) == set(asdict(victim)), "fields by which reports tell curves apart"
 
@@ -136,4 +141,4 @@ def test_a_row_holds_both_recipes():
 def test_equal_cells_have_equal_ids_in_any_process():
     """The digits are pinned: where they change, runs of before cannot be gone on with."""
     made = sweep.Cell(Task("mnist", "letters"), MAD(), 0.5, Knockoff(budget=100), 100, 3)
-    assert sweep.cell_id(made, SUMS) == sweep.cell_id(CELL, SUMS) == "c0282f2a1a88"
+    assert sweep.cell_id(made, SUMS) == sweep.cell_id(CELL, SUMS) == "c6c9780ef582"

@@ -19,6 +19,7 @@ FLOORS = [
     {"gram", "constraints", "subsets", "models", "datasets"},
     {"objectives", "polytope", "steps"},
     {"label"},
+    {"recipe"},
     {"mad", "train"},
     {"ablations", "ascend", "private", "serving", "white_box"},
     {"defenses"},

@@ -36,7 +36,7 @@ from madjax.cli import main
 from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import answers
 from madjax.objectives import angle_between
-from madjax.train import adam, cross_entropy
+from madjax.recipe import adam, cross_entropy
 
 # --- the angle ------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def one_lap(attack, defense, state, images, surrogate, key, epsilon):
     def respond(attacker, numbers, x, y):
         known = attacker if attack.refresh else surrogate
         evidence = defense.evidence(CLASSIFIER.apply, known, x)
-        return answers(defense, key, y, evidence, epsilon, numbers)
+        return answers(defense, key, x, y, evidence, epsilon, numbers)
 
     distance = getattr(defense, "distance", madjax.l1)
     return lap(attack, CLASSIFIER, state, images, respond, distance)

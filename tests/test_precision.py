@@ -37,7 +37,7 @@ from madjax import (
 from madjax.datasets import MNIST_FAMILY
 from madjax.evaluate import utility
 from madjax.objectives import angle_between, defined
-from madjax.train import cross_entropy
+from madjax.recipe import cross_entropy
 
 jit_solve = jax.jit(solve, static_argnames="solver")
 

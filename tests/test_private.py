@@ -3,6 +3,7 @@
 jax-privacy is imported inside the tests, as the package imports it: it takes seconds.
 """
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madjax import Classifier, InputError, Recipe, private, train
+import madjax
+from madjax import Classifier, InputError, Recipe, train
 from madjax.datasets import MNIST_FAMILY
-from madjax.private import accounted_epsilon, fit
+from madjax.private import PrivateGradient, accounted_epsilon
+from madjax.recipe import Lesson
+from madjax.streams import stream
 
 SHAPE = (8, 8, 1)
 
@@ -93,15 +97,19 @@ def data():
     return examples(61)
 
 
-def drawn(state, epoch, n, batch_size):
-    """The indices of every step of an epoch, as the library draws them."""
-    from jax_privacy import batch_selection
+def fit(module, recipe, key, data, test, *, after_epoch=lambda state: None, state=None, **settings):
+    """Train by DP-SGD with these settings."""
+    recipe = replace(recipe, gradient=PrivateGradient(**settings))
+    return madjax.fit(module, recipe, key, data, test, state=state, after_epoch=after_epoch)
 
-    rng = np.random.default_rng([*np.asarray(state.key).tolist(), epoch])
-    sampling = batch_selection.CyclicPoissonSampling(
-        sampling_prob=batch_size / n, iterations=-(-n // batch_size)
-    )
-    return list(sampling.batch_iterator(n, rng=rng))
+
+def drawn(state, epoch, n, batch_size):
+    """The examples of every step of an epoch, as the library draws them."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), epoch)
+    key = stream(key, "private steps")
+    for i in range(-(-n // batch_size)):
+        draw_key, _, _ = jax.random.split(jax.random.fold_in(key, i), 3)
+        yield np.flatnonzero(np.asarray(jax.random.uniform(draw_key, (n,))) < batch_size / n)
 
 
 def plain_loop(recipe, key, data, clip):
@@ -132,11 +140,13 @@ def plain_loop(recipe, key, data, clip):
         seen = []
         for batch in drawn(state, e, len(x), recipe.batch_size):
             total = jax.tree.map(jnp.zeros_like, params)
+            values = []
             for i in batch:
                 total, value, norm = add_one(total, params, x[i], labels[i])
-                seen.append(value)
+                values.append(value)
                 norms.append(norm)
             params, velocity = sgd(params, velocity, total)
+            seen.append(np.mean(values) if values else 0)
         losses.append(np.mean(seen))
     assert min(norms) < clip < max(norms), "some gradients must be clipped and some must not"
     return params, losses
@@ -156,45 +166,66 @@ def test_without_noise_it_is_a_plain_loop_over_the_drawn_examples(data):
         np.testing.assert_allclose(state.accuracy[-1], 100 * hits.mean(), rtol=1e-6)
 
 
-def test_draws_are_poisson_at_the_rate_of_the_batch(monkeypatch):
+def step_of(n, batch_size, count=None, microbatch=1, module=None):
+    """One step of DP-SGD without noise, and the examples it took in each: (params, i) -> ..."""
+    x, labels = examples(n)
+    taken = []
+
+    def take(index):
+        jax.debug.callback(taken.append, index, ordered=True)
+        return x[index], jax.nn.one_hot(labels[index], 3)
+
+    lesson = Lesson(take, n, count, batch_size, jax.random.key(2), jnp.int32(0))
+    step = PrivateGradient(0.0, microbatch=microbatch)(module or classifier(Bias()), lesson)
+    return jax.jit(step), taken
+
+
+def test_draws_are_poisson_at_the_rate_of_the_batch():
     """600 draws of 2000 examples: counts of a binomial, examples drawn equally often."""
-    from jax_privacy import batch_selection
-
-    batches = []
-    pad = batch_selection.split_and_pad_global_batch
-
-    def spy(indices, size, microbatch):
-        batches.append((indices, size))
-        return pad(indices, size, microbatch)
-
-    monkeypatch.setattr(batch_selection, "split_and_pad_global_batch", spy)
-    n, recipe = 2000, Recipe(epochs=3, batch_size=10, decay_epochs=0)
-    fit(classifier(Bias()), recipe, jax.random.key(2), examples(n), examples(5), noise_multiplier=1)
-    counts = np.array([len(indices) for indices, _ in batches])
-    variance = 10 * (1 - 10 / n)
-    assert len(counts) == 600
-    np.testing.assert_allclose(counts.mean(), 10, atol=4 * np.sqrt(variance / 600))
-    np.testing.assert_allclose(counts.var(), variance, atol=4 * variance * np.sqrt(2.1 / 600))
-    assert {size for _, size in batches} == {36}  # 10 + 8 sqrt(variance), upwards
-    assert all(len(set(indices.tolist())) == len(indices) for indices, _ in batches)
-    often = np.bincount(np.concatenate([indices for indices, _ in batches]), minlength=n)
+    n, batch_size, steps = 2000, 10, 600
+    params = classifier(Bias()).init(jax.random.key(0))
+    step, taken = step_of(n, batch_size)
+    counts = []
+    for i in range(steps):
+        before = len(taken)
+        step(params, i)
+        jax.effects_barrier()
+        counts.append(len(taken) - before)
+    variance = batch_size * (1 - batch_size / n)
+    np.testing.assert_allclose(np.mean(counts), 10, atol=4 * np.sqrt(variance / steps))
+    np.testing.assert_allclose(np.var(counts), variance, atol=4 * variance * np.sqrt(2.1 / steps))
+    ends = np.cumsum(counts)
+    drawn = np.concatenate(taken)
+    assert all(len(set(part)) == len(part) for part in np.split(drawn, ends[:-1]))
+    often = np.bincount(drawn, minlength=n)
     np.testing.assert_allclose(often.var(), 3, atol=0.5)  # of a binomial with mean 3
 
 
-def test_a_batch_beyond_the_capacity_is_taken_whole(monkeypatch):
-    """A draw of all 40 examples, where the capacity is 10: the step sees every one."""
-    from jax_privacy import batch_selection
+@pytest.mark.parametrize("microbatch", [1, 7])
+def test_of_examples_that_are_not_there_yet_none_is_drawn(microbatch):
+    """The first 20 of 61 at a rate of 1: every one, and none of the others."""
+    params = classifier(Bias()).init(jax.random.key(0))
+    step, _ = step_of(61, 20, jnp.int32(20), microbatch)
+    loss, gradient, _ = step(params, 0)
+    want = (1 / 3 - jax.nn.one_hot(examples(61)[1][:20], 3)).mean(0)
+    np.testing.assert_allclose(gradient["params"]["bias"][0], want, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
 
-    def everyone(self, num_examples, rng):
-        yield np.arange(num_examples, dtype=np.int8)
 
-    module, recipe = classifier(Bias()), Recipe(epochs=1, batch_size=1, learning_rate=1.0)
-    x, labels = examples(40)
-    monkeypatch.setattr(batch_selection.CyclicPoissonSampling, "batch_iterator", everyone)
-    state = fit(module, recipe, jax.random.key(0), (x, labels), (x, labels), noise_multiplier=0)
-    want = (jax.nn.one_hot(labels, 3) - 1 / 3).sum(0)  # minus the gradient, whose norm is below 1
-    np.testing.assert_allclose(state.params["params"]["bias"][0], want, rtol=1e-5)
-    np.testing.assert_allclose(state.loss[0], np.log(3), rtol=1e-6)
+def test_a_step_that_draws_nothing_changes_nothing():
+    """A third of the steps of 1 of 3 examples."""
+    params = classifier(Bias()).init(jax.random.key(0))
+    step, taken = step_of(3, 1)
+    empty = 0
+    for i in range(20):
+        before = len(taken)
+        loss, gradient, _ = step(params, i)
+        jax.effects_barrier()
+        if len(taken) == before:
+            empty += 1
+            assert loss == 0
+            np.testing.assert_array_equal(gradient["params"]["bias"], 0)
+    assert 1 <= empty <= 15
 
 
 def test_noise_has_the_stated_deviation_and_is_new_in_every_step():
@@ -223,9 +254,7 @@ def test_noise_has_the_stated_deviation_and_is_new_in_every_step():
         np.testing.assert_allclose(noise.std(), want, rtol=0.02)  # 4 standard errors of 20,000
         np.testing.assert_allclose(noise.mean(), 0, atol=4 * want / np.sqrt(noise.size))
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(first.size)
-    compiled = private._step._cache_size()
     np.testing.assert_allclose(change(4.0)[0], 2 * first, rtol=1e-5)
-    assert private._step._cache_size() == compiled, "one compilation serves every noise"
     np.testing.assert_allclose(change(2.0, clip=1.0)[0], 4 * first, rtol=1e-5)
     assert abs(np.corrcoef(first, change(2.0, key=4)[0])[0, 1]) < 4 / np.sqrt(first.size)
     np.testing.assert_array_equal(change(0.0)[0], 0)
@@ -274,15 +303,13 @@ def test_dropout_falls_on_every_example_by_itself():
     [
         ({"classifier": classifier(Normed())}, "DP-SGD cannot train Normed: BatchNorm"),
         ({"recipe": Recipe(batch_size=62)}, "batch_size is 62: DP-SGD draws that many of 61"),
-        ({"labels": jnp.zeros(60, int)}, r"61 images have labels of shape \(60,\)"),
-        ({"labels": jnp.zeros((61, 3))}, r"61 images have labels of shape \(61, 3\)"),
+        ({"labels": jnp.zeros(60, int)}, r"61 images have targets of shape \(60,\)"),
         ({"labels": jnp.full(61, 3)}, "labels run from 3 to 3: the network has 3 classes"),
-        ({"labels": jnp.full(61, -1)}, "labels run from -1"),
-        ({"noise_multiplier": -1.0}, "noise_multiplier is -1.0: give a number >= 0"),
-        ({"noise_multiplier": float("nan")}, "noise_multiplier is nan"),
-        ({"clip": 0.0}, "clip is 0.0: give a number above 0"),
-        ({"clip": float("inf")}, "clip is inf"),
-        ({"microbatch": 0}, "microbatch is 0: give a whole number >= 1"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier of DP-SGD is -1.0: give a number >= 0"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier of DP-SGD is nan"),
+        ({"clip": 0.0}, "clip of DP-SGD is 0.0: give a number above 0"),
+        ({"clip": float("inf")}, "clip of DP-SGD is inf"),
+        ({"microbatch": 0}, "microbatch of DP-SGD is 0: give a whole number >= 1"),
     ],
 )
 def test_what_cannot_be_trained_privately_is_named(data, change, words):
@@ -331,6 +358,35 @@ def test_epsilon_is_that_of_poisson_sampled_gaussians(noise, settings):
     want = pld.PLDAccountant().compose(event).get_epsilon(delta)
     np.testing.assert_allclose(found, want, rtol=1e-3)
     assert found <= rdp.RdpAccountant().compose(event).get_epsilon(delta)
+
+
+def test_epsilon_is_a_little_below_the_bound_by_moments_worked_out_by_hand():
+    """Mironov et al. 2019, section 3.3, and Balle et al. 2020, theorem 21, at whole orders a.
+
+    E[(P/Q)^a] = sum_k binom(a, k) (1 - q)^(a - k) q^k exp(k (k - 1) / 2 sigma^2), summed in logs.
+    """
+    q, sigma, steps, delta = 0.01, 1.3, 1000, 1e-5
+
+    def renyi(a):
+        terms = [
+            math.lgamma(a + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(a - k + 1)
+            + (a - k) * math.log1p(-q)
+            + k * math.log(q)
+            + k * (k - 1) / (2 * sigma**2)
+            for k in range(a + 1)
+        ]
+        most = max(terms)
+        return (most + math.log(sum(math.exp(t - most) for t in terms))) / (a - 1)
+
+    bound = min(
+        steps * renyi(a) + math.log1p(-1 / a) - (math.log(delta) + math.log(a)) / (a - 1)
+        for a in range(2, 100)
+    )
+    settings = {"num_examples": 60_000, "batch_size": 600, "epochs": 10, "delta": delta}
+    found = accounted_epsilon(sigma, **settings)
+    assert 0.85 * bound < found < bound
 
 
 def test_epsilon_of_one_step_on_all_examples_is_that_of_a_gaussian():

@@ -89,7 +89,7 @@ def several():
     cells += [row(epsilon=e, defense_variant="", **argmax) for e in (0.0, 1.0)]
     cells += [other("random_noise", 50.0, defense_variant="uniform, l1 ball")]
     cells += [other("dp_sgd", e, defense_variant="clip 1", dp_epsilon=8 / e) for e in (0.7, 2.0)]
-    cells += [other("top1", 1.0), other("rounding", 0.1), other("my_own", 3.0)]
+    cells += [other("top_label", 1.0), other("rounding", 0.1), other("my_own", 3.0)]
     cells += [row(epsilon=1.0, layers="identity"), row(epsilon=1.0, oracle="random_vertex")]
     cells += [row(epsilon=1.0, oracle="extreme_unnormalised"), row(epsilon=1.0, oracle="argmin")]
     cells += [row(epsilon=1.0, defense_variant="surrogate of 1 epoch")]
@@ -223,7 +223,7 @@ def test_cells_that_differ_in_their_settings_alone_are_curves_of_their_own():
     assert set(drawn(ax)) == {
         f"{label} 9, targets posteriors",
         f"{label} 99, targets posteriors",
-        f"{label} 99, targets top_label",
+        f"{label} 99, targets top label",
     }
 
 
@@ -393,7 +393,7 @@ def test_columns_appear_only_in_the_tables_of_curves_that_have_them():
 def test_headings_say_what_a_defence_has():
     rows = [
         other("reverse_sigmoid", 0.3, defense_variant="gamma 0.2"),
-        other("top1", 1.0),
+        other("top_label", 1.0),
         row(defense_variant="surrogate of 1 epoch"),
         row(layers="identity", oracle=None),
         row(defense_variant="ascend", oracle="none"),
@@ -404,7 +404,7 @@ def test_headings_say_what_a_defence_has():
         "MAD, last layer (ascend; distance l1)",
         "MAD, last layer (surrogate of 1 epoch; oracle extreme, distance l1)",
         "reverse sigmoid (gamma 0.2)",
-        "top-1 label",
+        "top label",
     ]
 
 
@@ -527,7 +527,7 @@ def test_labels_in_a_figure_of_defences_say_no_attack_and_differ_in_every_panel(
         "reverse sigmoid (gamma 0.2)",
         "random noise (uniform, l1 ball)",
         "DP-SGD (clip 1)",
-        "top-1 label",
+        "top label",
         "rounding",
         "my_own",
     }
@@ -540,7 +540,7 @@ def test_a_curve_without_an_undefended_point_starts_at_that_of_its_attack():
         curves = drawn(ax)
         # Undefended: the first row. The others follow in the order of the rows, 1 point less each.
         np.testing.assert_array_equal(curves["DP-SGD (clip 1)"][:, 0], np.subtract(top, [0, 8, 9]))
-        np.testing.assert_array_equal(curves["top-1 label"][:, 0], np.subtract(top, [0, 10]))
+        np.testing.assert_array_equal(curves["top label"][:, 0], np.subtract(top, [0, 10]))
         # Its own point at epsilon 0 is kept.
         np.testing.assert_array_equal(curves["MAD, last layer"][:, 0], np.subtract(top, [2, 3, 4]))
         np.testing.assert_array_equal(
@@ -579,7 +579,7 @@ def test_figure_has_a_curve_for_each_defence_and_attack_but_no_ablation():
         "reverse sigmoid (gamma 0.2; {})",
         "random noise (uniform, l1 ball; {})",
         "DP-SGD (clip 1; {})",
-        "top-1 label ({})",
+        "top label ({})",
         "rounding ({})",
         "my_own ({})",
     }
@@ -620,7 +620,7 @@ def test_colours_and_dashes_tell_defences_and_attacks_apart():
     assert len(set(map(str, looks.values()))) == len(looks) == 16
     # Eight defences, the more, have colours; two attacks have dashes.
     assert looks["rounding (knockoff)"][0] == looks["rounding (knockoff (argmax))"][0]
-    assert looks["rounding (knockoff)"][1] == looks["top-1 label (knockoff)"][1]
+    assert looks["rounding (knockoff)"][1] == looks["top label (knockoff)"][1]
     assert len({colour for colour, _ in looks.values()}) == 8
     # Where the attacks are more, they have the colours.
     rows = [{**r, "attack": attack} for attack in "abc" for r in grid()[:16]]
@@ -754,6 +754,65 @@ def test_png_has_the_same_bytes_twice_and_no_version(tmp_path):
     assert paths[1].read_bytes() != first
 
 
+def learners():
+    """Attackers of whole answers and their twins that keep the top label, before five defences."""
+    return [
+        {**cell, "attacker_accuracy": start - 10 * cell["l1_mean"] + seed, "seed": seed}
+        | {"targets": targets, "variant": variant, "attack_settings": targets}
+        for targets, variant, start in (("posteriors", "", 97.0), ("top_label", "label", 90.0))
+        for seed in (0, 2)
+        for cell in (
+            other("none", 0.0),
+            row(epsilon=0.0),
+            row(epsilon=0.5, l1_mean=0.5),
+            other("reverse_sigmoid", 0.3, l1_mean=0.7),
+            row(epsilon=1.0, l1_mean=1.0, layers="identity"),
+        )
+    ]
+
+
+def test_the_figure_of_the_top_label_draws_both_attackers_of_a_defence_in_one_panel():
+    rows = learners()
+    panels = report.top_label_figure(rows).get_axes()
+    titles = [ax.get_title(loc="left") for ax in panels]
+    assert titles == ["MAD, last layer", "reverse sigmoid"], "neither ablations nor none"
+    for ax, distance in zip(panels, (0.5, 0.7), strict=True):
+        whole, label = (line.get_xydata() for line in curve_lines(ax))
+        np.testing.assert_allclose(whole, [(0, 98), (distance, 98 - 10 * distance)])
+        np.testing.assert_allclose(label, [(0, 91), (distance, 91 - 10 * distance)])
+        assert len({line.get_color() for line in curve_lines(ax)}) == 2
+    assert "top_label.png" in report.figures_for(rows)
+
+
+def test_attackers_without_one_twin_are_in_no_figure_of_the_top_label():
+    rows = learners()
+    alone = [r for r in rows if r["targets"] == "posteriors"]
+    assert "top_label.png" not in report.figures_for(alone)
+    jbda = [r | {"attack": "jbda"} for r in alone]
+    third = [r | {"variant": "third", "attack_settings": "third"} for r in alone]
+    titles = [ax.get_title(loc="left") for ax in report.top_label_figure(rows + jbda).get_axes()]
+    assert titles == ["MAD, last layer", "reverse sigmoid"]
+    assert "top_label.png" not in report.figures_for(rows + third)
+    lost = [r | {"status": "diverged"} for r in rows]
+    assert report.figures_for(lost) == {}
+
+
+def test_a_strength_of_0_that_changes_answers_is_a_point_as_any_other():
+    """Rounding to no decimals; a curve goes from the answers that are changed least."""
+    rows = [
+        other("none", 0.0, attacker_accuracy=97.0, undefended_share=1.0),
+        other("rounding", 0.0, attacker_accuracy=90.0, undefended_share=0.3, l1_mean=0.4),
+        other("rounding", 2.0, attacker_accuracy=96.0, undefended_share=0.4, l1_mean=0.1),
+    ]
+    ax = report.defenses_figure(rows).get_axes()[0]
+    (line,) = curve_lines(ax)
+    np.testing.assert_array_equal(line.get_xydata(), [(97, 0), (96, 0.1), (90, 0.4)])
+    assert line.get_markevery() == [1, 2]
+    np.testing.assert_array_equal(marked(ax, "undefended (ε = 0)").get_xydata(), [(97, 0)])
+    assert "undefended %" in report.table(rows[1:])
+    assert "undefended %" not in report.table(rows[:1])
+
+
 def test_write_report_of_one_defence_writes_both_files_and_leaves_no_others(tmp_path):
     rows = [r for r in grid() if r["layers"] == "last"]
     save(tmp_path, *rows, '{"half')
@@ -768,11 +827,11 @@ def test_write_report_of_one_defence_writes_both_files_and_leaves_no_others(tmp_
 @pytest.mark.parametrize(
     ("defenses", "written"),
     [
-        (["none", "top1"], []),
-        (["none", "top1", "rounding"], ["defenses.png"]),
+        (["none", "top_label"], []),
+        (["none", "top_label", "rounding"], ["defenses.png"]),
         (["none", "identity"], ["ablations.png"]),
-        (["top1", "identity", "random_vertex"], ["ablations.png"]),
-        (["none", "top1", "rounding", "identity"], ["defenses.png", "ablations.png"]),
+        (["top_label", "identity", "random_vertex"], ["ablations.png"]),
+        (["none", "top_label", "rounding", "identity"], ["defenses.png", "ablations.png"]),
     ],
 )
 def test_figures_are_those_that_the_defences_call_for(tmp_path, defenses, written):

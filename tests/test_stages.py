@@ -13,11 +13,11 @@ from madjax import (
     Classifier,
     Defended,
     Knockoff,
+    NoDefense,
     RandomNoise,
     Recipe,
     Sweep,
     Task,
-    Undefended,
     jbda,
     sweep,
 )
@@ -40,10 +40,12 @@ Y = np.asarray(NETWORK.posterior(VICTIM, IMAGES))
 STRENGTHS = (0.0, 0.4, 1.2)
 
 
-@pytest.mark.parametrize("rule", [MAD(), RandomNoise()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [MAD(), RandomNoise(), RandomNoise(fresh=True)], ids=lambda rule: rule.label
+)
 @pytest.mark.parametrize("queries", [1000, 37, 36, 5])
 def test_answers_are_those_of_each_strength_alone_in_any_chunks(rule, queries):
-    """The noise of a query depends on its number, not on its chunk."""
+    """The noise of a query depends on its content or on its number, not on its chunk."""
     key = jax.random.key(7)
     told = stages.answers(rule, NETWORK, SURROGATE, key, IMAGES, Y, STRENGTHS, chunk=queries)
     assert told.shape == (3, 37, 4)
@@ -55,7 +57,7 @@ def test_answers_are_those_of_each_strength_alone_in_any_chunks(rule, queries):
 
 @dataclass(frozen=True)
 class Counting(RandomNoise):
-    """Noise that depends on the image and on the number of the query."""
+    """Noise that depends on the image and, where it is fresh, on the number of the query."""
 
     def evidence(self, apply, known, x):
         LOOKED_AT.append(len(x))
@@ -68,11 +70,12 @@ class Counting(RandomNoise):
 LOOKED_AT = []
 
 
+@pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("devices", [1, 4])
-def test_an_image_that_is_sent_often_is_looked_at_once(devices):
-    """And every query has its own answer, wherever it was made."""
+def test_an_image_that_is_sent_often_is_looked_at_once(devices, fresh):
+    """And where noise is fresh every query has its own answer, wherever it was made."""
     LOOKED_AT.clear()
-    key, few, rule = jax.random.key(3), slice(11), Counting(variant=str(devices))
+    key, few, rule = jax.random.key(3), slice(11), Counting(variant=str(devices), fresh=fresh)
     sent = np.random.default_rng(0).permutation(np.r_[np.arange(11), np.arange(0, 11, 2)])
     over = over_rows(sweep.make_mesh(jax.devices()[:devices]))
     query = key, IMAGES[few], Y[few]
@@ -83,7 +86,7 @@ def test_an_image_that_is_sent_often_is_looked_at_once(devices):
     for each, strength in zip(told, STRENGTHS, strict=True):
         want = as_function(rule, NETWORK.apply, (), strength)(key, IMAGES[sent], Y[sent])
         np.testing.assert_allclose(each, want, atol=1e-6)
-    assert len(np.unique(np.round(told[2], 5), axis=0)) == len(sent)
+    assert len(np.unique(np.round(told[2], 5), axis=0)) == (len(sent) if fresh else 11)
 
 
 def test_the_utility_at_each_strength_is_that_of_its_answers():
@@ -177,6 +180,6 @@ def test_an_attack_that_keeps_no_promise_gets_the_answers_to_its_own_images(tmp_
     recipe = Recipe(epochs=8, batch_size=16)
     attack = Brightest(budget=160, architecture=Linear, recipe=recipe)
     task = Task("easy", "easy", architecture=Linear, victim=recipe)
-    config = Sweep("s", (task,), (Defended(Undefended()),), (attack,))
+    config = Sweep("s", (task,), (Defended(NoDefense()),), (attack,))
     (row,) = sweep.run(config, tmp_path / "out", data_dir=tmp_path, log=lambda line: None)
     assert row["attacker_accuracy"] > 95

@@ -75,7 +75,7 @@ def uses(monkeypatch):
 IMAGES = jax.random.randint(jax.random.key(5), (20, 6, 6, 1), 0, 256).astype(jnp.uint8)
 NETWORK = Classifier(Dropped(3), MNIST_FAMILY.preprocess, (6, 6, 1))
 SMALL = {"budget": 12, "recipe": RECIPE}
-NOISY = Custom(function=lambda key, x, y, strength: y + jax.random.uniform(key))
+NOISY = Custom(function=lambda key, x, y, strength: y + jax.random.uniform(key), fresh=True)
 ATTACKS = [
     Knockoff(repeats=2, augment=lambda k, x: crop_and_flip(k, x, 1), **SMALL),
     AdaptiveKnockoff(online=RECIPE, **SMALL),
@@ -94,7 +94,7 @@ def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):
 
     def respond(numbers, images):
         y = jnp.full((len(images), 3), 1 / 3)
-        return answers(NOISY, key["defense"], y, y, 1.0, numbers)
+        return answers(NOISY, key["defense"], images, y, y, 1.0, numbers)
 
     with jax.disable_jit():
         own = IMAGES, jnp.arange(20) % 3, 3, 3
@@ -102,7 +102,7 @@ def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):
         transfer = attack.begin(world)
         for r in range(attack.rounds):
             transfer = attack.proceed(r, transfer, world)
-        answers(NOISY, stream(key["defense"], "tests"), IMAGES[:, 0, 0], IMAGES, 1.0)
+        answers(NOISY, stream(key["defense"], "tests"), IMAGES, IMAGES[:, 0, 0], IMAGES, 1.0)
         state = start(NETWORK, RECIPE, 12, key["train"])
         for _ in range(2):
             take = lambda i: transfer.take(IMAGES, i)  # noqa: E731
@@ -116,7 +116,7 @@ def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):
 def test_streams_have_numbers_of_their_own():
     """Above those of queries, and one for each name."""
     key = jax.random.key(0)
-    names = ("steps", "augment", "rounds", "bandit", "tests", "fingerprints")
+    names = ("steps", "augment", "rounds", "bandit", "tests", "fingerprints", "private steps")
     found = {name(stream(key, each)) for each in names}
     found |= {name(jax.random.fold_in(key, i)) for i in range(1000)}
     assert len(found) == len(names) + 1000

@@ -20,11 +20,11 @@ from madjax import (
     Knockoff,
     LeNet,
     LineSearch,
+    NoDefense,
     RandomNoise,
     Recipe,
     Sweep,
     Task,
-    Undefended,
     fit,
     jbda,
     jbself,
@@ -36,7 +36,8 @@ from madjax import (
 from madjax.attacks import Custom, Transfer, World, crop_and_flip, keys
 from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import prediction_api
-from madjax.private import accounted_epsilon
+from madjax.private import PrivateGradient, accounted_epsilon
+from madjax.recipe import mean_gradient
 from madjax.report import read_rows
 from madjax.sweep import stages
 from madjax.train import train
@@ -464,7 +465,7 @@ def test_an_attack_that_remembers_goes_on_in_the_middle(tmp_path, monkeypatch):
     monkeypatch.setattr("madjax.attacks.adaptive.STEPS", 1)
     online, recipe = Recipe(epochs=1, batch_size=16, decay_epochs=0), CONFIG.attacks[0].recipe
     attack = AdaptiveKnockoff(budget=48, online=online, architecture=Linear, recipe=recipe)
-    chosen = replace(CONFIG, defenses=(Defended(Undefended()),), seeds=(0,), attacks=(attack,))
+    chosen = replace(CONFIG, defenses=(Defended(NoDefense()),), seeds=(0,), attacks=(attack,))
     with monkeypatch.context() as patch:
         interrupt_after(patch, "save", 2 + 3)  # two of the victim's, none asked, and two rounds
         with pytest.raises(KeyboardInterrupt):
@@ -480,7 +481,7 @@ MIXED = replace(
     CONFIG,
     seeds=(0, 1),
     defenses=(
-        Defended(Undefended()),
+        Defended(NoDefense()),
         Defended(MAD(), (0.4, 0.99)),
         Defended(RandomNoise(), (5.0,)),
         Defended(MAD(surrogate_epochs=2), (0.99,)),
@@ -550,7 +551,7 @@ def test_what_defences_prepare_survives_a_stop(tmp_path, monkeypatch):
         folders = (tmp_path / "out" / "checkpoints").iterdir()
         kept[saves] = {path.name.rpartition("-")[0]: path for path in folders}
     assert set(kept[3]) == {"victim", "surrogate"}
-    assert {"victim", "surrogate", *(f"dp-sgd-noise-{n}-clip-1" for n in (0.5, 2))} == set(kept[8])
+    assert {"victim", "surrogate", *(f"dp_sgd-{n}" for n in (0.5, 2))} == set(kept[8])
     rows = sweep.run(chosen, tmp_path / "out", data_dir=data, resume=True, log=lambda line: None)
     want = sweep.run(chosen, tmp_path / "whole", data_dir=data, log=lambda line: None)
     assert list(map(who, rows)) == list(map(who, want))
@@ -574,7 +575,7 @@ def test_the_victim_is_exported_behind_any_of_its_defences(tmp_path):
     with pytest.raises(InputError, match="2 defences, 2 of them meant: choose one by its label"):
         sweep.defended(chosen, out, strength=0.5, task="0", data_dir=data)
     where = {"task": other.label, "defense": "dp_sgd, clip 1", "data_dir": data}
-    with pytest.raises(InputError, match=r"no dp-sgd-noise-0\.4-clip-1 trained for 2 epochs"):
+    with pytest.raises(InputError, match=r"no dp_sgd-0\.4 trained for 2 epochs"):
         sweep.defended(chosen, out, strength=0.4, **where)
     with pytest.raises(InputError, match="strength is 0: that of dp_sgd is a noise multiplier"):
         sweep.defended(chosen, out, strength=0.0, **where)
@@ -815,19 +816,23 @@ class Normed(nn.Module):
 
 
 @dataclass(frozen=True)
-class Told(Undefended):
+class Told(NoDefense):
     """A rule that puts an array into rows."""
 
-    def facts(self, strength, num_examples):
+    def facts(self, strength, recipe, num_examples):
         return {"weights": np.ones(num_examples)}
 
 
+PRIVATE = Recipe(epochs=1, batch_size=30, gradient=PrivateGradient(1.0))
+
+
 @dataclass(frozen=True)
-class Nameless(Undefended):
+class Nameless(NoDefense):
     """A rule that trains by a function which nothing tells from another."""
 
     def prepare(self, owner, key, strengths=()):
-        return owner.train("other", owner.recipe, key, lambda *args, **options: fit(*args))
+        recipe = replace(owner.recipe, gradient=lambda *lesson: mean_gradient(*lesson))
+        return owner.train("other", recipe, key)
 
 
 def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
@@ -847,7 +852,18 @@ def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
         ({"attacks": (Custom(collect=too_few, architecture=Linear),)}, "makes targets of shape"),
         ({"attacks": (Custom(architecture=Linear),)}, "the attack custom fails on these data"),
         ({"attacks": (Broken(budget=9, architecture=Linear),)}, "the attack knockoff fails on"),
-        ({"defenses": (Defended(DPSGD(), (1.0,)),)}, "batch_size is 600: DP-SGD draws that many"),
+        (
+            {"defenses": (Defended(DPSGD(recipe=Recipe(batch_size=61)), (1.0,)),)},
+            "batch_size is 61: DP-SGD draws that many of 60",
+        ),
+        (
+            {"tasks": (replace(TASK, victim=replace(PRIVATE, batch_size=61)),)},
+            "batch_size is 61: DP-SGD draws that many of 60",
+        ),
+        (
+            {"attacks": (replace(CONFIG.attacks[0], budget=20, recipe=PRIVATE),)},
+            "batch_size is 30: DP-SGD draws that many of 20",
+        ),
         (
             {
                 "tasks": (replace(TASK, architecture=Normed),),

@@ -10,7 +10,8 @@ import pytest
 
 from madjax import Classifier, InputError, Recipe, fit
 from madjax.datasets import MNIST_FAMILY
-from madjax.train import adagrad, adam, order, start
+from madjax.recipe import adagrad, adam, order
+from madjax.train import start
 
 
 class Linear(nn.Module):

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from madjax.attacks.attack import Attack, Transfer, World, check_budget
 from madjax.errors import InputError
+from madjax.recipe import Recipe, cross_entropy
 from madjax.streams import stream
-from madjax.train import Recipe, cross_entropy, one_pass, start
+from madjax.train import one_pass, start
 
 Array = jax.Array
 

@@ -18,7 +18,8 @@ import numpy as np
 from madjax.datasets import Family
 from madjax.errors import InputError
 from madjax.models import Classifier, LeNet
-from madjax.train import Recipe, State, fit
+from madjax.recipe import Recipe
+from madjax.train import State, fit
 
 Array = jax.Array
 Respond = Callable[[Array, Array], Array]

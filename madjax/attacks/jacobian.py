@@ -23,8 +23,9 @@ import numpy as np
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.datasets import Family
 from madjax.errors import InputError
+from madjax.recipe import Recipe, cross_entropy, order
 from madjax.streams import stream
-from madjax.train import Recipe, cross_entropy, order, train
+from madjax.train import train
 
 Array = jax.Array
 Perturb = Callable[[Callable[[Array], Array], Array, Array, Array, Array], Array]

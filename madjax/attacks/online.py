@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe
+from madjax.recipe import Recipe
 from madjax.white_box import Attacker, fresh, handed, step
 
 Array = jax.Array

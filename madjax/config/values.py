@@ -14,7 +14,7 @@ from madjax.datasets import base_name
 from madjax.defenses import MAD, Defense
 from madjax.errors import InputError
 from madjax.models import LeNet
-from madjax.train import Recipe
+from madjax.recipe import Recipe
 
 Architecture = Callable[[int], nn.Module]
 """Number of classes -> a linen module; a module class whose first field is that number will do."""

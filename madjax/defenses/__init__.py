@@ -15,13 +15,12 @@ from madjax.defenses.noise import (
     RandomNoise,
     ReverseSigmoid,
     gaussian,
-    l1_ball,
-    l2_ball,
     logit,
     uniform,
 )
 from madjax.defenses.private import DPSGD
-from madjax.defenses.truncation import Rounding, TopK, Undefended
+from madjax.defenses.retrained import Retrained
+from madjax.defenses.truncation import NoDefense, Rounding, TopK, TopLabel
 
 __all__ = [
     "DPSGD",
@@ -29,18 +28,18 @@ __all__ = [
     "MAX_STRENGTH",
     "Custom",
     "Defense",
+    "NoDefense",
     "Owner",
     "RandomNoise",
+    "Retrained",
     "ReverseSigmoid",
     "Rounding",
     "TopK",
-    "Undefended",
+    "TopLabel",
     "answers",
     "as_function",
     "fingerprints",
     "gaussian",
-    "l1_ball",
-    "l2_ball",
     "logit",
     "prediction_api",
     "uniform",

@@ -19,12 +19,12 @@ from madjax.batching import QUERIES, map_chunks, map_within
 from madjax.errors import InputError
 from madjax.mad import NO_SOLVER
 from madjax.models import Classifier
-from madjax.train import Recipe, State, check_converges, fit
+from madjax.recipe import Recipe
+from madjax.streams import stream
+from madjax.train import State, check_converges, fit
 
 Array = jax.Array
 Apply = Callable[[Any, Array], Array]
-Fit = Callable[..., State]
-"""A training loop with the arguments of `madjax.fit`."""
 
 _LABEL = ("defense", "layers", "oracle", "distance", "defense_variant")
 MAX_STRENGTH = 1e6
@@ -33,9 +33,8 @@ MAX_STRENGTH = 1e6
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """A training loop with what it trains: called as train(state=, after_epoch=) -> State."""
+    """What is trained, and by what recipe: called as train(state=, after_epoch=) -> State."""
 
-    fit: Fit
     classifier: Classifier
     recipe: Recipe
     key: Array
@@ -43,8 +42,8 @@ class Training:
     test: tuple[Array, Array]
 
     def __call__(self, **options: Any) -> State:
-        """Run `fit`, or go on from a state."""
-        return self.fit(self.classifier, self.recipe, self.key, self.data, self.test, **options)
+        """Run `madjax.fit`, or go on from a state."""
+        return fit(self.classifier, self.recipe, self.key, self.data, self.test, **options)
 
 
 def untracked(name: str, train: Training) -> State:
@@ -74,18 +73,21 @@ class Owner:
     test: tuple[Array, Array]
     keep: Callable[..., State] = untracked
 
-    def train(self, name: str, recipe: Recipe, key: Array, fit: Fit = fit) -> Any:
+    def train(self, name: str, recipe: Recipe, key: Array) -> Any:
         """The parameters of the victim's network, trained by a recipe on the victim's data.
 
-        Its checkpoint is told from others by recipe, key, data and fit. So fit needs an import
-        path: a function of a module, a `functools.partial` of one, or an object of a module's
-        class.
+        Its checkpoint is told from others by recipe, key and data.
         """
-        return self.keep(name, self.training(recipe, key, fit)).params
+        return self.keep(name, self.training(recipe, key)).params
 
-    def training(self, recipe: Recipe, key: Array, fit: Fit = fit) -> Training:
+    def training(self, recipe: Recipe, key: Array) -> Training:
         """What `keep` is given to train."""
-        return Training(fit, self.classifier, recipe, key, self.data, self.test)
+        return Training(self.classifier, recipe, key, self.data, self.test)
+
+    @property
+    def victim(self) -> Training:
+        """The training of the undefended victim."""
+        return self.training(self.recipe, self.key)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,20 @@ class Defense:
         return ()
 
     @property
+    def neutral(self) -> float | None:
+        """The strength at which every answer is y itself; None where there is none."""
+        return 0.0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether a query that is sent again gets a new answer.
+
+        By default the noise of an answer is a function of the query's content and of the
+        defence's key: asking again tells an attacker nothing.
+        """
+        return False
+
+    @property
     def is_budgeted(self) -> bool:
         """Whether the strength is a budget: a bound on the distance from posterior to answer."""
         return False
@@ -146,13 +162,21 @@ class Defense:
                 f"{self.strongest:g}"
             )
 
-    def check(self, classifier: Classifier, num_examples: int) -> None:
-        """Refuse, before any work, a victim's network or data that the defence does not go with.
+    def check(self, classifier: Classifier, recipe: Recipe, num_examples: int) -> None:
+        """Refuse, before any work, a victim's network, recipe or data that it does not go with.
 
         Raises:
             InputError: with the value and what to give in its place.
         """
-        del classifier, num_examples
+        del classifier, recipe, num_examples
+
+    def victim_recipe(self, recipe: Recipe, strength: float) -> Recipe:
+        """How the victim behind the defence is trained, where the undefended one is by `recipe`.
+
+        The same, unless the defence is in the training (`madjax.defenses.Retrained`).
+        """
+        del strength
+        return recipe
 
     def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
         """What the defence knows before the first query, such as the surrogate's parameters.
@@ -171,7 +195,7 @@ class Defense:
         return ()
 
     def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
-        """The answer y~ [K] to one query with posterior y [K]; the strength is above 0."""
+        """The answer y~ [K] to one query with posterior y [K], at any strength but the neutral."""
         raise NotImplementedError(f"{type(self).__name__} has no method answer")
 
     def describe(self) -> dict[str, str]:
@@ -184,9 +208,9 @@ class Defense:
             "defense_variant": self.variant,
         }
 
-    def facts(self, strength: float, num_examples: int) -> dict[str, Any]:
-        """Further fields of a row: what is known of a strength, given the victim's examples."""
-        del strength, num_examples
+    def facts(self, strength: float, recipe: Recipe, num_examples: int) -> dict[str, Any]:
+        """Further fields of a row: what is known of a strength, given the victim's training."""
+        del strength, recipe, num_examples
         return {}
 
 
@@ -194,16 +218,23 @@ class Defense:
 class Custom(Defense):
     """A defence that is one function (key, x [...], y [K], strength) -> y~ [K] of one query.
 
-    jit-able and vmap-able; the strength may be traced.
+    jit-able and vmap-able; the strength may be traced. fresh: the key is new for each query, not a
+    function of its content.
     """
 
     function: Callable[[Array, Array, Array, Array | float], Array]
     title: str = "custom"
+    fresh: bool = False
 
     @property
     def name(self) -> str:
         """The title."""
         return self.title
+
+    @property
+    def is_fresh(self) -> bool:
+        """As `fresh` says."""
+        return self.fresh
 
     def evidence(self, apply: Apply, known: Any, x: Array) -> Array:
         """The queries themselves."""
@@ -218,25 +249,29 @@ class Custom(Defense):
 def answers(
     defense: Defense,
     key: Array,
+    x: Array,
     y: Array,
     evidence: Any,
     strength: Array | float,
     numbers: Array | None = None,
 ) -> Array:
-    """The defence's answers to a batch: y [B, K], evidence [B, ...] -> y_tilde [B, K].
+    """The defence's answers to queries x [B, ...]: y [B, K], evidence [B, ...] -> y_tilde [B, K].
 
-    The key of query number i is fold_in(key, i); numbers int32 [B] are by default 0, 1, ... so
-    that equal queries at two places of a batch get different noise, which averages out over many.
-    `fingerprints` are numbers with which they do not. At strength 0 every answer is y itself,
-    whatever the defence.
+    The key of a query is fold_in(key, number). Its number is the `fingerprints` of its content, so
+    that equal queries have equal answers. Of a defence that `is_fresh` it is the query's own of
+    numbers int32 [B], by default 0, 1, ...: such noise averages out over repeated queries. At the
+    defence's neutral strength every answer is y itself.
     """
+    if not defense.is_fresh:
+        numbers = fingerprints(stream(key, "fingerprints"), x)
+    elif numbers is None:
+        numbers = jnp.arange(y.shape[0])
 
     def answer(query: tuple[Array, Array, Any]) -> Array:
         i, y, evidence = query
         told = defense.answer(jax.random.fold_in(key, i), y, evidence, strength)
-        return jnp.where(strength > 0, told, y)
+        return told if defense.neutral is None else jnp.where(strength == defense.neutral, y, told)
 
-    numbers = jnp.arange(y.shape[0]) if numbers is None else numbers
     return map_within(jax.vmap(answer), (numbers, y, evidence))
 
 
@@ -250,7 +285,7 @@ def as_function(
     """
 
     def defend(key: Array, x: Array, y: Array, numbers: Array | None = None) -> Array:
-        return answers(defense, key, y, defense.evidence(apply, known, x), strength, numbers)
+        return answers(defense, key, x, y, defense.evidence(apply, known, x), strength, numbers)
 
     return defend
 
@@ -287,6 +322,6 @@ def prediction_api(
         numbers, images = queries
         y = classifier.posterior(victim, images)
         evidence = defense.evidence(classifier.apply, known, images)
-        return answers(defense, key, y, evidence, strength, numbers)
+        return answers(defense, key, images, y, evidence, strength, numbers)
 
     return lambda numbers, images: map_chunks(respond, (numbers, images), QUERIES)

@@ -24,19 +24,22 @@ class MAD(Defense):
     `madjax.solve`; where it keeps every top label, by its oracle or by a constraint, rows call the
     defence MAD-argmax. surrogate_epochs: how long the surrogate, which has the victim's
     architecture, is trained, by the victim's recipe on the victim's data; 0, random parameters, is
-    the paper's best choice (section 4).
+    the paper's best choice (section 4). None is the victim itself, as the authors' code has it
+    where it is given no surrogate: its posterior is y, so that G'y vanishes and nearly every answer
+    is y (`undefended_share` in rows).
     """
 
     layers: str = "all"
     solver: AnySolver = LineSearch()
-    surrogate_epochs: int = 0
+    surrogate_epochs: int | None = 0
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
         check_solver(self.solver)
-        if self.surrogate_epochs < 0:
+        if self.surrogate_epochs is not None and self.surrogate_epochs < 0:
             raise InputError(
-                f"surrogate_epochs is {self.surrogate_epochs}: give a whole number >= 0"
+                f"surrogate_epochs is {self.surrogate_epochs}: give a whole number >= 0, or None "
+                "for the victim itself"
             )
 
     @property
@@ -67,6 +70,8 @@ class MAD(Defense):
     def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
         """The surrogate's parameters, which are the same at every strength."""
         del strengths
+        if self.surrogate_epochs is None:
+            return owner.keep("victim", owner.victim).params
         if not self.surrogate_epochs:
             return jax.jit(owner.classifier.init)(key)
         recipe = replace(owner.recipe, epochs=self.surrogate_epochs)
@@ -84,9 +89,11 @@ class MAD(Defense):
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which defence this was."""
         epochs = self.surrogate_epochs
-        surrogate = f"{epochs} epoch{'s' if epochs > 1 else ''}" if epochs else "random"
+        trained = f"{epochs} epoch{'s' if epochs != 1 else ''}"
+        surrogate = {None: "victim", 0: "random"}.get(epochs, trained)
         solver = describe_solver(self.solver)
-        parts = [f"surrogate of {surrogate}"] if epochs else []
+        said = {None: "the victim as surrogate", 0: ""}.get(epochs, f"surrogate of {trained}")
+        parts = [said] if said else []
         parts += [solver["solver"]] if solver["solver"] != "line_search" else []
         parts += [solver["objective"]] if solver["objective"] not in ("none", "deviation") else []
         parts += [solver["constraints"]] if solver["constraints"] != "none" else []

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from madjax.constraints import l1, l2
 from madjax.defenses.defense import Defense
 from madjax.errors import InputError
 from madjax.linear import dot
@@ -31,18 +32,17 @@ class ReverseSigmoid(Defense):
 
     y~ = y' / sum_k y'_k with y' = y - beta (sigmoid(gamma logit(y)) - 1/2), beta in [0, 1]. The
     paper's gamma is 0.2 for MNIST, 0.4 for FashionMNIST, 0.1 for CIFAR10 and 0.2 for its other data
-    sets. The top label of a confident posterior is kept. Not every one is: with s the sigmoid, the
-    order of entries is reversed where beta gamma s (1 - s) > y (1 - y), which is so for small y. A
-    one-hot posterior becomes uniform at beta = 1; a uniform one is its own answer.
+    sets; 0 leaves y as it is. The top label of a confident posterior is kept. Not every one is:
+    with s the sigmoid, the order of entries is reversed where beta gamma s (1 - s) > y (1 - y),
+    which is so for small y. A one-hot posterior becomes uniform at beta = 1; a uniform one is its
+    own answer.
     """
 
     gamma: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
-            raise InputError(
-                f"gamma of ReverseSigmoid is {self.gamma}: give a number above 0 and up to 1"
-            )
+        if not 0 <= self.gamma < float("inf"):
+            raise InputError(f"gamma of ReverseSigmoid is {self.gamma}: give a number >= 0")
 
     @property
     def name(self) -> str:
@@ -62,7 +62,9 @@ class ReverseSigmoid(Defense):
     def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
         """The posterior less what the sigmoid says."""
         del key, evidence
-        told = y - strength * (jax.nn.sigmoid(self.gamma * logit(y)) - 0.5)
+        # 0 times the infinite logit of an entry 0 or 1 is no number.
+        bent = jax.nn.sigmoid(self.gamma * logit(y)) if self.gamma else jnp.full_like(y, 0.5)
+        told = y - strength * (bent - 0.5)
         return told / told.sum()
 
     def describe(self) -> dict[str, str]:
@@ -86,36 +88,37 @@ def gaussian(key: Array, classes: int, radius: Array, order: float) -> Array:
     return jax.random.normal(key, (classes,))
 
 
-def l1_ball(noise: Array, radius: Array) -> Array:
-    """The nearest point with sum_k |d_k| <= radius (Duchi et al. 2008)."""
-    return optax.projections.projection_l1_ball(noise, radius)
-
-
-def l2_ball(noise: Array, radius: Array) -> Array:
-    """The nearest point with |d| <= radius."""
-    return optax.projections.projection_l2_ball(noise, radius)
-
-
-ORDERS = {l1_ball: 1.0, l2_ball: 2.0}
+NOISES: dict[str, Noise] = {"uniform": uniform, "gaussian": gaussian}
+BALLS = {
+    l1: (1.0, optax.projections.projection_l1_ball),
+    l2: (2.0, optax.projections.projection_l2_ball),
+}
+"""Of a distance: the order p of its norm, and the projection onto its ball (Duchi et al. 2008)."""
 
 
 @dataclass(frozen=True)
 class RandomNoise(Defense):
-    """Random noise on the logits (section 5.1); the strength is the radius of the noise's ball.
+    """Random noise on the logits (section 5.1); the strength is epsilon_z, the noise's radius.
 
     y~ = s / sum_k s_k with s = sigmoid(logit(y) + d), d the projection of a draw of `noise` onto
-    `ball`. Every query has its own draw, also when it is asked again. Radii are in logits: a
-    victim's posteriors on MNIST have logits beyond 15, and a radius of some 100 to move them.
+    the ball of radius epsilon_z in `ball`, which is madjax.l1 or madjax.l2. noise: "uniform", which
+    is U[0, 1]^K 2 epsilon_z / K^(1/p), "gaussian", which is N(0, I), or any function (key, K,
+    epsilon_z, p) -> [K]. A query has the same draw each time it is sent; with `fresh` a new one, so
+    that an attacker who asks again and again averages it out. Radii are in logits: a victim's
+    posteriors on MNIST have logits beyond 15, and a radius of some 100 to move them.
     """
 
-    noise: Noise = uniform
-    ball: Callable[[Array, Array], Array] = l1_ball
+    noise: str | Noise = "uniform"
+    ball: Callable[[Array, Array], Array] = l1
+    fresh: bool = False
 
     def __post_init__(self) -> None:
-        if self.ball not in ORDERS:
+        if not (self.noise in NOISES or callable(self.noise)):
             raise InputError(
-                f"ball of RandomNoise is {self.ball}: give madjax.defenses.l1_ball or l2_ball"
+                f"noise of RandomNoise is {self.noise!r}: give 'uniform', 'gaussian' or a function"
             )
+        if self.ball not in BALLS:
+            raise InputError(f"ball of RandomNoise is {self.ball}: give madjax.l1 or madjax.l2")
 
     @property
     def name(self) -> str:
@@ -127,15 +130,22 @@ class RandomNoise(Defense):
         """Radii that move the answers of a victim on MNIST."""
         return (50.0, 100.0, 200.0)
 
+    @property
+    def is_fresh(self) -> bool:
+        """As `fresh` says."""
+        return self.fresh
+
     def answer(self, key: Array, y: Array, evidence: Any, strength: Array | float) -> Array:
         """The posterior of the disturbed logits."""
         del evidence
         radius = jnp.asarray(strength, y.dtype)
-        moved = self.ball(self.noise(key, y.size, radius, ORDERS[self.ball]), radius)
+        order, project = BALLS[self.ball]
+        drawn = NOISES.get(self.noise, self.noise)(key, y.size, radius, order)
         # As a softmax of log-sigmoids, the sum that divides cannot vanish.
-        return jax.nn.softmax(jax.nn.log_sigmoid(logit(y) + moved))
+        return jax.nn.softmax(jax.nn.log_sigmoid(logit(y) + project(drawn, radius)))
 
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which defence this was."""
-        parts = (f"{self.noise.__name__}, l{ORDERS[self.ball]:g} ball", self.variant)
+        noise = self.noise if isinstance(self.noise, str) else self.noise.__name__
+        parts = (f"{noise}, {self.ball.__name__} ball", "fresh" if self.fresh else "", self.variant)
         return super().describe() | {"defense_variant": ", ".join(filter(None, parts))}

@@ -8,6 +8,7 @@ from madjax.report.figures import (
     save_png,
     tradeoff_figure,
 )
+from madjax.report.labels import top_label_figure
 from madjax.report.names import NAMES
 from madjax.report.points import Curve, Stat, Summary, summarise
 from madjax.report.rows import read_rows
@@ -33,6 +34,7 @@ __all__ = [
     "save_png",
     "summarise",
     "table",
+    "top_label_figure",
     "tradeoff_figure",
     "write_report",
     "write_trace",

@@ -109,7 +109,7 @@ def _figure(
     for i, at in enumerate(places):
         own = [curve for curve in kept if place(curve, panel) == at]
         drawn = [Line(said[c], looks[said[c]], points[c]) for c in own if c in said]
-        zeros = [point for curve in own for point in points[curve] if point.strength == 0]
+        zeros = [point for curve in own for point in points[curve] if point.is_undefended]
         starts = list(dict.fromkeys(zeros))  # curves may share one
         here = [row for row in rows if tuple(row.get(field, "") for field in panel) == at]
         classes = {row["num_classes"] for row in here if row.get("num_classes")}

@@ -58,7 +58,7 @@ def draw(
     for line in lines:
         x, dx, y, dy = _xy(line.points, utility).T
         dx, dy = np.nan_to_num([dx, dy])
-        crosses = [i for i, p in enumerate(line.points) if p.strength]
+        crosses = [i for i, p in enumerate(line.points) if not p.is_undefended]
         # A mark on the edge of the panel, at 100 %, is drawn whole.
         whole = {"clip_on": False, "gid": "curve", "markevery": crosses}
         ax.plot(x, y, **line.look, **CROSS, **whole, label=line.label)
@@ -105,7 +105,7 @@ def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:
     ends += [pair for _, knots in lines for pair in pairwise([knots[0], *knots])]
     taken = np.concatenate([np.linspace(*pair, 40) for pair in ends])
     # No label close to a labelled or undefended point; the far corner keeps the list non-empty.
-    done = [(9, 9), *(knots[0] for line, knots in lines if line.points[0].strength == 0)]
+    done = [(9, 9), *(knots[0] for line, knots in lines if line.points[0].is_undefended)]
     sides = np.array([(-1, 1), (1, -1), (0, 1.3), (0, -1.3), (1, 1), (-1, -1)])
     for line, knots in lines:
         # Greatest strength first: the most room, and the points a reader asks about.
@@ -115,7 +115,8 @@ def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:
             spots = spot + sides * (half + 0.01)
             inside = spots[np.all(spots + half < 1, axis=1)]  # above it is the title
             free = [at for at in inside if not np.any(np.all(abs(taken - at) < half, axis=1))]
-            if free and point.strength and min(np.hypot(*(spot - other)) for other in done) > 0.02:
+            far = min(np.hypot(*(spot - other)) for other in done) > 0.02
+            if free and far and not point.is_undefended:
                 style = {"fontsize": 7, "ha": "center", "va": "center", "transform": ax.transAxes}
                 ax.text(*free[0], text, color=line.look["color"], **style)
                 done.append(spot)

@@ -17,7 +17,7 @@ SOLVER = ("surrogate", "solver", "constraints", "objective")
 RULE = (*DEFENSE, *SOLVER, "defense_settings")
 """Those that say which defence it was."""
 RECIPE = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "decay")
-RECIPE += ("decay_epochs", "optimizer")
+RECIPE += ("decay_epochs", "optimizer", "gradient")
 TRAINING = (*(f"victim_{field}" for field in RECIPE), "attack_architecture", "targets", *RECIPE)
 DIGESTS = ("task_settings", "attack_settings", "defense_settings")
 """Of all that task, attack and defence are set to, named above or not."""
@@ -61,6 +61,14 @@ class Summary:
     update_angle_mean: Stat
     test_loss: Stat
     direction_kept: Stat
+
+    @property
+    def is_undefended(self) -> bool:
+        """Whether every answer is the victim's own, at a strength of 0.
+
+        Of some defences 0 is a strength as any other, such as of rounding to no decimals.
+        """
+        return self.strength == 0 and self.undefended_share.mean in (None, 1)
 
 
 def summarise(rows: list[dict]) -> list[Summary]:
@@ -112,22 +120,28 @@ def sound_curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
 
 
 def started(points: dict[Curve, list[Summary]]) -> dict[Curve, list[Summary]]:
-    """The curves, each beginning undefended where that was measured.
+    """The curves, each beginning undefended where that was measured, the weakest strength first.
 
-    One without a point at strength 0 gets that of `none`, or else of another defence, against the
-    same attack on the same victim.
+    One without such a point gets that of `none`, or else of another defence, against the same
+    attack on the same victim.
     """
     starts: dict[tuple, Summary] = {}
     for curve in sorted(points, key=lambda c: c.defense != "none"):
         for point in points[curve][:1]:
-            if point.strength == 0:
+            if point.is_undefended:
                 starts.setdefault(_attacked(curve), point)
     return {
-        curve: [starts[_attacked(curve)], *own]
-        if own[0].strength and _attacked(curve) in starts
-        else own
+        curve: own
+        if own[0].is_undefended or _attacked(curve) not in starts
+        else [starts[_attacked(curve)], *_from_weakest(own)]
         for curve, own in points.items()
     }
+
+
+def _from_weakest(own: list[Summary]) -> list[Summary]:
+    """Points in order of strength, turned round where a larger strength changes answers less."""
+    first, last = own[0].l1_mean.mean, own[-1].l1_mean.mean
+    return own[::-1] if None not in (first, last) and last < first else own
 
 
 def _attacked(curve: Curve) -> tuple:

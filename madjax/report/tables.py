@@ -63,13 +63,13 @@ def table(rows: list[dict]) -> str:
 
 
 def _is_shown(column: tuple[str, str, str], points: list[Summary]) -> bool:
-    """Whether some point has it; of answers left as they are, some at a strength above 0.
+    """Whether some point has it; of answers left as they are, some of a defence.
 
     Angles of steps are shown where they differ from those before them.
     """
     _, field, source = column
     if column is UNDEFENDED:
-        return any(p.strength and p.undefended_share.mean for p in points)
+        return any(not p.is_undefended and p.undefended_share.mean for p in points)
     if field in OF_STEPS:
         both = [(_text(getattr(p, field).mean), _text(getattr(p, source).mean)) for p in points]
         return any(own not in ("-", other) for own, other in both)

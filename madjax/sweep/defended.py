@@ -10,10 +10,9 @@ from madjax import store
 from madjax.attacks import keys
 from madjax.config import Sweep
 from madjax.datasets import open_dataset
-from madjax.defenses import as_function, fingerprints
+from madjax.defenses import as_function
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.streams import stream
 from madjax.sweep.tasks import make_classifier
 from madjax.sweep.victim import finder, owner_of, train_victim
 
@@ -38,8 +37,8 @@ def defended(
     rows of that seed, and whose key draws the noise of a random defence; by default the run's
     first. That noise is a function of the image alone: who sends an image again, in any place of
     any batch, gets the same answer, and averages nothing out. (An image that differs in one pixel
-    has noise of its own.) any_platform: networks take XLA's own convolution, where by default they
-    take what is fast on this platform.
+    has noise of its own.) A defence with fresh noise is refused. any_platform: networks take XLA's
+    own convolution, where by default they take what is fast on this platform.
 
     Raises:
         InputError: an unknown task or defence, or a strength or seed that it has not; a directory
@@ -49,6 +48,11 @@ def defended(
     chosen = _choose("tasks", config.tasks, task)
     rule = _choose("defences", config.defenses, defense).rule
     rule.check_strength(strength)
+    if rule.is_fresh:
+        raise InputError(
+            f"{rule.label} draws new noise for each query, which one function of the images cannot "
+            "do: export it without fresh noise"
+        )
     seed = config.seeds[0] if seed is None else seed
     if seed not in config.seeds:
         raise InputError(
@@ -70,7 +74,7 @@ def defended(
 
     def predict(images: Array) -> Array:
         y = victim.posterior(params, images)
-        return defend(secret, images, y, fingerprints(stream(secret, "fingerprints"), images))
+        return defend(secret, images, y)
 
     return victim, jax.jit(predict)
 

@@ -11,9 +11,10 @@ from madjax.batching import map_chunks
 from madjax.constraints import l1
 from madjax.defenses import Defense, answers
 from madjax.evaluate import utility
+from madjax.recipe import cross_entropy
 from madjax.streams import stream
 from madjax.sweep.stages import Api, Own, Parties, Point, Tests, entry
-from madjax.train import cross_entropy, finite, percent
+from madjax.train import finite, percent
 
 Array = jax.Array
 
@@ -60,7 +61,7 @@ def advance(
 
     def respond(attacker: Any, numbers: Array, x: Array, y: Array) -> Array:
         evidence = _evidence(parties, attack, rule, point, attacker, ground.api, x)
-        return answers(rule, key, y, evidence, point.strength, numbers)
+        return answers(rule, key, x, y, evidence, point.strength, numbers)
 
     distance = getattr(rule, "distance", l1)
     images = entry(ground.own, point.task).images
@@ -90,13 +91,14 @@ def judge(
 
     hits, test_losses = map_chunks(test, (tests.images, tests.labels), 250)
     few = slice(attack.judged)
-    y = tests.posteriors[few]
+    x, y = tests.images[few], tests.posteriors[few]
     handed = training.surrogate if attack.refresh > 1 else training.attacker.params
     told = answers(
         rule,
         stream(keys(point.seed)["defense"], "tests"),
+        x,
         y,
-        _evidence(parties, attack, rule, point, handed, ground.api, tests.images[few]),
+        _evidence(parties, attack, rule, point, handed, ground.api, x),
         point.strength,
     )
     return utility(y, told, tests.labels[few]) | {

@@ -4,7 +4,6 @@ import contextlib
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from madjax.defenses import Defense
 from madjax.errors import InputError
 from madjax.files import write_atomically
 from madjax.models import Classifier
+from madjax.recipe import Recipe
 
 FILE = "rates.jsonl"
 LARGEST = 2**18
@@ -84,9 +84,9 @@ def _shorten(path: Path) -> None:
     write_atomically(path, lambda draft: draft.write_text(text))
 
 
-def training(network: Classifier, how: Callable[..., Any]) -> str:
+def training(network: Classifier, recipe: Recipe) -> str:
     """The kind of work that trains a network on its own."""
-    return f"{name_of(how)} of {_named(network)}"
+    return f"training of {_named(network)} by {name_of(recipe.gradient)}"
 
 
 def knowing(network: Classifier) -> str:

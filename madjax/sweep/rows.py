@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from madjax.attacks import Attack
 from madjax.config import Sweep, describe, digest, name_of
 from madjax.datasets import Dataset, base_name
+from madjax.recipe import Recipe
 from madjax.sweep.grid import Cell
 from madjax.sweep.mesh import device_name
-from madjax.train import Recipe, State
+from madjax.train import State
 
 Array = jax.Array
 

@@ -27,7 +27,8 @@ from madjax.datasets import Family
 from madjax.defenses import Defense, prediction_api
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.train import Recipe, State, percent
+from madjax.recipe import Recipe
+from madjax.train import State, percent
 
 Array = jax.Array
 
@@ -186,11 +187,13 @@ def at_strengths(
 
     def at(strength: Array) -> Array:
         def of(numbers: Array) -> Array:
-            return defenses.answers(rule, key, y, evidence, strength, numbers)
+            return defenses.answers(rule, key, images, y, evidence, strength, numbers)
 
-        return jax.lax.map(of, numbers.T)
+        # Queries that send one image are told the same, unless each is answered anew.
+        return jax.lax.map(of, numbers.T if rule.is_fresh else numbers.T[:1])
 
-    return jnp.transpose(jax.lax.map(at, strengths), (2, 1, 0, 3))
+    told = jnp.transpose(jax.lax.map(at, strengths), (2, 1, 0, 3))
+    return jnp.broadcast_to(told, (*numbers.shape, *told.shape[2:]))
 
 
 @jax.jit

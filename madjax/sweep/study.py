@@ -32,8 +32,8 @@ OF_STEPS = ("batch_angle", "update_angle")
 def study(group: Group, stock: Stock, desk: Desk) -> None:
     """Train the attackers of a group together, evaluated and checkpointed after each lap.
 
-    Each is held against the one of its task and seed at strength 0, so those of all strengths in
-    the config train beside it.
+    Each is held against the one of its task and seed at the neutral strength, so those of all
+    strengths in the config train beside it.
     """
     attack = group.attack
     places = [Place(task, s, seed) for task, seed in group.owners for s in group.strengths]
@@ -65,7 +65,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
             for place, distance in zip(places, np.asarray(results["l1_mean"]), strict=False):
                 check_answers(group.rule, place, distance)
             products = np.asarray(_products(origin, training.attacker.params))
-            results["direction_kept"] = direction_kept(cells, products)
+            results["direction_kept"] = direction_kept(cells, products, group.rule.neutral)
             for field, values in results.items():
                 laps[field][at] = values
         store.save(desk.directory, name, at + 1, (training, laps, np.asarray(watch.running)))
@@ -131,10 +131,12 @@ def _products(origin: Any, params: Any) -> Array:
     return total
 
 
-def direction_kept(cells: Point, products: np.ndarray) -> np.ndarray:
+def direction_kept(cells: Point, products: np.ndarray, neutral: float | None = 0.0) -> np.ndarray:
     """Cosine between a cell's way and that of its task and seed undefended; NaN where none is."""
     lengths = np.sqrt(np.diagonal(products))
-    clean = (cells.strength == 0)[None, :]
+    clean = np.full((1, len(cells.strength)), False)
+    if neutral is not None:
+        clean = (cells.strength == neutral)[None, :]
     for mine in (cells.seed, cells.task):
         clean = clean & (mine[:, None] == mine[None, :])
     twin = clean.argmax(1)

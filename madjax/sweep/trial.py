@@ -63,6 +63,7 @@ def _look_ahead(opened: Opened, attack: Attack, seeds: tuple[int, ...]) -> Prosp
     own, data = opened.sources[attack.source], opened.data
     parties = opened.parties(attack)
     attack.check(len(own.images), data.num_classes, data.image_shape)
+    attack.recipe.check(parties.stolen, attack.examples(attack.budget))
     try:
         found = {
             seed: stages.foreseen(parties, attack, seed, own.images, own.labels) for seed in seeds
@@ -79,7 +80,7 @@ def _try_defense(opened: Opened, defended: Defended) -> Any:
 
     def untrained(name: str, train: Training) -> State:
         del name
-        describe(train.fit)  # or its network could be taken for another
+        describe(train.recipe)  # or its network could be taken for another
         return start(network, train.recipe, len(data.x_train), train.key)
 
     def defend(key: Array, images: Array) -> Any:
@@ -91,9 +92,11 @@ def _try_defense(opened: Opened, defended: Defended) -> Any:
         return known
 
     with _in_one_line(f"the defence {rule}"):
-        rule.check(network, len(data.x_train))
+        recipe, count = opened.task.victim, len(data.x_train)
+        rule.check(network, recipe, count)
         for strength in defended.strengths:
-            json.dumps(plain(rule.facts(strength, len(data.x_train))))
+            rule.victim_recipe(recipe, strength).check(network, count)
+            json.dumps(plain(rule.facts(strength, recipe, count)))
         return jax.eval_shape(defend, jax.random.key(0), _blank(opened, len(data.x_test)))
 
 

@@ -17,11 +17,12 @@ from madjax.defenses import Owner
 from madjax.defenses.defense import Training, untracked
 from madjax.errors import InputError
 from madjax.models import Classifier
+from madjax.recipe import Recipe
 from madjax.sweep import cache, rates
 from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.rates import Rates
-from madjax.train import Recipe, State, check_converges, start
+from madjax.train import State, check_converges, start
 
 Array = jax.Array
 Log = Callable[[str], None]
@@ -92,7 +93,7 @@ def keeper(
             if maker is not None:  # else a command was killed before it signed
                 found(name, maker)
                 kept.put(whole, state, maker)
-        kind = rates.training(victim, train.fit)
+        kind = rates.training(victim, recipe)
         pace.note(kind, (recipe.epochs - done) * num_examples, watch.running)
         if done < recipe.epochs:
             log(
@@ -146,7 +147,7 @@ def planner(
             with jax.ensure_compile_time_eval():  # of the key's numbers, which are known
                 folder, whole = identified(name, task, data, train)
             held = kept.has(whole) or store.holds(directory, folder, recipe.epochs)
-        kind = rates.training(victim, train.fit)
+        kind = rates.training(victim, recipe)
         state = start(victim, recipe, len(data.x_train), train.key)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         found.append(Planned(folder, held, kind, recipe.epochs * len(data.x_train), size))
@@ -157,7 +158,7 @@ def planner(
 
 def train_victim(owner: Owner) -> State:
     """The undefended victim."""
-    return owner.keep("victim", owner.training(owner.recipe, owner.key))
+    return owner.keep("victim", owner.victim)
 
 
 def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Keep:
@@ -180,7 +181,7 @@ def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Ke
 def identified_victim(task: Task, victim: Classifier, data: Dataset) -> tuple[str, Key]:
     """`identified` for the undefended victim."""
     owner = owner_of(task, victim, data, untracked)
-    return identified("victim", task, data, owner.training(owner.recipe, owner.key))
+    return identified("victim", task, data, owner.victim)
 
 
 def identified(name: str, task: Task, data: Dataset, train: Training) -> tuple[str, Key]:
@@ -201,7 +202,6 @@ def _inputs(task: Task, data: Dataset, train: Training) -> dict[str, Any]:
         "data": [data.checksum(), data.num_classes, describe(data.family)],
         "recipe": describe(train.recipe),
         "key": jax.random.key_data(train.key).tolist(),
-        "fit": describe(train.fit),
         "owned": None if same else describe([np.asarray(each) for each in train.data]),
     }
 

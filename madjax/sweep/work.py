@@ -135,7 +135,8 @@ class Desk:
             cell = group.cells[name]
             said = which(cell, self.opened[cell.task].checksums)
             row = {"id": name} | self.facts | said | values
-            rows.append(plain(row | cell.rule.facts(cell.strength, row["n_train"])))
+            known = cell.rule.facts(cell.strength, cell.task.victim, row["n_train"])
+            rows.append(plain(row | known))
         store.append_rows(self.directory, rows)
         self.rows.extend(rows)
         for row in rows:

@@ -162,14 +162,6 @@ class Defense:
                 f"{self.strongest:g}"
             )
 
-    def check(self, classifier: Classifier, recipe: Recipe, num_examples: int) -> None:
-        """Refuse, before any work, a victim's network, recipe or data that it does not go with.
-
-        Raises:
-            InputError: with the value and what to give in its place.
-        """
-        del classifier, recipe, num_examples
-
     def victim_recipe(self, recipe: Recipe, strength: float) -> Recipe:
         """How the victim behind the defence is trained, where the undefended one is by `recipe`.
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from madjax.defenses.retrained import Retrained
 from madjax.errors import InputError
-from madjax.models import Classifier
 from madjax.private import PrivateGradient, accounted_epsilon
 from madjax.recipe import Recipe
 
@@ -46,10 +45,6 @@ class DPSGD(Retrained):
                 "strength is 0: that of dp_sgd is a noise multiplier, give a number above 0, or "
                 "madjax.NoDefense() as the defence"
             )
-
-    def check(self, classifier: Classifier, recipe: Recipe, num_examples: int) -> None:
-        """Refuse networks that mix examples, and batches larger than the data."""
-        self.victim_recipe(recipe, 1.0).check(classifier, num_examples)
 
     def victim_recipe(self, recipe: Recipe, strength: float) -> Recipe:
         """The recipe with clipped and noised gradients."""

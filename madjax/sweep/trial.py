@@ -93,7 +93,6 @@ def _try_defense(opened: Opened, defended: Defended) -> Any:
 
     with _in_one_line(f"the defence {rule}"):
         recipe, count = opened.task.victim, len(data.x_train)
-        rule.check(network, recipe, count)
         for strength in defended.strengths:
             rule.victim_recipe(recipe, strength).check(network, count)
             json.dumps(plain(rule.facts(strength, recipe, count)))

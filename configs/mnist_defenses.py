@@ -38,7 +38,7 @@ from madjax.ablations import argmin, extreme_unnormalised, random_vertex
 
 
 def config() -> Sweep:
-    """Eighteen defences with strengths of their own x two attackers x three seeds: 222 cells."""
+    """Seventeen defences with strengths of their own x two attackers x three seeds: 222 cells."""
     victim = Recipe(epochs=15, weight_decay=5e-4, decay_epochs=10)
     private = Recipe(epochs=5, batch_size=600, learning_rate=0.5)
     ablations = (

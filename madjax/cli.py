@@ -188,9 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     _name_a_run(command)
     command.add_argument(
         "--epsilon",
-        type=_at_least_zero("budget"),
+        type=_at_least_zero("strength"),
         required=True,
-        help="the defence's strength, any number >= 0",
+        help="a strength of the defence: epsilon for MAD",
     )
     for what in ("task", "defense"):
         command.add_argument(

@@ -10,6 +10,7 @@ clipping norm and sigma the noise multiplier.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,14 +33,14 @@ class PrivateGradient:
     As the `gradient` of a `madjax.Recipe` it makes any training DP-SGD. An epoch is
     ceil(N / batch_size) steps, each of which draws every example with probability batch_size / N,
     as the accounting supposes (`accounted_epsilon`): the batch is as large as it comes, none is
-    padded or cut, and a step may draw no example at all. Losses and accuracies are not private,
-    and who knows the key knows the draws and the noise.
+    padded or cut, and a step that draws no example adds noise alone. The loss of a step is over the
+    expected batch too. Losses and accuracies are not private, and who knows the key knows the draws
+    and the noise.
 
-    noise_multiplier: sigma, >= 0; 0 clips only. clip: the L2 norm C, above 0 and finite. A gradient
-    that is not finite counts as zero (where it is, as jax-privacy's guarantee asks).
-    microbatch: gradients held at once, which changes rounding alone; None: 1 on a CPU, where a
-    gradient that stays in the cache is clipped several times as fast as 50 beside each other, and
-    50 elsewhere.
+    noise_multiplier: sigma, >= 0; 0 clips only. clip: the L2 norm C, above 0 and finite. Entries of
+    an example's gradient that are not finite count as 0. microbatch: gradients held at once, which
+    changes rounding alone; None: 1 on a CPU, where a gradient that stays in the cache is clipped
+    several times as fast as 50 beside each other, and 50 elsewhere.
     """
 
     noise_multiplier: float
@@ -82,34 +83,28 @@ class PrivateGradient:
         key = stream(jax.random.fold_in(lesson.key, lesson.epoch), "private steps")
 
         def loss(params: Any, x: Array, target: Array, key: Array) -> Array:
-            logits, _ = classifier.learn(params, x, key)
+            logits, _ = classifier.learn(params, x, key[0])
             return cross_entropy(logits, target).sum()
 
         clipped = clipped_grad(
             loss,
             l2_clip_norm=self.clip,
-            batch_argnums=(1, 2),
+            batch_argnums=(1, 2, 3),
             return_values=True,
-            prng_argnum=3,
         )
 
         def step(params: Any, i: Array) -> tuple[Array, Any, Any]:
             draw_key, learn_key, noise_key = jax.random.split(jax.random.fold_in(key, i), 3)
-            drawn = jax.random.uniform(draw_key, (n,)) * lesson.size < expected
-            drawn &= jnp.arange(n) < lesson.size
+            drawn = _bernoulli(draw_key, expected, lesson.size, n) & (jnp.arange(n) < lesson.size)
             count = drawn.sum()
             (chosen,) = jnp.nonzero(drawn, size=-(-n // size) * size, fill_value=0)
 
             def add(at: Array, sums: tuple[Any, Array]) -> tuple[Any, Array]:
                 places = at * size + jnp.arange(size)
                 x, targets = lesson.take(chosen[places])
-                gradient, seen = clipped(
-                    params,
-                    x,
-                    targets,
-                    jax.random.fold_in(learn_key, at),
-                    is_padding_example=places >= count,
-                )
+                keys = jax.vmap(partial(jax.random.fold_in, learn_key))(chosen[places])
+                padding = places >= count
+                gradient, seen = clipped(params, x, targets, keys, is_padding_example=padding)
                 losses = jnp.where(places < count, seen.values, 0).sum()
                 return jax.tree.map(jnp.add, sums, (gradient, losses))
 
@@ -120,9 +115,19 @@ class PrivateGradient:
             )
             total, _ = noise.update(total, noise.init(params))
             mean = jax.tree.map(lambda g: g / expected, trainable(total))
-            return losses / jnp.maximum(count, 1), mean, params
+            return losses / expected, mean, params
 
         return step
+
+
+def _bernoulli(key: Array, expected: int, size: Array | int, n: int) -> Array:
+    """Whether each of n examples is drawn, with probability expected / size: bool [n].
+
+    Of 32 random bits, as a uniform float32 has 23: too few for one example of a million.
+    """
+    rate = jnp.float32(expected) / size
+    threshold = (jnp.minimum(rate, 1 - 2**-24) * 2.0**32).astype(jnp.uint32)
+    return (jax.random.bits(key, (n,), jnp.uint32) < threshold) | (rate >= 1)
 
 
 def accounted_epsilon(

@@ -142,6 +142,11 @@ class Recipe:
         for name in ("learning_rate", "momentum", "weight_decay", "decay", "decay_epochs"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} is {getattr(self, name)}: give a number >= 0")
+        if isinstance(self.gradient, type) or not callable(self.gradient):
+            raise InputError(
+                f"gradient is {self.gradient!r}: give a function, or an object that is called as "
+                "one, such as madjax.private.PrivateGradient(noise_multiplier=1.0)"
+            )
         try:
             self.transformation(1)
         except TypeError as error:
@@ -153,7 +158,8 @@ class Recipe:
     @property
     def is_plain(self) -> bool:
         """Whether an update is the gradient times a negative number: SGD and nothing more."""
-        return self.optimizer is sgd and not self.momentum and not self.weight_decay
+        plain = self.optimizer is sgd and self.gradient is mean_gradient
+        return plain and not self.momentum and not self.weight_decay
 
     def transformation(self, num_examples: Array | int) -> optax.GradientTransformation:
         """The optax transformation for a data set of this many examples, which may be traced."""
@@ -175,6 +181,19 @@ class Recipe:
         """
         if hasattr(self.gradient, "check"):
             self.gradient.check(classifier, self, num_examples)
+
+
+def check_mean_gradient(name: str, recipe: Recipe) -> None:
+    """Refuse a recipe with gradients of its own, where the mean gradient alone is taken.
+
+    Raises:
+        InputError: with the name of the recipe's field.
+    """
+    if recipe.gradient is not mean_gradient:
+        raise InputError(
+            f"{name} has the gradient {recipe.gradient!r}: it is trained by the mean gradient "
+            "alone, leave gradient out"
+        )
 
 
 def trainable(params: Any) -> Any:

@@ -44,6 +44,7 @@ from madjax.attacks import (
     towards_top,
 )
 from madjax.datasets import MNIST_FAMILY
+from madjax.private import PrivateGradient
 from madjax.recipe import order
 from madjax.streams import stream
 
@@ -422,6 +423,14 @@ def test_top_k_of_the_published_code_is_constant_where_its_step_is_negative():
         (lambda: Knockoff(budget=0), "budget is 0: give a whole number"),
         (lambda: draw(jax.random.key(0), 50, 51), "budget is 51: the query set holds 50"),
         (lambda: AdaptiveKnockoff(rewards=()), "rewards is empty"),
+        (
+            lambda: AdaptiveKnockoff(online=Recipe(gradient=PrivateGradient(1.0))),
+            "online of knockoff_adaptive has the gradient",
+        ),
+        (
+            lambda: jbda(substitute=Recipe(gradient=PrivateGradient(1.0))),
+            "substitute of jbda has the gradient PrivateGradient",
+        ),
         (lambda: AdaptiveKnockoff(budget=61).check(60, 4, SHAPE), "budget is 61: the query set"),
     ],
 )

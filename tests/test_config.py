@@ -12,6 +12,7 @@ import pytest
 
 import madjax
 from madjax import (
+    DPSGD,
     MAD,
     AngleStudy,
     Defended,
@@ -20,6 +21,7 @@ from madjax import (
     Knockoff,
     NoDefense,
     Online,
+    Recipe,
     ReverseSigmoid,
     Sweep,
     Task,
@@ -119,6 +121,22 @@ def test_a_bad_override_is_one_clear_line(assignment, words):
     with pytest.raises(InputError, match=words) as caught:
         config.override(BASE, assignment)
     assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_may_be_none_from_the_command_line():
+    chosen = replace(BASE, defenses=(Defended(MAD(), (0.5,)), Defended(DPSGD(), (1.0,))))
+    assert chosen.defenses[1].rule.recipe is None
+    for assignment, get, want in (
+        ("defenses.mad.rule.surrogate_epochs=None", lambda r: r[0].surrogate_epochs, None),
+        ("defenses.mad.rule.surrogate_epochs=3", lambda r: r[0].surrogate_epochs, 3),
+        ("defenses.dp_sgd.rule.recipe=madjax.Recipe", lambda r: r[1].recipe, Recipe()),
+        ("defenses.dp_sgd.rule.recipe.epochs=2", lambda r: r[1].recipe.epochs, 2),
+        ("defenses.dp_sgd.rule.recipe=None", lambda r: r[1].recipe, None),
+    ):
+        chosen = config.override(chosen, assignment)
+        assert get([each.rule for each in chosen.defenses]) == want
+    with pytest.raises(InputError, match="the field takes int, like 3"):
+        config.override(chosen, "defenses.mad.rule.surrogate_epochs=some")
 
 
 def test_several_defences_from_the_command_line():

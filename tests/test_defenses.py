@@ -32,7 +32,8 @@ from madjax.defenses import (
     uniform,
 )
 from madjax.evaluate import utility
-from madjax.private import PrivateGradient
+from madjax.private import PrivateGradient, accounted_epsilon
+from madjax.streams import stream
 
 
 def apply(w, x):
@@ -174,6 +175,23 @@ def test_bytes_made_counts_every_operation_and_a_loops_body_once():
     )
     # Of 1,000 numbers: the loop's, its body's, what jit returns and what is inside.
     assert large - small == 4 * 4 * 1000
+
+
+@pytest.mark.smoke
+def test_fingerprints_of_images_whose_bits_are_few_differ():
+    """Of 0 and 1 the floats differ in 7 high bits alone."""
+    x = np.random.default_rng(1).integers(0, 2, (5000, 28, 28, 1))
+    x[1::2] = x[::2]
+    x[1::2, 3, 3] ^= 1  # neighbours differ in one pixel
+    key = jax.random.key(0)
+    found = {kind: np.asarray(fingerprints(key, jnp.asarray(x, kind))) for kind in "Bef"}
+    assert len(set(found["f"].tolist())) == 5000
+    assert len(set((found["f"] % 1024).tolist())) > 1000, "in its low bits too"
+    np.testing.assert_array_equal(found["B"], found["f"])
+    np.testing.assert_array_equal(found["e"], found["f"])
+    zero = jnp.zeros((1, 3))
+    np.testing.assert_array_equal(fingerprints(key, -zero), fingerprints(key, zero))
+    assert fingerprints(key, jnp.zeros((0, 3))).shape == (0,)
 
 
 @pytest.mark.parametrize("kind", [jnp.uint8, jnp.float32, jnp.bfloat16, bool])
@@ -410,6 +428,9 @@ def test_dp_sgd_is_a_recipe_with_private_gradients():
     private = PrivateGradient(1.5, clip=0.5)
     assert DPSGD(0.5).victim_recipe(theirs, 1.5) == replace(theirs, gradient=private)
     assert DPSGD(0.5, own).victim_recipe(theirs, 1.5) == replace(own, gradient=private)
+    known = DPSGD().facts(1.5, madjax.Recipe(epochs=2, batch_size=20), 60)
+    want = accounted_epsilon(1.5, num_examples=60, batch_size=20, epochs=2, delta=1 / 60)
+    assert (known["dp_epsilon"], known["dp_batch_size"], known["dp_epochs"]) == (want, 20, 2)
     for rule in (MAD(), NoDefense(), RandomNoise(), TopK(), TopLabel(), ReverseSigmoid()):
         assert rule.victim_recipe(theirs, 1.5) is theirs
 
@@ -432,12 +453,23 @@ def test_a_defence_in_the_training_is_a_recipe():
     y = classifier.posterior(classifier.init(jax.random.key(0)), x)
     for strength in (0.0, 3.0):
         settings = replace(recipe, weight_decay=strength)
-        victim = madjax.fit(classifier, settings, jax.random.key(2), data, data).params
+        own = stream(jax.random.key(2), f"smoothed-{strength:g}")
+        victim = madjax.fit(classifier, settings, own, data, data).params
         got = as_function(rule, classifier.apply, known, strength)(jax.random.key(0), x, y)
         np.testing.assert_allclose(got, classifier.posterior(victim, x), atol=1e-6)
         other = as_function(rule, classifier.apply, again, strength)(jax.random.key(0), x, y)
         assert np.abs(got - other).max() > 1e-4
     assert rule.name == "smoothed"
+    with pytest.raises(madjax.InputError, match="strengths of smoothed holds nothing"):
+        rule.prepare(owner, jax.random.key(2))
+
+
+def test_a_function_may_have_an_answer_at_strength_0():
+    y = awkward(3)
+    coarse = Custom(function=lambda key, x, y, strength: jnp.round(y, 1) + strength)
+    np.testing.assert_array_equal(told(coarse, y, 0.0), y)
+    np.testing.assert_array_equal(told(replace(coarse, neutral=None), y, 0.0), jnp.round(y, 1))
+    np.testing.assert_array_equal(told(replace(coarse, neutral=2.0), y, 2.0), y)
 
 
 def test_a_defence_of_ones_own_is_a_function(queries):

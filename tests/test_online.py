@@ -36,6 +36,7 @@ from madjax.cli import main
 from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import answers
 from madjax.objectives import angle_between
+from madjax.private import PrivateGradient
 from madjax.recipe import adam, cross_entropy
 
 # --- the angle ------------------------------------------------------------------------------------
@@ -214,6 +215,10 @@ def test_a_defence_without_a_surrogate_is_traced_too():
     ("settings", "wrong"),
     [
         ({"images": 0}, "images of Online is 0"),
+        (
+            {"recipe": Recipe(gradient=PrivateGradient(1.0))},
+            "recipe of Online has the gradient PrivateGradient",
+        ),
         ({"every": 0}, "every of Online is 0"),
         ({"judged": 0}, "judged of Online is 0"),
         ({"refresh": -1}, "refresh of Online is -1"),
@@ -331,8 +336,12 @@ def test_the_direction_kept_is_the_cosine_between_the_ways():
     strength, seed, task = [0.5, 0, 0.5, 0, 0.5], [1, 1, 2, 1, 1], [0, 0, 0, 0, 1]
     cells = sweep.Point(np.float32(strength), np.uint32(seed), np.int32(task))
     ways = np.array([[1.0, 1, 0], [2, 0, 0], [1, 2, 3], [0, 0, 0], [1, 1, 1]])
-    kept = sweep.direction_kept(cells, ways @ ways.T)
+    kept = sweep.direction_kept(cells, ways @ ways.T, 0.0)
     np.testing.assert_allclose(kept, [np.sqrt(0.5), 1, np.nan, np.nan, np.nan], atol=1e-6)
+    # Of a defence whose neutral strength is another, and of one that has none.
+    kept = sweep.direction_kept(cells, ways @ ways.T, 0.5)
+    np.testing.assert_allclose(kept, [1, np.sqrt(0.5), 1, np.nan, 1], atol=1e-6)
+    assert np.isnan(sweep.direction_kept(cells, ways @ ways.T, None)).all()
 
 
 @pytest.mark.parametrize("devices", [1, 4])

@@ -26,7 +26,6 @@ from madjax import (
 )
 from madjax.attacks import crop_and_flip, keys
 from madjax.defenses import Owner, as_function, prediction_api
-from madjax.streams import stream
 from madjax.sweep.victim import VICTIM
 from tests.networks import Linear
 
@@ -96,7 +95,7 @@ def test_rows_are_those_of_single_attacks(swept, data_dir):
     respond = prediction_api(defense, network, victim, known, key["defense"], strength)
     y = network.posterior(victim, data.x_test)
     defend = as_function(defense, network.apply, known, strength)
-    y_tilde = defend(stream(key["defense"], "tests"), data.x_test, y)
+    y_tilde = defend(key["defense"], data.x_test, y)
     for attack in attacks:
         label = attack.label, defense.name
         transfer, state = steal(

@@ -19,7 +19,7 @@ import pytest
 import madjax
 from madjax import Classifier, InputError, Recipe, train
 from madjax.datasets import MNIST_FAMILY
-from madjax.private import PrivateGradient, accounted_epsilon
+from madjax.private import PrivateGradient, _bernoulli, accounted_epsilon
 from madjax.recipe import Lesson
 from madjax.streams import stream
 
@@ -109,7 +109,8 @@ def drawn(state, epoch, n, batch_size):
     key = stream(key, "private steps")
     for i in range(-(-n // batch_size)):
         draw_key, _, _ = jax.random.split(jax.random.fold_in(key, i), 3)
-        yield np.flatnonzero(np.asarray(jax.random.uniform(draw_key, (n,))) < batch_size / n)
+        bits = np.asarray(jax.random.bits(draw_key, (n,), jnp.uint32), np.float64)
+        yield np.flatnonzero(bits / 2**32 < batch_size / n)
 
 
 def plain_loop(recipe, key, data, clip):
@@ -146,7 +147,7 @@ def plain_loop(recipe, key, data, clip):
                 values.append(value)
                 norms.append(norm)
             params, velocity = sgd(params, velocity, total)
-            seen.append(np.mean(values) if values else 0)
+            seen.append(np.sum(values) / recipe.batch_size)
         losses.append(np.mean(seen))
     assert min(norms) < clip < max(norms), "some gradients must be clipped and some must not"
     return params, losses
@@ -166,8 +167,8 @@ def test_without_noise_it_is_a_plain_loop_over_the_drawn_examples(data):
         np.testing.assert_allclose(state.accuracy[-1], 100 * hits.mean(), rtol=1e-6)
 
 
-def step_of(n, batch_size, count=None, microbatch=1, module=None):
-    """One step of DP-SGD without noise, and the examples it took in each: (params, i) -> ..."""
+def step_of(n, batch_size, count=None, microbatch=1, noise=0.0):
+    """One step of DP-SGD, and a list of the examples that it takes: (params, i) -> ..."""
     x, labels = examples(n)
     taken = []
 
@@ -176,7 +177,7 @@ def step_of(n, batch_size, count=None, microbatch=1, module=None):
         return x[index], jax.nn.one_hot(labels[index], 3)
 
     lesson = Lesson(take, n, count, batch_size, jax.random.key(2), jnp.int32(0))
-    step = PrivateGradient(0.0, microbatch=microbatch)(module or classifier(Bias()), lesson)
+    step = PrivateGradient(noise, microbatch=microbatch)(classifier(Bias()), lesson)
     return jax.jit(step), taken
 
 
@@ -225,7 +226,15 @@ def test_a_step_that_draws_nothing_changes_nothing():
             empty += 1
             assert loss == 0
             np.testing.assert_array_equal(gradient["params"]["bias"], 0)
+            noisy, _ = step_of(3, 1, noise=1.0)
+            assert np.all(noisy(params, i)[1]["params"]["bias"] != 0), "or it would show"
     assert 1 <= empty <= 15
+
+
+def test_at_a_rate_of_one_every_example_is_drawn():
+    for key in jax.random.split(jax.random.key(0), 5):
+        assert _bernoulli(key, 700, 700, 1000).all()
+        assert not _bernoulli(key, 0, 700, 1000).any()
 
 
 def test_noise_has_the_stated_deviation_and_is_new_in_every_step():
@@ -290,12 +299,15 @@ def test_dropout_falls_on_every_example_by_itself():
     recipe = Recipe(epochs=1, batch_size=400, learning_rate=1.0, decay_epochs=0)
     x, labels = examples(400)[0], jnp.zeros(400, int)
     data = x, labels
-    state = fit(
-        classifier(Dropped()), recipe, jax.random.key(0), data, data, noise_multiplier=0, clip=10
-    )
-    share = state.params["params"]["bias"][0, 0] / (2 * 2 / 3)  # of the examples that were kept
-    np.testing.assert_allclose(share, 0.5, atol=0.1)
-    assert share != 0.5
+    shares = []
+    for microbatch in (1, 7):
+        settings = {"noise_multiplier": 0, "clip": 10, "microbatch": microbatch}
+        state = fit(classifier(Dropped()), recipe, jax.random.key(0), data, data, **settings)
+        # Of the examples that were kept.
+        shares.append(state.params["params"]["bias"][0, 0] / (2 * 2 / 3))
+    np.testing.assert_allclose(shares[0], 0.5, atol=0.1)
+    assert shares[0] != 0.5
+    np.testing.assert_allclose(shares[1], shares[0], rtol=1e-5, err_msg="rounding alone")
 
 
 @pytest.mark.parametrize(

@@ -795,6 +795,8 @@ def test_attackers_without_one_twin_are_in_no_figure_of_the_top_label():
     assert "top_label.png" not in report.figures_for(rows + third)
     lost = [r | {"status": "diverged"} for r in rows]
     assert report.figures_for(lost) == {}
+    with pytest.raises(InputError, match="no defence was attacked twice"):
+        report.top_label_figure(alone)
 
 
 def test_a_strength_of_0_that_changes_answers_is_a_point_as_any_other():
@@ -809,6 +811,8 @@ def test_a_strength_of_0_that_changes_answers_is_a_point_as_any_other():
     np.testing.assert_array_equal(line.get_xydata(), [(97, 0), (96, 0.1), (90, 0.4)])
     assert line.get_markevery() == [1, 2]
     np.testing.assert_array_equal(marked(ax, "undefended (ε = 0)").get_xydata(), [(97, 0)])
+    (line,) = curve_lines(report.defenses_figure(rows[1:]).get_axes()[0])
+    np.testing.assert_array_equal(line.get_xydata(), [(96, 0.1), (90, 0.4)])
     assert "undefended %" in report.table(rows[1:])
     assert "undefended %" not in report.table(rows[:1])
 

@@ -1,6 +1,7 @@
 """No key is used for two things: every draw of an attack and its defence is independent."""
 
 from collections import Counter
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -75,7 +76,7 @@ def uses(monkeypatch):
 IMAGES = jax.random.randint(jax.random.key(5), (20, 6, 6, 1), 0, 256).astype(jnp.uint8)
 NETWORK = Classifier(Dropped(3), MNIST_FAMILY.preprocess, (6, 6, 1))
 SMALL = {"budget": 12, "recipe": RECIPE}
-NOISY = Custom(function=lambda key, x, y, strength: y + jax.random.uniform(key), fresh=True)
+NOISY = Custom(function=lambda key, x, y, strength: y + jax.random.uniform(key))
 ATTACKS = [
     Knockoff(repeats=2, augment=lambda k, x: crop_and_flip(k, x, 1), **SMALL),
     AdaptiveKnockoff(online=RECIPE, **SMALL),
@@ -88,13 +89,14 @@ ATTACKS = [
     [ATTACKS[0], *(pytest.param(attack, marks=pytest.mark.slow) for attack in ATTACKS[1:])],
     ids=lambda attack: attack.title,
 )
-def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack, fresh):
     """Dividing what a sampler divides inside would give two purposes one key."""
-    key = keys(3)
+    key, noisy = keys(3), replace(NOISY, fresh=fresh)
 
     def respond(numbers, images):
         y = jnp.full((len(images), 3), 1 / 3)
-        return answers(NOISY, key["defense"], images, y, y, 1.0, numbers)
+        return answers(noisy, key["defense"], images, y, y, 1.0, numbers)
 
     with jax.disable_jit():
         own = IMAGES, jnp.arange(20) % 3, 3, 3
@@ -102,13 +104,15 @@ def test_no_key_is_drawn_from_twice_or_drawn_from_and_divided(uses, attack):
         transfer = attack.begin(world)
         for r in range(attack.rounds):
             transfer = attack.proceed(r, transfer, world)
-        answers(NOISY, stream(key["defense"], "tests"), IMAGES, IMAGES[:, 0, 0], IMAGES, 1.0)
+        answers(noisy, stream(key["defense"], "tests"), IMAGES, IMAGES[:, 0, 0], IMAGES, 1.0)
         state = start(NETWORK, RECIPE, 12, key["train"])
         for _ in range(2):
             take = lambda i: transfer.take(IMAGES, i)  # noqa: E731
             state = epoch(NETWORK, RECIPE, state, take, 12, IMAGES, jnp.zeros(20, int))
     assert len(uses.drawn) > 3
     assert len(uses.parents) > 3
+    if not fresh:  # each time the same draw, by which queries are told apart
+        assert uses.drawn.pop(name(stream(key["defense"], "fingerprints")))
     assert max(uses.drawn.values()) == 1
     assert not uses.parents & set(uses.drawn)
 

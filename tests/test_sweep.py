@@ -826,6 +826,23 @@ class Told(NoDefense):
 PRIVATE = Recipe(epochs=1, batch_size=30, gradient=PrivateGradient(1.0))
 
 
+def test_attackers_may_learn_by_private_gradients(tmp_path):
+    """At each budget, with cells one after another and side by side."""
+    data = write_data(tmp_path)
+    attack = replace(CONFIG.attacks[0], budget=40, recipe=replace(PRIVATE, epochs=2))
+    chosen = replace(CONFIG, attacks=(attack,), budgets=(30,), seeds=(0, 1, 2))
+    found = []
+    for devices in (1, 3):
+        options = {"devices": jax.devices()[:devices], "cells_per_device": 3 // devices}
+        out = tmp_path / str(devices)
+        found.append(sweep.run(chosen, out, data_dir=data, log=lambda line: None, **options))
+    for row, same in zip(*found, strict=True):
+        assert row["gradient"] == "PrivateGradient"
+        np.testing.assert_allclose(row["attacker_losses"], same["attacker_losses"], rtol=1e-4)
+    losses = {tuple(row["attacker_losses"]) for row in found[0]}
+    assert len(losses) == len(found[0]), "every strength, seed and budget is a training of its own"
+
+
 @dataclass(frozen=True)
 class Nameless(NoDefense):
     """A rule that trains by a function which nothing tells from another."""
@@ -861,7 +878,7 @@ def test_what_cannot_work_fails_before_the_victim_is_trained(tmp_path):
             "batch_size is 61: DP-SGD draws that many of 60",
         ),
         (
-            {"attacks": (replace(CONFIG.attacks[0], budget=20, recipe=PRIVATE),)},
+            {"attacks": (replace(CONFIG.attacks[0], budget=40, recipe=PRIVATE),), "budgets": (20,)},
             "batch_size is 30: DP-SGD draws that many of 20",
         ),
         (

@@ -10,6 +10,7 @@ import pytest
 
 from madjax import Classifier, InputError, Recipe, fit
 from madjax.datasets import MNIST_FAMILY
+from madjax.private import PrivateGradient
 from madjax.recipe import adagrad, adam, order
 from madjax.train import start
 
@@ -138,6 +139,9 @@ def test_a_recipe_that_cannot_be_followed_is_named(name, value):
 def test_an_optimiser_that_would_misread_the_recipe_is_refused():
     with pytest.raises(InputError, match="does not take learning_rate, momentum"):
         Recipe(optimizer=optax.adam)
+    for gradient in (PrivateGradient, 3):
+        with pytest.raises(InputError, match="give a function, or an object that is called"):
+            Recipe(gradient=gradient)
 
 
 @pytest.mark.parametrize(

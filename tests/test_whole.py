@@ -31,7 +31,6 @@ from madjax import (
 from madjax.attacks import keys
 from madjax.defenses import Owner, as_function, prediction_api
 from madjax.report import read_rows
-from madjax.streams import stream
 from madjax.sweep.victim import VICTIM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -192,7 +191,7 @@ def plain(config):
             drawn = keys(seed)
             known = rule.prepare(Owner(network, task.victim, key, train, test), drawn["surrogate"])
             defended = as_function(rule, network.apply, known, strength)
-            y_tilde = defended(stream(drawn["defense"], "tests"), data.x_test, y)
+            y_tilde = defended(drawn["defense"], data.x_test, y)
             respond = prediction_api(rule, network, victim, known, drawn["defense"], strength)
             for attack in config.attacks:
                 to = own[attack.source]

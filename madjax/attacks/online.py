@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.recipe import Recipe
+from madjax.recipe import Recipe, check_mean_gradient
 from madjax.white_box import Attacker, fresh, handed, step
 
 Array = jax.Array
@@ -22,11 +22,11 @@ class Online(Attack):
 
     budget: N, queries in all; a step takes `recipe.batch_size` of them, drawn uniformly from
     `images` distinct images (B). A `madjax.AngleStudy` sets it by its steps, and a `madjax.Sweep`
-    needs one. Of the recipe `epochs` is not used, and a pass over the images is its epoch for
-    `decay_epochs`. refresh: the defence is handed the attacker's parameters every so many steps: 1
-    is white-box, more a surrogate that grows stale, 0 black-box: a defence keeps the surrogate of
-    its own. A defence without a surrogate has nothing to be handed. Every `every` steps attacker
-    and defender are evaluated, the defender on the first `judged` test images.
+    needs one. Of the recipe `epochs` and `gradient` are not used, and a pass over the images is its
+    epoch for `decay_epochs`. refresh: the defence is handed the attacker's parameters every so many
+    steps: 1 is white-box, more a surrogate that grows stale, 0 black-box: a defence keeps the
+    surrogate of its own. A defence without a surrogate has nothing to be handed. Every `every`
+    steps attacker and defender are evaluated, the defender on the first `judged` test images.
     BatchNorm keeps the statistics of the initial network: there are none in a batch of one.
     """
 
@@ -45,6 +45,7 @@ class Online(Attack):
                 raise InputError(
                     f"{name} of Online is {getattr(self, name)}: give a whole number >= {least}"
                 )
+        check_mean_gradient("recipe of Online", self.recipe)
         if self.budget is None:
             return
         if self.budget < 1 or self.budget % self.recipe.batch_size:

@@ -24,7 +24,7 @@ def override(config: Any, assignment: str) -> Any:
     defence of a sweep is tried at the strengths that are usual for it. Commas separate the values
     of a tuple. Of several tasks, defences or attacks one is meant by its position or name
     ("defenses.1.rule.layers=last", "attacks.jbda.budget=500"), and without these all that have the
-    field. The new value must be of the same kind as the old one.
+    field. The new value must be of the same kind as the old one; None where the field may be None.
 
     Raises:
         InputError: no such field, a value of another kind, or one the config refuses.
@@ -58,8 +58,18 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
     elif isinstance(old, tuple):
         new = _parse_several(text, old[0] if old else _example(config, name), assignment)
     else:
-        new = _parse(text, old, assignment)
+        kinds = get_args(get_type_hints(type(config))[name])
+        if text == "None" and type(None) in kinds:
+            new = None
+        else:
+            new = _parse(text, _like(kinds) if old is None else old, assignment)
     return dataclasses.replace(config, **{name: new})
+
+
+def _like(kinds: tuple[Any, ...]) -> Any:
+    """A value of a field that may be None: of its first other kind; None for a function."""
+    made = (kind for kind in kinds if isinstance(kind, type) and kind is not type(None))
+    return next((kind() for kind in made), None)
 
 
 def _meant(items: tuple[Any, ...], path: list[str], assignment: str) -> tuple[list[int], list[str]]:

@@ -60,8 +60,8 @@ class Task:
 class Defended:
     """A defence at each of several strengths; without any, at those that are usual for it.
 
-    A strength is of the rule's own kind: epsilon for MAD, and beta, a radius, a noise multiplier
-    or a step for others.
+    A strength is of the rule's own kind: epsilon for MAD, and beta, a radius, a noise multiplier or
+    a number of decimals for others.
     """
 
     rule: Defense
@@ -140,8 +140,9 @@ class AngleStudy:
 
     Each of `attackers` takes `steps` steps before each of `rules`, at each strength and seed; where
     `strengths` is empty, at those that are usual for the rule. How many queries, N, that are is
-    steps times its batch, so attackers have no budget of their own. Strength 0 is the clean path,
-    beside which `direction_kept` is measured. `sweep()` is the same grid for `madjax.sweep.run`.
+    steps times its batch, so attackers have no budget of their own. A rule's neutral strength,
+    mostly 0, is the clean path, beside which `direction_kept` is measured. `sweep()` is the same
+    grid for `madjax.sweep.run`.
     """
 
     task: Task

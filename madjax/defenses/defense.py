@@ -7,6 +7,7 @@ What it needs to know before the first query (a surrogate, another victim) it ma
 `as_function` closes over all of it and gives the plain form (key, x, y) -> y~.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,6 +89,10 @@ class Owner:
     def victim(self) -> Training:
         """The training of the undefended victim."""
         return self.training(self.recipe, self.key)
+
+    def train_victim(self) -> State:
+        """The undefended victim."""
+        return self.keep("victim", self.victim)
 
 
 @dataclass(frozen=True)
@@ -210,12 +215,14 @@ class Defense:
 class Custom(Defense):
     """A defence that is one function (key, x [...], y [K], strength) -> y~ [K] of one query.
 
-    jit-able and vmap-able; the strength may be traced. fresh: the key is new for each query, not a
-    function of its content.
+    jit-able and vmap-able; the strength may be traced. neutral: the strength at which y itself is
+    told and the function is not asked; None: there is none. fresh: the key is new for each query,
+    not a function of its content.
     """
 
     function: Callable[[Array, Array, Array, Array | float], Array]
     title: str = "custom"
+    neutral: float | None = 0.0
     fresh: bool = False
 
     @property
@@ -273,7 +280,8 @@ def as_function(
     """The defence as a plain function (key, x[B, ...], y[B, K], numbers=None) -> y_tilde [B, K].
 
     apply and known are the network and what the defence has prepared: for MAD, the surrogate.
-    Randomness is a function of the key and of the numbers of the queries; see `answers`.
+    Randomness is a function of the key and of a query's content, or of its number where the
+    defence's noise is fresh; see `answers`.
     """
 
     def defend(key: Array, x: Array, y: Array, numbers: Array | None = None) -> Array:
@@ -285,15 +293,19 @@ def as_function(
 def fingerprints(key: Array, x: Array) -> Array:
     """A number for every query [B, ...] that depends on its content alone: uint32 [B].
 
-    Equal queries have equal numbers; those of unequal ones differ but for one pair in 2^32, and
-    tell nothing of the queries to who does not know the key. (A sum of the queries' bits, each
-    times a random odd number, modulo 2^32.)
+    Equal queries have equal numbers, whatever type of small integer or of float they are of; those
+    of unequal ones differ but for one pair in about 2^32, and tell nothing of the queries to who
+    does not know the key. (A sum modulo 2^32 of the query's numbers, the bits of each mixed with
+    random ones of its place.)
     """
-    if x.dtype != bool:
-        x = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
-    bits = x.reshape(x.shape[0], -1).astype(jnp.uint32)
-    odd = 2 * jax.random.bits(key, bits.shape[1:], jnp.uint32) + 1
-    return (bits * odd[None]).sum(axis=1, dtype=jnp.uint32)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    if flat.dtype != jnp.int32 and flat.dtype != jnp.uint32:  # which float32 does not hold
+        flat = flat.astype(jnp.float32) + 0.0  # as -0.0 is 0.0
+    bits = jax.lax.bitcast_convert_type(flat, jnp.uint32)
+    bits ^= jax.random.bits(key, bits.shape[1:], jnp.uint32)[None]
+    for odd in (0x7FEB352D, 0x846CA68B):
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(odd)
+    return (bits ^ (bits >> 16)).sum(axis=1, dtype=jnp.uint32)
 
 
 def prediction_api(

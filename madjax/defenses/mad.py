@@ -71,7 +71,7 @@ class MAD(Defense):
         """The surrogate's parameters, which are the same at every strength."""
         del strengths
         if self.surrogate_epochs is None:
-            return owner.keep("victim", owner.victim).params
+            return owner.train_victim().params
         if not self.surrogate_epochs:
             return jax.jit(owner.classifier.init)(key)
         recipe = replace(owner.recipe, epochs=self.surrogate_epochs)

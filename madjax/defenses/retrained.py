@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from madjax.defenses.defense import Apply, Defense, Owner
+from madjax.errors import InputError
+from madjax.streams import stream
 
 Array = jax.Array
 
@@ -16,7 +18,8 @@ class Retrained(Defense):
     """The base of defences that train the victim in another way: override `victim_recipe`.
 
     Each strength and seed has a victim of its own, with the network and data of the undefended one.
-    y~ is that victim's posterior, and distances are taken from the undefended victim's y.
+    They share no randomness. y~ is that victim's posterior, and distances are taken from the
+    undefended victim's y.
     """
 
     @property
@@ -26,12 +29,15 @@ class Retrained(Defense):
 
     def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
         """The strengths, and the parameters of their victims stacked."""
-        trained = [
-            owner.train(
-                f"{self.name}-{strength:g}", self.victim_recipe(owner.recipe, strength), key
+        if not strengths:
+            raise InputError(
+                f"strengths of {self.name} holds nothing: give those at which it will answer, each "
+                "has a victim of its own"
             )
-            for strength in strengths
-        ]
+        trained = []
+        for strength in strengths:
+            recipe, name = self.victim_recipe(owner.recipe, strength), f"{self.name}-{strength:g}"
+            trained.append(owner.train(name, recipe, stream(key, name)))
         return jnp.asarray(strengths), jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
 
     def evidence(self, apply: Apply, known: Any, x: Array) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from madjax.report.names import attack, labels, name
 from madjax.report.panels import GREY, INK
-from madjax.report.points import Curve, curve_of, is_sound, stat
+from madjax.report.points import Curve, curve_of, is_sound, is_undefended, stat
 
 ACROSS = 6
 """Curves side by side."""
@@ -85,7 +85,7 @@ def ages(rows: list[dict]) -> dict[Curve, dict[int, dict[float, list[dict]]]]:
     that say the age; it is left out where attackers of one age differ in a setting of their own.
     """
     found: dict[Curve, dict[int, dict[float, list[dict]]]] = {}
-    drawn = [row for row in rows if is_drawn(row) and row["strength"]]
+    drawn = [row for row in rows if is_drawn(row) and not is_undefended(row)]
     for row in sorted(drawn, key=lambda row: row["strength"]):
         ageless = curve_of(row)._replace(variant="", attack_settings="")
         own = found.setdefault(ageless, {}).setdefault(row["refresh"], {})

@@ -34,10 +34,10 @@ def figure(rows: list[dict]):
     """Matplotlib Figure of the paper's Fig. 3: defender against attacker accuracy, in percent.
 
     One panel a data set, and in it a curve for each defence, but for ablations of MAD, and each
-    attack: lines with gid "curve", in order of strength. Colours and dashes tell defences and
-    attacks apart. The ideal defence is drawn where the rows have `num_classes`. Points without a
-    stolen model that did not diverge are left out, and the title counts those that did.
-    Raises InputError for no rows, or none to draw.
+    attack: lines with gid "curve", from the answers changed least. Colours and dashes tell defences
+    and attacks apart. The ideal defence is drawn where the rows have `num_classes`. Points without
+    a stolen model that did not diverge are left out, and the title counts those that did. Raises
+    InputError for no rows, or none to draw.
     """
     return _figure(rows, _compared, DATASET, (ACCURACY,), UNDER, across=3)
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from madjax.errors import InputError
 from madjax.report.names import attack, defence, is_ablation, name, remarked
 from madjax.report.panels import GREY, INK
 from madjax.report.points import Curve, Summary, is_sound, sound_curves, started
@@ -38,6 +39,11 @@ def top_label_figure(rows: list[dict]):
     from matplotlib.lines import Line2D
 
     pairs = label_pairs(rows)
+    if not pairs:
+        raise InputError(
+            "no defence was attacked twice, by learning from whole answers and from the top label "
+            "alone: run both attackers, as configs/mnist_defenses.py does"
+        )
     columns = min(len(pairs), ACROSS)
     lines = math.ceil(len(pairs) / columns)
     size = (3.5 * columns, 3.1 * lines + 0.4)
@@ -76,7 +82,8 @@ def top_label_figure(rows: list[dict]):
 def label_pairs(rows: list[dict]) -> dict[Curve, dict[str, list[Summary]]]:
     """The curves that have a twin in all but what is learnt of an answer: targets -> points.
 
-    Ablations of MAD are left out, and attackers with several twins.
+    Twins may differ in variant, and in settings of the attack that rows do not name. Ablations of
+    MAD are left out, and attackers with several twins.
     """
     if not any(map(is_sound, rows)):
         return {}

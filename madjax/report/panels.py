@@ -108,7 +108,7 @@ def _tag(ax, lines: list[tuple[Line, np.ndarray]]) -> None:
     done = [(9, 9), *(knots[0] for line, knots in lines if line.points[0].is_undefended)]
     sides = np.array([(-1, 1), (1, -1), (0, 1.3), (0, -1.3), (1, 1), (-1, -1)])
     for line, knots in lines:
-        # Greatest strength first: the most room, and the points a reader asks about.
+        # Answers changed most first: the most room, and the points a reader asks about.
         for spot, point in zip(knots[::-1], line.points[::-1], strict=True):
             text = "ε = " * (point is line.points[-1] and point.budgeted) + f"{point.strength:g}"
             half = np.array([0.006 + 0.006 * len(text), 0.022])

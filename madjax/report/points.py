@@ -64,11 +64,8 @@ class Summary:
 
     @property
     def is_undefended(self) -> bool:
-        """Whether every answer is the victim's own, at a strength of 0.
-
-        Of some defences 0 is a strength as any other, such as of rounding to no decimals.
-        """
-        return self.strength == 0 and self.undefended_share.mean in (None, 1)
+        """Whether every answer is the victim's own, at a strength of 0."""
+        return _untouched(self.strength, self.undefended_share.mean)
 
 
 def summarise(rows: list[dict]) -> list[Summary]:
@@ -97,6 +94,16 @@ def is_sound(row: dict) -> bool:
     return row.get("status", "ok") == "ok"
 
 
+def is_undefended(row: dict) -> bool:
+    """Whether every answer behind a row is the victim's own, at a strength of 0."""
+    return _untouched(row["strength"], row.get("undefended_share"))
+
+
+def _untouched(strength: float, share: float | None) -> bool:
+    # Of some defences 0 is a strength as any other, such as of rounding to no decimals.
+    return strength == 0 and share in (None, 1)
+
+
 def curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
     """The points of every curve, in order of strength. Raises InputError for no rows."""
     if not rows:
@@ -120,28 +127,28 @@ def sound_curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
 
 
 def started(points: dict[Curve, list[Summary]]) -> dict[Curve, list[Summary]]:
-    """The curves, each beginning undefended where that was measured, the weakest strength first.
+    """The curves, from the answers that are changed least; undefended first, where measured.
 
-    One without such a point gets that of `none`, or else of another defence, against the same
-    attack on the same victim.
+    One without an undefended point gets that of `none`, or else of another defence, against the
+    same attack on the same victim.
     """
     starts: dict[tuple, Summary] = {}
     for curve in sorted(points, key=lambda c: c.defense != "none"):
         for point in points[curve][:1]:
             if point.is_undefended:
                 starts.setdefault(_attacked(curve), point)
-    return {
-        curve: own
-        if own[0].is_undefended or _attacked(curve) not in starts
-        else [starts[_attacked(curve)], *_from_weakest(own)]
-        for curve, own in points.items()
-    }
+    found = {}
+    for curve, own in points.items():
+        found[curve] = _from_weakest(own)
+        if not own[0].is_undefended and _attacked(curve) in starts:
+            found[curve].insert(0, starts[_attacked(curve)])
+    return found
 
 
 def _from_weakest(own: list[Summary]) -> list[Summary]:
     """Points in order of strength, turned round where a larger strength changes answers less."""
     first, last = own[0].l1_mean.mean, own[-1].l1_mean.mean
-    return own[::-1] if None not in (first, last) and last < first else own
+    return own[:: -1 if None not in (first, last) and last < first else 1]
 
 
 def _attacked(curve: Curve) -> tuple:

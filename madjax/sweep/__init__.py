@@ -2,7 +2,7 @@
 
     task          a data set, a query set, a network for them     tasks.py    open_tasks
       |           the whole grid is tried on shapes               trial.py    tried
-    victim        trained once, with a checkpoint an epoch        victim.py   train_victim
+    victim        trained once, with a checkpoint an epoch        victim.py   keeper
       |
     posteriors    y of the test set and of the queries            stages.py   victim_posteriors
       |

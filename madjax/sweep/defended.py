@@ -14,7 +14,7 @@ from madjax.defenses import as_function
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.sweep.tasks import make_classifier
-from madjax.sweep.victim import finder, owner_of, train_victim
+from madjax.sweep.victim import finder, owner_of
 
 Array = jax.Array
 
@@ -63,7 +63,7 @@ def defended(
     data = open_dataset(chosen.dataset, data_dir)
     victim = make_classifier(chosen.architecture, data, "victim")
     owner = owner_of(chosen, victim, data, finder(directory, chosen, victim, data))
-    params = train_victim(owner).params
+    params = owner.train_victim().params
     known = rule.prepare(owner, keys(seed)["surrogate"], (strength,))
     if any_platform and hasattr(victim.module, "convolution"):
         module = victim.module.clone(convolution=lax.conv_general_dilated)

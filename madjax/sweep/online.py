@@ -12,8 +12,7 @@ from madjax.constraints import l1
 from madjax.defenses import Defense, answers
 from madjax.evaluate import utility
 from madjax.recipe import cross_entropy
-from madjax.streams import stream
-from madjax.sweep.stages import Api, Own, Parties, Point, Tests, entry
+from madjax.sweep.stages import Api, Own, Parties, Point, Tests, entry, tests_key
 from madjax.train import finite, percent
 
 Array = jax.Array
@@ -95,7 +94,7 @@ def judge(
     handed = training.surrogate if attack.refresh > 1 else training.attacker.params
     told = answers(
         rule,
-        stream(keys(point.seed)["defense"], "tests"),
+        tests_key(rule, point.seed),
         x,
         y,
         _evidence(parties, attack, rule, point, handed, ground.api, x),

@@ -303,7 +303,7 @@ def _count_cells(
             tally.disk += size * (size <= LARGEST_TRANSFER)
     for name, cell in group.cells.items():
         amount = attack.examples(cell.budget) * attack.recipe.epochs
-        kind = rates.stealing(parties.stolen)
+        kind = rates.stealing(parties.stolen, group.attack.recipe)
         tally.need("stolen models", "examples", name, False, kind, amount)
     size = wave_size(len(group.places), mesh, per_device)
     settings = parties.stolen, attack.recipe, attack.examples(attack.budget)

@@ -109,9 +109,9 @@ def online(attack: Attack, rule: Defense, stolen: Classifier) -> str:
     return f"steps of {attack.label} before {rule.label} with {_named(stolen)}"
 
 
-def stealing(stolen: Classifier) -> str:
+def stealing(stolen: Classifier, recipe: Recipe) -> str:
     """The kind of work that trains stolen models, many side by side."""
-    return f"stolen {_named(stolen)}"
+    return f"stolen {_named(stolen)} by {name_of(recipe.gradient)}"
 
 
 def _named(network: Classifier) -> str:

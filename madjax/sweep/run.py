@@ -123,7 +123,8 @@ def _steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> No
                 continue
             state, agreed, learning = _learn(wave, group, budget, transfer, own, tests, desk)
             seen = len(places) * group.epochs * group.attack.examples(budget)
-            stock.pace.note(rates.stealing(group.parties.stolen), seen, learning.running)
+            kind = rates.stealing(group.parties.stolen, group.attack.recipe)
+            stock.pace.note(kind, seen, learning.running)
             found = jax.device_get((transfer.asked, state.accuracy, state.loss, agreed))
             took = {
                 "seconds": collecting.running + learning.running,

@@ -28,6 +28,7 @@ from madjax.defenses import Defense, prediction_api
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.recipe import Recipe
+from madjax.streams import stream
 from madjax.train import State, percent
 
 Array = jax.Array
@@ -143,8 +144,8 @@ def answers(
 
     Query i sends images[sent[i]]; by default each image is sent once, in order. images [N, H, W, C]
     are all sent at least once, and y [N, K] are the victim's posteriors of them; known is what the
-    rule has prepared, and its randomness a function of key and a query's number. What the rule has
-    to know of an image is made once, for `chunk` images at a time.
+    rule has prepared, and its randomness a function of key and a query's content, or of its number.
+    What the rule has to know of an image is made once, for `chunk` images at a time.
     """
     count = len(y)
     numbers = _senders(np.arange(count) if sent is None else sent)
@@ -194,6 +195,12 @@ def at_strengths(
 
     told = jnp.transpose(jax.lax.map(at, strengths), (2, 1, 0, 3))
     return jnp.broadcast_to(told, (*numbers.shape, *told.shape[2:]))
+
+
+def tests_key(rule: Defense, seed: Array | int) -> Array:
+    """The key of the answers to test images: that of queries, unless noise goes by number."""
+    key = keys(seed)["defense"]
+    return stream(key, "tests") if rule.is_fresh else key
 
 
 @jax.jit

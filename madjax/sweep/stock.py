@@ -17,7 +17,6 @@ from madjax.attacks import keys
 from madjax.batching import QUERIES
 from madjax.config import Task
 from madjax.defenses import Defense, Owner
-from madjax.streams import stream
 from madjax.sweep import rates, stages
 from madjax.sweep.cache import Cache, Maker
 from madjax.sweep.clock import Stopwatch
@@ -34,7 +33,6 @@ from madjax.sweep.victim import (
     keeper,
     owner_of,
     planner,
-    train_victim,
 )
 from madjax.sweep.work import Group, Place, check_answers
 from madjax.train import State
@@ -176,7 +174,7 @@ class Stock:
         keep, found = planner(self._directory, task, each.network, each.data, self.kept)
         owner = owner_of(task, each.network, each.data, keep)
         if seed is None:
-            jax.eval_shape(lambda: train_victim(owner))
+            jax.eval_shape(owner.train_victim)
         else:
             key = keys(seed)["surrogate"]
             jax.eval_shape(lambda: group.rule.prepare(owner, key, group.strengths))
@@ -201,7 +199,7 @@ class Stock:
     def _utility(
         self, group: Group, task: Task, seed: int, strengths: tuple[float, ...]
     ) -> list[dict[str, float]]:
-        key, asked = stream(keys(seed)["defense"], "tests"), self.keys.tested(task)
+        key, asked = stages.tests_key(group.rule, seed), self.keys.tested(task)
         told = np.stack(self._answers(group, task, seed, key, asked, strengths))
         y, labels = self._test_posteriors(task), self.opened[task].data.y_test
         measured = jax.device_get(stages.utility(y, told, labels))
@@ -324,7 +322,7 @@ class Stock:
         if task not in self._victims:
             each = self.opened[task]
             owner = owner_of(task, each.network, each.data, self._keeper(task, task))
-            self._victims[task] = _Victim(owner, train_victim(owner))
+            self._victims[task] = _Victim(owner, owner.train_victim())
         return self._victims[task]
 
 

@@ -131,8 +131,11 @@ def _products(origin: Any, params: Any) -> Array:
     return total
 
 
-def direction_kept(cells: Point, products: np.ndarray, neutral: float | None = 0.0) -> np.ndarray:
-    """Cosine between a cell's way and that of its task and seed undefended; NaN where none is."""
+def direction_kept(cells: Point, products: np.ndarray, neutral: float | None) -> np.ndarray:
+    """Cosine between a cell's way and that of its task and seed undefended; NaN where none is.
+
+    neutral: the strength that is no defence, if there is one.
+    """
     lengths = np.sqrt(np.diagonal(products))
     clean = np.full((1, len(cells.strength)), False)
     if neutral is not None:

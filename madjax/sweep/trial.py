@@ -43,7 +43,7 @@ def tried(config: Sweep, opened: Mapping[Task, Opened]) -> dict[tuple[Task, Atta
     prospects, knowledge, done = {}, {}, set()
     for task, each in opened.items():
         for attack in config.attacks:
-            prospects[task, attack] = _look_ahead(each, attack, config.seeds)
+            prospects[task, attack] = _look_ahead(each, attack, config)
         for defended in config.defenses:
             victim = defended, task.victim, each.shapes
             if victim not in knowledge:
@@ -58,15 +58,16 @@ def tried(config: Sweep, opened: Mapping[Task, Opened]) -> dict[tuple[Task, Atta
     return prospects
 
 
-def _look_ahead(opened: Opened, attack: Attack, seeds: tuple[int, ...]) -> Prospect:
+def _look_ahead(opened: Opened, attack: Attack, config: Sweep) -> Prospect:
     """Check an attack's settings, and find out what it sends."""
     own, data = opened.sources[attack.source], opened.data
     parties = opened.parties(attack)
     attack.check(len(own.images), data.num_classes, data.image_shape)
-    attack.recipe.check(parties.stolen, attack.examples(attack.budget))
+    attack.recipe.check(parties.stolen, min(map(attack.examples, config.budgets_of(attack))))
     try:
         found = {
-            seed: stages.foreseen(parties, attack, seed, own.images, own.labels) for seed in seeds
+            seed: stages.foreseen(parties, attack, seed, own.images, own.labels)
+            for seed in config.seeds
         }
     except Exception:  # which `_try_attack` meets again, and tells in one line
         found = {0: None}

@@ -156,11 +156,6 @@ def planner(
     return keep, found
 
 
-def train_victim(owner: Owner) -> State:
-    """The undefended victim."""
-    return owner.keep("victim", owner.victim)
-
-
 def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Keep:
     """The `Owner.keep` of who reads a finished run: what is not there is an error, not trained."""
 

@@ -18,19 +18,22 @@ from madjax import (
     InputError,
     Knockoff,
     LineSearch,
+    NoDefense,
     Recipe,
     Sweep,
     Task,
+    argmax_preserving,
     jbda,
     open_dataset,
     sweep,
+    top_label,
 )
 from madjax.cli import main
 from madjax.config import describe
 from madjax.defenses.defense import Training
 from madjax.private import PrivateGradient
 from madjax.recipe import mean_gradient
-from madjax.sweep import cache, stages
+from madjax.sweep import cache, stages, steal
 from madjax.sweep.victim import identified
 from tests.networks import Linear
 
@@ -279,6 +282,19 @@ def counted(monkeypatch):
     return made
 
 
+@pytest.fixture
+def learned(monkeypatch):
+    """The places at which stolen models were trained."""
+    places, learn = [], steal._learn
+
+    def count(wave, *args):
+        places.extend(wave.places)
+        return learn(wave, *args)
+
+    monkeypatch.setattr(steal, "_learn", count)
+    return places
+
+
 def run(config, out, folder, **options):
     """The rows without their times, and how many networks the victim's owner trained."""
     lines = []
@@ -288,16 +304,19 @@ def run(config, out, folder, **options):
     return [{k: v for k, v in row.items() if k not in timing} for row in rows], trained
 
 
-def test_another_run_makes_nothing_twice(kept, folder, tmp_path, monkeypatch, counted):
+def test_another_run_makes_nothing_twice(kept, folder, tmp_path, monkeypatch, counted, learned):
     rows, trained = run(CONFIG, tmp_path / "one", folder)
     assert trained == 3  # a victim and two surrogates
     # Two seeds at two strengths, on the test set and on the queries.
     assert counted == {"answers": 8, "posteriors": 3}
     assert all(row["made_elsewhere"] == {} for row in rows)
+    assert len(learned) == 4
+    learned.clear()
     more = replace(CONFIG, defenses=(Defended(MAD(surrogate_epochs=1), (0.3, 0.5, 0.99)),))
     monkeypatch.setattr("madjax.sweep.rows.git_commit", lambda: "later")
     again, trained = run(more, tmp_path / "two", folder)
     assert (trained, counted) == (0, {"answers": 12, "posteriors": 3})
+    assert {place.strength for place in learned} == {0.3}
     first = {row["id"]: row for row in rows}
     said = {"made_elsewhere", "git_commit", "config_hash"}
     for row in again:
@@ -313,13 +332,68 @@ def test_another_run_makes_nothing_twice(kept, folder, tmp_path, monkeypatch, co
         assert {k: row[k] for k in row if k not in said} == {
             k: same[k] for k in same if k not in said
         }
-        assert set(elsewhere) > {"victim", "answers", "test answers"}
+        assert set(elsewhere) > {"victim", "answers", "test answers", "stolen model"}
     monkeypatch.setenv("MADJAX_CACHE", "")
     without, trained = run(more, tmp_path / "three", folder)
     assert trained == 3
-    for row, same in zip(without, again, strict=True):
-        assert row["attacker_losses"] == same["attacker_losses"]
+    losses = {row["id"]: row["attacker_losses"] for row in again}
+    for row in without:
+        assert row["attacker_losses"] == losses[row["id"]]
         assert row["made_elsewhere"] == {}
+
+
+@pytest.mark.parametrize("attack", [CONFIG.attacks[0], JBDA], ids=lambda attack: attack.title)
+def test_a_stolen_model_is_known_by_its_transfer_set_and_its_training(
+    kept, folder, tmp_path, learned, attack
+):
+    """At every budget; one that is asked as the defence answers is not even asked again."""
+    few = replace(CONFIG, attacks=(attack,), seeds=(0,), budgets=(20,))
+    first, _ = run(few, tmp_path / "first", folder)
+    assert [place.strength for place in learned] == 2 * [0.5, 0.99], "both budgets"
+    learned.clear()
+    recipe = replace(RECIPE, learning_rate=0.2)
+    for at, (change, trained) in enumerate(
+        (
+            ({}, 0),
+            ({"budgets": (20, 25)}, 2),
+            ({"seeds": (0, 1)}, 4),
+            ({"attacks": (replace(attack, recipe=recipe),)}, 4),
+            ({"attacks": (replace(attack, architecture=MLP),)}, 4),
+            ({"tasks": (replace(TASK, victim=recipe),)}, 4),
+        )
+    ):
+        rows, _ = run(replace(few, **change), tmp_path / str(at), folder)
+        assert len(learned) == trained
+        learned.clear()
+        if not trained:
+            assert rows == first
+
+
+def test_defences_of_equal_answers_share_their_stolen_models(kept, folder, tmp_path, learned):
+    """None and MAD at epsilon 0; the top label of both, and of an answer that keeps it."""
+    knockoff = CONFIG.attacks[0]
+    labels = replace(knockoff, targets=top_label, variant="top label")
+    rules = (
+        Defended(NoDefense()),
+        Defended(MAD(layers="last"), (0.0, 0.9)),
+        Defended(MAD(layers="last", solver=LineSearch(argmax_preserving)), (0.9,)),
+    )
+    config = replace(CONFIG, defenses=rules, attacks=(knockoff, labels), seeds=(0,))
+    rows, _ = run(config, tmp_path / "out", folder)
+    where = [place.strength for place in learned]
+    # Answers: none, both of MAD's, of which one is known; labels of none and of MAD at 0.9.
+    assert sorted(where) == [0.0, 0.0, 0.9, 0.9, 0.9]
+    course = {
+        (row["defense"], row["strength"], row["variant"]): row["attacker_losses"] for row in rows
+    }
+    assert course["none", 0.0, ""] == course["mad", 0.0, ""] != course["mad", 0.9, ""]
+    label = course["none", 0.0, "top label"]
+    assert label == course["mad", 0.0, "top label"] == course["mad_argmax", 0.9, "top label"]
+    assert len(rows) == 8
+    assert {row["defense"]: row["l1_mean"] > 0 for row in rows if row["strength"]} == {
+        "mad": True,
+        "mad_argmax": True,
+    }
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -344,7 +418,7 @@ def test_a_network_that_lies_in_the_runs_directory_keeps_what_made_it(
     monkeypatch.setenv("MADJAX_CACHE", str(kept.folder))
     run(replace(few, seeds=(0, 1, 2)), tmp_path / "one", folder, resume=True)
     found = {entry.path.name.partition("-")[0]: entry for entry in cache.entries(kept.folder)}
-    assert set(found) == {"posteriors", "answers"} | ({"network"} if known else set())
+    assert set(found) == {"posteriors", "answers", "stolen"} | ({"network"} if known else set())
     if known:
         assert found["network"].maker["git_commit"] == first["git_commit"]
         # A directory that gets it from there knows too.
@@ -372,7 +446,7 @@ def test_what_made_a_result_is_said_of_the_cells_that_it_is_behind(
     for row in rows:
         asked, old = row["attack"] == "jbda", "new" not in row["variant"]
         same = old and row["strength"] == 0.5
-        assert ("transfer" in row["made_elsewhere"]) == (same and asked)
+        assert ("stolen model" in row["made_elsewhere"]) == same
         assert ("answers" in row["made_elsewhere"]) == (same and not asked)
         # The new answers to the old queries are made of the posteriors that there were.
         assert ("posteriors" in row["made_elsewhere"]) == (old and not asked)
@@ -415,6 +489,8 @@ def test_two_commands_do_not_collect_the_same_transfer_set(kept, folder, tmp_pat
     """The second waits until the first has it."""
     config = replace(CONFIG, attacks=(JBDA,), seeds=(0,))
     want, _ = run(config, tmp_path / "one", folder)
+    for stolen in kept.folder.glob("stolen-*.npz"):
+        stolen.unlink()
     (last,) = [e.path for e in cache.entries(kept.folder) if "transfer-" in e.path.name][-1:]
     hidden, lines, waiting = last.rename(tmp_path / "hidden"), [], threading.Event()
 
@@ -446,7 +522,7 @@ def test_a_result_that_is_damaged_changes_no_row(kept, folder, tmp_path):
         again, trained = run(CONFIG, tmp_path / "two", folder)
     assert trained == 3
     assert again == rows
-    assert len(warned) == len(cache.entries(kept.folder)) == 3 + 3 + 8
+    assert len(warned) == len(cache.entries(kept.folder)) == 3 + 3 + 8 + 4
 
 
 def test_rules_and_fields_that_differ_share_nothing(kept, folder, tmp_path, counted):

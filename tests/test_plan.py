@@ -179,7 +179,8 @@ def test_a_plan_knows_what_is_there(made, kept, folder, tmp_path):
     assert found["transfer sets"] == (4, 0, 4 * 30)
     assert plan.seconds > 0
     assert "and compiling" in plan.summary()
-    # The same cells in another directory: all but the stolen models is there.
+    # The same cells in another directory: all but the stolen models is there. Of those the plan
+    # knows the ones that are asked for as the defence answers.
     other = sweep.plan(CONFIG, tmp_path / "other", data_dir=folder)
     assert {name: needed == held for name, (needed, held, _) in stages_of(other).items()} == {
         "networks": True,
@@ -188,6 +189,7 @@ def test_a_plan_knows_what_is_there(made, kept, folder, tmp_path):
         "transfer sets": True,
         "stolen models": False,
     }
+    assert stages_of(other)["stolen models"][:2] == (other.cells, other.cells // 3)
 
 
 def test_a_plan_finds_networks_in_the_directory_too(folder, tmp_path):

@@ -28,7 +28,7 @@ from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
 
 VARIABLE = "MADJAX_CACHE"
-VERSIONS = {"network": 1, "posteriors": 1, "answers": 1, "transfer": 1}
+VERSIONS = {"network": 1, "posteriors": 1, "answers": 1, "transfer": 1, "stolen": 1}
 """Of each stage: to be raised when its results change though nothing that a key holds does."""
 _PACKAGES = ("jax", "flax", "optax", "jax-privacy")
 _SETTINGS = (
@@ -125,6 +125,8 @@ class Cache:
                 f"cache entry {path} is damaged ({in_one_line(error)}): it is made anew",
                 stacklevel=2,
             )
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         with contextlib.suppress(OSError):  # of another user, perhaps
             os.utime(path)

@@ -74,6 +74,25 @@ class Keyring:
             seed=seed,
         )
 
+    def stolen(self, group: Group, place: Place, budget: int, made: Any) -> Key:
+        """The key of what came of a stolen model; made are the arrays of its transfer set.
+
+        So equal transfer sets have one, whatever the defence was. The key of the set itself stands
+        for one that is collected as the defence answers.
+        """
+        attack = group.attack
+        return cache.key(
+            "stolen",
+            f"{place.task.label}, {group.label}, strength {place.strength:g}, seed {place.seed}",
+            victim=self.victim(place.task),
+            own=self._opened[place.task].checksums[attack.source],
+            transfer=describe(made) if group.drawn is not None else self.transfer(group, place),
+            architecture=describe(attack.architecture),
+            recipe=describe(attack.recipe),
+            examples=[int(attack.examples(each)) for each in (budget, attack.budget)],
+            seed=place.seed,
+        )
+
     def tested(self, task: Task) -> Asked:
         """The test set, each image once."""
         opened = self._opened[task]

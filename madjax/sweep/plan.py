@@ -48,7 +48,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep would do; nothing of it has been computed."""
+    """What a sweep would do; nothing of it has been computed.
+
+    Stolen models are found in the cache by their transfer sets. A plan makes none of these: where
+    the key of one does not tell it, its stolen model counts as missing.
+    """
 
     name: str
     directory: str
@@ -301,10 +305,12 @@ def _count_cells(
         held, size = stock.kept.has(key), _transfer_bytes(group)
         if tally.need("transfer sets", "queries", name, held, kind, attack.budget):
             tally.disk += size * (size <= LARGEST_TRANSFER)
-    for name, cell in group.cells.items():
-        amount = attack.examples(cell.budget) * attack.recipe.epochs
-        kind = rates.stealing(parties.stolen, group.attack.recipe)
-        tally.need("stolen models", "examples", name, False, kind, amount)
+    kind = rates.stealing(parties.stolen, attack.recipe)
+    for (place, budget), name in group.waiting.items():
+        amount = attack.examples(budget) * attack.recipe.epochs
+        held = rule is not None and stock.kept.has(stock.keys.stolen(group, place, budget, ()))
+        if tally.need("stolen models", "examples", name, held, kind, amount):
+            tally.disk += 4 * (2 * group.epochs + 2)  # accuracies and losses, queries, fidelity
     size = wave_size(len(group.places), mesh, per_device)
     settings = parties.stolen, attack.recipe, attack.examples(attack.budget)
     tally.programs |= {(f, *settings, size) for f in ("start", "advance")}

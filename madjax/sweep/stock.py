@@ -18,7 +18,7 @@ from madjax.batching import QUERIES
 from madjax.config import Task
 from madjax.defenses import Defense, Owner
 from madjax.sweep import rates, stages
-from madjax.sweep.cache import Cache, Maker
+from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.keyring import Asked, Keyring
 from madjax.sweep.mesh import everywhere, over_rows
@@ -74,12 +74,16 @@ class Stock:
         self._of_rule: dict[Any, Any] = {}
         self._makers: dict[Any, dict[str, Maker]] = defaultdict(dict)
 
-    def facts(self, group: Group, place: Place) -> dict[str, Any]:
-        """The fields of a row that its task says, and what made results of other runs behind it."""
+    def facts(self, group: Group, place: Place, stolen: Maker | None = None) -> dict[str, Any]:
+        """The fields of a row that its task says, and what made results of other runs behind it.
+
+        stolen: what made the stolen model.
+        """
         rule, task, sent = group.rule, place.task, _sent(group, place.task, place.seed)
         asked = [(*scope, each) for scope in ((task,), (rule, place)) for each in (None, sent)]
         scopes = task, (rule, task, place.seed), *asked
         found = {stage: maker for scope in scopes for stage, maker in self._makers[scope].items()}
+        found |= {"stolen model": stolen} if stolen else {}
         elsewhere = {stage: maker for stage, maker in found.items() if maker != self.kept.maker}
         known = task_facts(self.opened[place.task].data, self._victim(place.task).state)
         return known | {"made_elsewhere": elsewhere}
@@ -147,19 +151,25 @@ class Stock:
             yield None
             return
         names = [self.keys.transfer(group, place) for place in places]
-        with ExitStack() as locks:
-            # Each once, as places of two tasks may share one; in one order, so that no two
-            # commands wait for each other.
-            for _, name in sorted({str(name.digest): name for name in names}.items()):
-                locks.enter_context(self.kept.alone(name, self._log))
-            held = [self.kept.get(name, like) for name in names]
-            if None in held:
+        with self.alone_with(names, like) as held:
+            if held is None:
                 yield None
                 return
             for place, (_, maker) in zip(places, held, strict=True):
                 sent = _sent(group, place.task, place.seed)
                 self._makers[group.rule, place, sent]["transfer"] = maker
             yield [transfer for transfer, _ in held]
+
+    @contextmanager
+    def alone_with(self, names: list[Key], like: Any) -> Iterator[list[tuple[Any, Maker]] | None]:
+        """Hold results while they are made; gives them if the cache has all."""
+        with ExitStack() as locks:
+            # Each once, as two places may share one; in one order, so that no two commands wait for
+            # each other.
+            for _, name in sorted({str(name.digest): name for name in names}.items()):
+                locks.enter_context(self.kept.alone(name, self._log))
+            held = [self.kept.get(name, like) for name in names]
+            yield None if None in held else held
 
     def keep_transfers(self, group: Group, places: list[Place], transfers: Any) -> None:
         """Put the finished transfer sets of a wave into the cache, if they are no large ones."""

@@ -1,0 +1,281 @@
+"""Stolen models of a group's cells: transfer sets, training, judging, rows.
+
+What came of a stolen model is kept in the cache by its transfer set and its training, so that cells
+of equal sets are trained once, whatever the defence was. The others go wave by wave through the
+stages that are a cell's own; a wave's rows are written when it ends, and a checkpoint after each of
+its rounds and epochs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from madjax import store
+from madjax.attacks import Transfer, check_transfer
+from madjax.defenses import Defense
+from madjax.sweep import rates, stages
+from madjax.sweep.cache import Maker
+from madjax.sweep.clock import Stopwatch
+from madjax.sweep.mesh import over_cells, spread, stack, wave_size
+from madjax.sweep.rows import measured
+from madjax.sweep.stages import Api, Own, Point, Tests
+from madjax.sweep.stock import Stock
+from madjax.sweep.work import Desk, Group, Place
+from madjax.train import State
+
+Array = jax.Array
+
+
+class _Wave(NamedTuple):
+    """Cells that are trained side by side: their checkpoints' name, their places, their numbers."""
+
+    name: str
+    places: list[Place]
+    points: Point
+
+
+def steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> None:
+    """Collect the transfer sets of a group's cells, train stolen models on them, and judge them."""
+    group = _without_known(group, stock, desk, per_device)
+    if not group.cells:
+        return
+    useful, own, tests = stock.utility(group), stock.own(group), stock.tests(group)
+    if group.drawn is None:
+        rule, api, told = group.rule, stock.api(group), {}
+    else:  # all answers are made before, and no cell meets the defence
+        rule, api, told = None, None, stock.told(group)
+    size = wave_size(len(group.places), desk.mesh, per_device)
+    for at in range(0, len(group.places), size):
+        places = group.places[at : at + size]
+        points = stack([group.point(place, told.get(place)) for place in places], size)
+        wave = _Wave(group.checkpoint(places, size), places, points)
+        transfer, collecting = _collect(wave, group, rule, own, api, stock, desk)
+        for budget in group.budgets:
+            waiting = {i: p for i, p in enumerate(places) if (p, budget) in group.waiting}
+            if not waiting:
+                continue
+            stolen, learning = _stolen(wave, group, budget, transfer, own, tests, stock, desk)
+            took = {
+                "seconds": collecting.running + learning.running,
+                "seconds_collecting": collecting.running,
+                "seconds_compiling": collecting.compiling + learning.compiling,
+            }
+            collecting.compiling = 0.0  # which rows of one budget have
+            took = {name: round(seconds / len(places), 3) for name, seconds in took.items()}
+            rows = {
+                place: _row(group, place, budget, useful, stolen[i], stock) | took
+                for i, place in waiting.items()
+            }
+            desk.finish(group, budget, rows)
+            store.discard(desk.directory, f"{wave.name}-budget-{budget}")
+        store.discard(desk.directory, f"{wave.name}-transfer")
+
+
+def _collect(
+    wave: _Wave,
+    group: Group,
+    rule: Defense | None,
+    own: Own,
+    api: Api | None,
+    stock: Stock,
+    desk: Desk,
+) -> tuple[Transfer, Stopwatch]:
+    """The wave's transfer sets and the seconds that took.
+
+    Cells that meet the defence find theirs in the cache, where it has all of the wave's, and leave
+    them there. Those of others are made anew from the answers, at no cost.
+    """
+    begin, proceed = (
+        over_cells(stage, group.parties, group.attack, rule, mesh=desk.mesh)
+        for stage in (stages.begin, stages.proceed)
+    )
+    if rule is None:
+        return _ask(wave, group, begin, proceed, (own, api), desk)
+    like = jax.eval_shape(begin, wave.points, (own, api))._replace(memory=())
+    with stock.collecting(group, wave.places, like) as held:
+        if held is not None:
+            return spread(stack(held, len(wave.points.seed)), desk.mesh), Stopwatch()
+        transfer, watch = _ask(wave, group, begin, proceed, (own, api), desk)
+        kind = rates.collecting(group.attack, rule, group.parties.stolen)
+        stock.pace.note(kind, len(wave.places) * group.attack.budget, watch.running)
+        stock.keep_transfers(group, wave.places, transfer)
+    return transfer, watch
+
+
+def _ask(
+    wave: _Wave,
+    group: Group,
+    begin: Callable[..., Transfer],
+    proceed: Callable[..., Transfer],
+    shared: tuple[Own, Api | None],
+    desk: Desk,
+) -> tuple[Transfer, Stopwatch]:
+    """Ask all queries, round by round; a checkpoint spares the rounds it holds."""
+    name = f"{wave.name}-transfer"
+
+    def keep(done: int) -> None:
+        state = transfer, np.asarray(watch.running), np.asarray(done)
+        store.save(desk.directory, name, done, state)
+
+    like = jax.eval_shape(begin, wave.points, shared)
+    saved = store.restore(desk.directory, name, (like, np.zeros(()), np.zeros((), int)))
+    if saved is None:
+        watch, first = Stopwatch(), 0
+        with watch:
+            transfer = jax.block_until_ready(begin(wave.points, shared))
+        if shared[1] is not None:  # else they are made anew at no cost
+            keep(0)
+    else:
+        transfer = spread(saved[0], desk.mesh)
+        watch, first = Stopwatch(float(saved[1])), int(saved[2])
+    for r in range(first, group.attack.rounds):
+        with watch:
+            transfer = proceed((wave.points, transfer), (*shared, np.int32(r)))
+            jax.block_until_ready(transfer)
+        keep(r + 1)
+        desk.log(
+            f"{group.label}: round {r + 1} of {group.attack.rounds}, "
+            f"{int(transfer.asked[0]):,} queries, {watch.running:.0f} s"
+        )
+    check_transfer(group.attack, transfer)
+    return transfer._replace(memory=()), watch
+
+
+class _Learned(NamedTuple):
+    """What came of a stolen model: queries asked, accuracy and loss of its epochs, fidelity."""
+
+    asked: np.ndarray
+    accuracy: np.ndarray
+    loss: np.ndarray
+    fidelity: np.ndarray
+
+
+class _Stolen(NamedTuple):
+    """What came of a stolen model, and what made it."""
+
+    learned: _Learned
+    maker: Maker
+
+
+def _row(
+    group: Group,
+    place: Place,
+    budget: int,
+    useful: dict[Place, dict[str, float]],
+    stolen: _Stolen,
+    stock: Stock,
+) -> dict[str, Any]:
+    """The fields of a cell's row that were measured, and what made them."""
+    classes = group.parties.num_classes
+    row = measured(group.attack, classes, budget, useful[place], *stolen.learned)
+    return row | stock.facts(group, place, stolen.maker)
+
+
+def _like(group: Group) -> _Learned:
+    course, one = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((group.epochs,), ()))
+    return _Learned(jax.ShapeDtypeStruct((), np.int32), course, course, one)
+
+
+def _without_known(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> Group:
+    """Write the rows of cells whose stolen models the cache has; the group of the others.
+
+    An equal transfer set makes an equal stolen model, whatever the defence was.
+    """
+    if stock.kept.folder is None:
+        return group
+    made: dict[Place, list[np.ndarray]] = {place: [] for place in group.places}
+    if group.drawn is not None:
+        told, own = stock.told(group), stock.own(group)
+        begin = over_cells(stages.begin, group.parties, group.attack, None, mesh=desk.mesh)
+        size = wave_size(len(group.places), desk.mesh, per_device)
+        for at in range(0, len(group.places), size):
+            places = group.places[at : at + size]
+            points = stack([group.point(place, told[place]) for place in places], size)
+            transfer = jax.device_get(begin(points, (own, None)))
+            made |= {p: [transfer.x[i], transfer.targets[i]] for i, p in enumerate(places)}
+    found: dict[int, dict[Place, _Stolen]] = {}
+    for place, budget in group.waiting:
+        held = stock.kept.get(stock.keys.stolen(group, place, budget, made[place]), _like(group))
+        if held is not None:
+            found.setdefault(budget, {})[place] = _Stolen(*held)
+    if not found:
+        return group
+    useful = stock.utility(group)
+    free = {"seconds": 0.0, "seconds_collecting": 0.0, "seconds_compiling": 0.0}
+    for budget, each in found.items():
+        rows = {p: _row(group, p, budget, useful, held, stock) | free for p, held in each.items()}
+        desk.finish(group, budget, rows)
+        desk.bar.update(group.epochs * len(rows))
+    known = {group.waiting[place, budget] for budget, each in found.items() for place in each}
+    return replace(group, cells={n: c for n, c in group.cells.items() if n not in known})
+
+
+def _stolen(
+    wave: _Wave,
+    group: Group,
+    budget: int,
+    transfer: Transfer,
+    own: Own,
+    tests: Tests,
+    stock: Stock,
+    desk: Desk,
+) -> tuple[list[_Stolen], Stopwatch]:
+    """What came of the wave's stolen models, which another command may have trained meanwhile."""
+    # One that is not foreseen has another key than its arrays, which may be large.
+    made = jax.device_get((transfer.x, transfer.targets)) if group.drawn is not None else ()
+    keys = [
+        stock.keys.stolen(group, place, budget, [each[i] for each in made])
+        for i, place in enumerate(wave.places)
+    ]
+    with stock.alone_with(keys, _like(group)) as held:
+        if held is not None:
+            desk.bar.update(group.epochs * sum((p, budget) in group.waiting for p in wave.places))
+            return [_Stolen(*each) for each in held], Stopwatch()
+        state, agreed, watch = _learn(wave, group, budget, transfer, own, tests, desk)
+        found = jax.device_get((transfer.asked, state.accuracy, state.loss, agreed))
+        learned = [_Learned(*(each[i] for each in found)) for i in range(len(keys))]
+        for key, each in zip(keys, learned, strict=True):
+            stock.kept.put(key, each)
+    seen = len(keys) * group.epochs * group.attack.examples(budget)
+    kind = rates.stealing(group.parties.stolen, group.attack.recipe)
+    stock.pace.note(kind, seen, watch.running)
+    return [_Stolen(each, stock.kept.maker) for each in learned], watch
+
+
+def _learn(
+    wave: _Wave,
+    group: Group,
+    budget: int,
+    transfer: Transfer,
+    own: Own,
+    tests: Tests,
+    desk: Desk,
+) -> tuple[State, Array, Stopwatch]:
+    """The wave's stolen models after their last epoch, their fidelity, and the seconds."""
+    attack, stolen, name = group.attack, group.parties.stolen, f"{wave.name}-budget-{budget}"
+    settings = stolen, attack.recipe, attack.examples(attack.budget)
+    start = over_cells(stages.start, *settings, mesh=desk.mesh)
+    advance = over_cells(stages.advance, *settings, mesh=desk.mesh)
+    fidelity = over_cells(stages.fidelity, stolen, mesh=desk.mesh)
+    points, count = wave.points._replace(told=None), np.int32(attack.examples(budget))
+    cells = sum((place, budget) in group.waiting for place in wave.places)
+    watch = Stopwatch()
+    with watch:
+        state = start(points, None)
+    saved = store.restore(desk.directory, name, (state, np.zeros(())))
+    if saved is not None:
+        state, watch.running = spread(saved[0], desk.mesh), float(saved[1])
+    finished = int(state.epoch[0])
+    desk.bar.update(cells * finished)
+    for e in range(finished, group.epochs):
+        with watch:
+            shared = own.images, tests, count
+            state = jax.block_until_ready(advance((points, transfer, state), shared))
+        store.save(desk.directory, name, e + 1, (state, np.asarray(watch.running)))
+        desk.bar.update(cells)
+    with watch:
+        agreed = jax.block_until_ready(fidelity((points, state), tests))
+    return state, agreed, watch

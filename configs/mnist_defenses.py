@@ -6,7 +6,7 @@ learns from the top label alone is as good as undefended against the defences th
 against MAD; and what is lost without MAD's Jacobian (G = I), its oracle (a random vertex, the least
 likely class), its normalised objective, or with a surrogate that is trained.
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_defenses.py
-Cost: about 2 hours on 2 CPU cores.
+Cost: some 4 hours on 2 CPU cores; it may be stopped, and --resume goes on.
 
 Differs from the paper: 10,000 queries in place of 50,000 and 10 epochs in place of 30; Kassel
 letters stand in for EMNIST letters; the victim trains for 15 epochs, its rate tenfold lower after

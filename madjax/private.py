@@ -30,10 +30,10 @@ Array = jax.Array
 class PrivateGradient:
     """The noised sum of clipped gradients of Poisson-sampled batches, over the expected batch.
 
-    As the `gradient` of a `madjax.Recipe` it makes any training DP-SGD. An epoch is
+    As the `gradient` of a `madjax.Recipe` it makes `madjax.fit` DP-SGD. An epoch is
     ceil(N / batch_size) steps, each of which draws every example with probability batch_size / N,
-    as the accounting supposes (`accounted_epsilon`): the batch is as large as it comes, none is
-    padded or cut, and a step that draws no example adds noise alone. The loss of a step is over the
+    as the accounting supposes (`accounted_epsilon`): a batch is as large as it comes, nothing of it
+    is cut, and a step that draws no example adds noise alone. The loss of a step is over the
     expected batch too. Losses and accuracies are not private, and who knows the key knows the draws
     and the noise.
 

@@ -603,6 +603,9 @@ def test_an_exported_random_defence_cannot_be_averaged_out(finished):
     noise = whole - plain(x)
     assert np.abs(noise).sum(-1).min() > 0.1
     assert len(np.unique(np.round(noise, 4), axis=0)) == len(x)
+    fresh = replace(CONFIG, defenses=(Defended(RandomNoise(fresh=True)),))
+    with pytest.raises(InputError, match="draws new noise for each query"):
+        sweep.defended(fresh, out, strength=20.0, data_dir=data)
     _, other = sweep.defended(noisy, out, strength=20.0, seed=1, data_dir=data)
     assert np.abs(other(x) - whole).sum(-1).min() > 1e-3
 

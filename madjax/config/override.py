@@ -58,7 +58,10 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
     elif isinstance(old, tuple):
         new = _parse_several(text, old[0] if old else _example(config, name), assignment)
     else:
-        kinds = get_args(get_type_hints(type(config))[name])
+        may_be_none = (
+            old is None or text == "None"
+        )  # else the hints of others' classes are not read
+        kinds = get_args(get_type_hints(type(config))[name]) if may_be_none else ()
         if text == "None" and type(None) in kinds:
             new = None
         else:

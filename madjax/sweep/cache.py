@@ -110,7 +110,7 @@ class Cache:
     def get(self, key: Key, like: Any) -> tuple[Any, Maker] | None:
         """A result with the structure and shapes of `like`, and what made it, or None.
 
-        One that is damaged is named in a warning, and None.
+        One that is damaged is named in a warning and removed, and None.
         """
         path = self._path(key)
         if not self.has(key):
@@ -125,8 +125,9 @@ class Cache:
                 f"cache entry {path} is damaged ({in_one_line(error)}): it is made anew",
                 stacklevel=2,
             )
-            with contextlib.suppress(OSError):
-                path.unlink()
+            if not isinstance(error, OSError):  # of which the file may know nothing
+                with contextlib.suppress(OSError):
+                    path.unlink()
             return None
         with contextlib.suppress(OSError):  # of another user, perhaps
             os.utime(path)

@@ -42,6 +42,7 @@ from madjax.objectives import angle, deviation
 from madjax.recipe import Recipe
 from madjax.serving import defend, export, load, perturb
 from madjax.train import fit
+from madjax.weights import from_torch
 from madjax.white_box import white_box
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "extreme",
     "extreme_at_budget",
     "fit",
+    "from_torch",
     "gram",
     "jbda",
     "jbself",

@@ -42,6 +42,14 @@ def torch_dense(features: int, x: Array) -> Array:
 kaiming_init = nn.initializers.variance_scaling(2, "fan_out", "normal")
 
 
+def scaled(width: float, features: int) -> int:
+    """A hidden size times a factor, rounded and at least 1."""
+    return max(1, round(width * features))
+
+
+_TORCH_LENET = ("conv1", "conv2", "fc1", "fc2")
+
+
 class LeNet(nn.Module):
     """LeNet of the authors' code: 431,080 parameters for 28x28x1 images and 10 classes.
 
@@ -55,9 +63,13 @@ class LeNet(nn.Module):
     convolution: Callable[..., Array] = convolution
     pool: Callable[[Array], Array] = max_pool_2x2
 
+    def torch_names(self) -> dict[str, str]:
+        """Its layers -> their names in PyTorch, see `from_torch`."""
+        return dict(zip(("Conv_0", "Conv_1", "Dense_0", "Dense_1"), _TORCH_LENET, strict=True))
+
     @nn.compact
     def __call__(self, x: Array) -> Array:  # noqa: D102
-        *convolutions, hidden = (max(1, round(self.width * n)) for n in (20, 50, 500))
+        *convolutions, hidden = (scaled(self.width, n) for n in (20, 50, 500))
         for features in convolutions:
             x = nn.Conv(
                 features,
@@ -101,6 +113,8 @@ class VGG16(nn.Module):
     one dense layer reads 512 features of a 32x32 image: 14,728,266 parameters at K = 10.
     `hidden=(4096, 4096)` is the original, whose first dense layer reads 7x7x512 features of a
     224x224 image, with dropout after each hidden layer in training (Simonyan and Zisserman 2015).
+    width: a factor of the features of all convolutions, each rounded and at least 1. batch_norm:
+    without it, no BatchNorm follows the convolutions, as in the original.
 
     Images [B, H, W, C], H and W multiples of 32 -> logits [B, K]. train: whether BatchNorm takes
     the batch's statistics, which it then updates in the collection "batch_stats", and dropout
@@ -110,21 +124,45 @@ class VGG16(nn.Module):
 
     num_classes: int
     hidden: tuple[int, ...] = ()
+    width: float = 1.0
+    batch_norm: bool = True
     convolution: Callable[..., Array] = convolution
     pool: Callable[[Array], Array] = max_pool_2x2
+
+    def torch_names(self) -> dict[str, str]:
+        """Its layers -> their names in PyTorch, see `from_torch`.
+
+        Those of torchvision, or of the authors' CIFAR network where `hidden` is empty.
+        """
+        names, position = {}, 0
+        for block in _VGG16:
+            for _ in block:
+                layer = len(names) // 2 if self.batch_norm else len(names)
+                names[f"Conv_{layer}"] = f"features.{position}"
+                if self.batch_norm:
+                    names[f"BatchNorm_{layer}"] = f"features.{position + 1}"
+                position += 3 if self.batch_norm else 2  # with ReLU
+            position += 1  # pooling
+        if not self.hidden:
+            return names | {"Dense_0": "classifier"}
+        # Between two dense layers are ReLU and dropout.
+        dense = {f"Dense_{i}": f"classifier.{3 * i}" for i in range(len(self.hidden) + 1)}
+        return names | dense
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:  # noqa: D102
         for block in _VGG16:
             for features in block:
                 x = nn.Conv(
-                    features,
+                    scaled(self.width, features),
                     (3, 3),
                     padding=1,
                     kernel_init=kaiming_init,
                     conv_general_dilated=self.convolution,
                 )(x)
-                x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+                if self.batch_norm:
+                    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+                x = nn.relu(x)
             x = self.pool(x)
         x = x.reshape(x.shape[0], -1)
         head = nn.initializers.normal(0.01)
@@ -140,7 +178,8 @@ class ResNet18(nn.Module):
     conv 3x3 64 - four stages of two basic blocks, 64, 128, 256 and 512 features - mean over
     positions - dense K (He et al. 2016). A block is ReLU(x + conv 3x3 - ReLU - conv 3x3); the first
     of every stage but the first halves the image. Where the shape changes, x goes through a 1x1
-    convolution. BatchNorm follows every convolution, none of which has a bias.
+    convolution. BatchNorm follows every convolution, none of which has a bias. large_images: begin
+    as the original does, with a 7x7 convolution and 3x3 max pooling that halve the image each.
 
     Images [B, H, W, C] -> logits [B, K]. train: whether BatchNorm takes the batch's statistics,
     which it then updates in the collection "batch_stats". Kernels N(0, 2 / (h w features)), the
@@ -152,7 +191,23 @@ class ResNet18(nn.Module):
     """Features of each stage; the stem has those of the first."""
     blocks: int = 2
     """Blocks in each stage."""
+    large_images: bool = False
     convolution: Callable[..., Array] = convolution
+
+    def torch_names(self) -> dict[str, str]:
+        """Its layers -> their names in torchvision, see `from_torch`."""
+        pairs, features = [("conv1", "bn1")], self.stages[0]
+        for stage, wide in enumerate(self.stages):
+            for block in range(self.blocks):
+                name = f"layer{stage + 1}.{block}"
+                pairs += [(f"{name}.conv{i}", f"{name}.bn{i}") for i in (1, 2)]
+                if wide != features or (stage and not block):
+                    pairs.append((f"{name}.downsample.0", f"{name}.downsample.1"))
+                features = wide
+        names = {}
+        for i, (conv, norm) in enumerate(pairs):
+            names |= {f"Conv_{i}": conv, f"BatchNorm_{i}": norm}
+        return names | {"Dense_0": "fc"}
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:  # noqa: D102
@@ -168,7 +223,11 @@ class ResNet18(nn.Module):
             )(x)
             return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)(x)
 
-        x = nn.relu(conv(x, self.stages[0], 3, 1))
+        if self.large_images:
+            x = nn.relu(conv(x, self.stages[0], 7, 2))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        else:
+            x = nn.relu(conv(x, self.stages[0], 3, 1))
         for stage, features in enumerate(self.stages):
             for block in range(self.blocks):
                 stride = 2 if stage and not block else 1

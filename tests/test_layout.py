@@ -17,7 +17,7 @@ FLOORS = [
     {"taps"},
     {"structured"},
     {"gram", "constraints", "subsets", "models", "datasets"},
-    {"objectives", "polytope", "steps"},
+    {"objectives", "polytope", "steps", "weights"},
     {"label"},
     {"recipe"},
     {"mad", "train"},

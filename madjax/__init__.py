@@ -42,7 +42,7 @@ from madjax.objectives import angle, deviation
 from madjax.recipe import Recipe
 from madjax.serving import defend, export, load, perturb
 from madjax.train import fit
-from madjax.weights import from_torch
+from madjax.weights import Trained, from_torch
 from madjax.white_box import white_box
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "Task",
     "TopK",
     "TopLabel",
+    "Trained",
     "angle",
     "argmax_bound",
     "argmax_preserving",

@@ -135,6 +135,14 @@ def judge(classifier: Classifier, state: State, x_test: Array, labels_test: Arra
     return state._replace(accuracy=state.accuracy.at[state.epoch - 1].set(accuracy))
 
 
+@partial(jax.jit, static_argnums=0)
+def found(classifier: Classifier, variables: Any, x_test: Array, labels_test: Array) -> State:
+    """A network that was trained elsewhere, as what came of no epochs; with its accuracy."""
+    unknown = jnp.full(1, -jnp.inf, jnp.float32)
+    untrained = State(variables, (), jnp.zeros(2, jnp.uint32), jnp.int32(0), unknown, unknown)
+    return judge(classifier, untrained, x_test, labels_test)
+
+
 def finite(tree: Any) -> Array:
     """Whether every number in a pytree of arrays is finite, bool."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

@@ -1,7 +1,9 @@
-"""Networks trained elsewhere: weights in PyTorch's layout, read into Flax modules."""
+"""Networks trained elsewhere: weights of PyTorch and checkpoints of other runs."""
 
+import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,45 @@ _LEAVES = {
 """A leaf's collection and name -> its name in PyTorch."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A network that was trained elsewhere, by the file or directory that it is in.
+
+    path: weights in PyTorch's layout, as `from_torch` takes them; or a checkpoint of a madjax run,
+    `RUN/checkpoints/NAME`, of which the last epoch is taken.
+
+    It is read when this is made. What tells one from another, in `id` and `task_settings` of rows,
+    is `digest`, which is of the arrays and their names: the file may be moved, and saved anew.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+
+    path: str = field(compare=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.path))
+        object.__setattr__(self, "digest", _digest(_held(self.path)))
+
+    def variables(self, classifier: Classifier) -> dict[str, Any]:
+        """The variables of a network, which these have to fit.
+
+        Raises:
+            InputError: they do not fit; they are not those of when this was made.
+        """
+        with jax.ensure_compile_time_eval():  # as this may be asked for inside a trace
+            held = _held(self.path)
+            if _digest(held) != self.digest:
+                raise InputError(
+                    f"{self.path} was changed after its config was read: leave it as it is until "
+                    "the run has ended"
+                )
+            if not Path(self.path).is_dir():
+                return _from_torch(classifier, held, self.path)
+            return _as_they_are(classifier, held, self.path)
+
+
 def from_torch(
     classifier: Classifier,
     weights: str | Path | Mapping[str, Any],
@@ -35,8 +76,8 @@ def from_torch(
     """The variables of a network from a state dict of the same network in PyTorch.
 
     Convolutions go from [features, C, h, w] to [h, w, C, features], dense layers from
-    [outputs, inputs] to [inputs, outputs]. A dense layer behind a convolution reads its pixels in
-    the order (row, column, channel), where PyTorch flattens (channel, row, column).
+    [outputs, inputs] to [inputs, outputs]. A dense layer behind a convolution or the image reads
+    pixels in the order (row, column, channel), where PyTorch flattens (channel, row, column).
 
     Args:
         classifier: the network; its preprocessing is what the PyTorch network was trained behind.
@@ -66,7 +107,19 @@ def from_torch(
         >>> victim["params"]["Dense_0"]["kernel"].shape
         (800, 500)
     """
-    said, held = ("the state dict", weights) if isinstance(weights, Mapping) else _read(weights)
+    if isinstance(weights, Mapping):
+        return _from_torch(classifier, weights, "the state dict", head, names)
+    return _from_torch(classifier, _read(Path(weights)), str(weights), head, names)
+
+
+def _from_torch(
+    classifier: Classifier,
+    held: Mapping[str, Any],
+    said: str,
+    head: Array | None = None,
+    names: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """`from_torch` of a state dict, which messages call `said`."""
     held = {name: value for name, value in held.items() if not name.endswith("num_batches_tracked")}
     network = type(classifier.module).__name__
     if names is None:
@@ -85,12 +138,8 @@ def from_torch(
     _check_names(said, network, held, {slot.name for slot in slots})
     for slot in slots:
         value = _array(held[slot.name])
-        if value.shape != slot.shape:
-            anew = ", or head=jax.random.key(0) for a new last layer" if slot.layer == last else ""
-            raise InputError(
-                f"{said}: {slot.name} has shape {value.shape}, where {network} for images of shape "
-                f"{classifier.image_shape} has {slot.shape}: give the weights of that network{anew}"
-            )
+        anew = ", or head=jax.random.key(0) for a new last layer" if slot.layer == last else ""
+        _check_shape(said, slot.name, value.shape, slot.shape, classifier, anew)
         if not np.isfinite(value).all():
             raise InputError(f"{said}: {slot.name} holds NaN or infinity: give finite weights")
         found[slot.path] = jnp.asarray(slot.ordered(value))
@@ -123,7 +172,15 @@ class _Slot(NamedTuple):
 def _slots(classifier: Classifier, names: Mapping[str, str]) -> list[_Slot]:
     """What the variables of a network hold, layer by layer."""
     shapes = flatten_dict(jax.eval_shape(classifier.init, jax.random.key(0)))
-    slots, channels = [], None
+    named = {(group, *layer.split("/"), leaf) for layer in names for group, leaf in _LEAVES}
+    unnamed = shapes.keys() - named
+    if unnamed:
+        raise InputError(
+            f"{type(classifier.module).__name__} has {'/'.join(min(unnamed))}, for which names has "
+            "no layer of PyTorch: name all convolutions, dense layers and BatchNorms; one with "
+            "layers of other kinds is yours to fill"
+        )
+    slots, channels = [], classifier.image_shape[2]
     for layer, name in names.items():
         for (collection, leaf), suffix in _LEAVES.items():
             path = (collection, *layer.split("/"), leaf)
@@ -136,13 +193,6 @@ def _slots(classifier: Classifier, names: Mapping[str, str]) -> list[_Slot]:
                 channels = shape[-1] if len(shape) == 4 else None
                 shape = (shape[-1], shape[-2], *shape[:-2])
             slots.append(_Slot(layer, path, f"{name}.{suffix}", shape, seen))
-    unnamed = shapes.keys() - {slot.path for slot in slots}
-    if unnamed:
-        raise InputError(
-            f"{type(classifier.module).__name__} has {'/'.join(min(unnamed))}, for which names has "
-            "no layer of PyTorch: name all convolutions, dense layers and BatchNorms; one with "
-            "layers of other kinds is yours to fill"
-        )
     return slots
 
 
@@ -151,12 +201,15 @@ def _seen(
 ) -> tuple[int, int, int]:
     """Channels, rows and columns of what a dense layer reads, of that many numbers.
 
-    channels: those of the convolution before it, if there is one.
+    channels: those of the image or convolution before it; None where that is a dense layer.
     """
+    rows, columns, _ = classifier.image_shape
     if channels is None or inputs == channels:
         return inputs, 1, 1
+    if inputs == channels * rows * columns:
+        return channels, rows, columns
     side = math.isqrt(inputs // channels)
-    if side * side * channels != inputs or len(set(classifier.image_shape[:2])) > 1:
+    if side * side * channels != inputs or rows != columns:
         raise InputError(
             f"{layer} reads {inputs} numbers of {channels} channels, which are no square image: "
             "how PyTorch flattens them cannot be told, fill its variables yourself"
@@ -176,13 +229,70 @@ def _check_names(said: str, network: str, held: Mapping[str, Any], wanted: set[s
         )
 
 
+def _check_shape(
+    said: str,
+    name: str,
+    found: tuple[int, ...],
+    wanted: tuple[int, ...],
+    classifier: Classifier,
+    anew: str = "",
+) -> None:
+    """Refuse an array of another shape than the network's; anew is what else will do."""
+    if found != wanted:
+        raise InputError(
+            f"{said}: {name} has shape {found}, where {type(classifier.module).__name__} for these "
+            f"classes and images of shape {classifier.image_shape} has {wanted}: give the weights "
+            f"of that network{anew}"
+        )
+
+
 def _first(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """What a file is called in messages, and the arrays that it holds by their names."""
-    path = Path(path)
+def _as_they_are(classifier: Classifier, held: Mapping[str, np.ndarray], said: str) -> Any:
+    """The variables of a network from the arrays at their paths, joined by "/"."""
+    shapes = flatten_dict(jax.eval_shape(classifier.init, jax.random.key(0)), sep="/")
+    network = type(classifier.module).__name__
+    _check_names(said, network, held, set(shapes))
+    for name, wanted in shapes.items():
+        _check_shape(said, name, held[name].shape, wanted.shape, classifier)
+    return unflatten_dict({name: jnp.asarray(held[name]) for name in shapes}, sep="/")
+
+
+def _digest(held: Mapping[str, Any]) -> str:
+    """Hexadecimal digits that change with the arrays and their names."""
+    found = hashlib.sha256()
+    for name, value in sorted(held.items()):
+        array = np.ascontiguousarray(_array(value))
+        found.update(f"{name} {array.shape}".encode())
+        found.update(array)
+    return found.hexdigest()[:12]
+
+
+def _held(path: str) -> dict[str, Any]:
+    """The arrays of a file, or of the checkpoint in a directory, by their names."""
+    return _checkpoint(Path(path)) if Path(path).is_dir() else _read(Path(path))
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """The variables in a checkpoint, or in the last of a directory of them, by their paths."""
+    from orbax.checkpoint import v1 as ocp
+
+    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    try:
+        tree = ocp.load((steps[-1] if steps else path).resolve())
+        tree = tree["params"] if "opt_state" in tree else tree
+        return {name: _array(a) for name, a in flatten_dict(tree, sep="/").items()}
+    except Exception as error:  # of many kinds, by what is wrong with it
+        raise InputError(
+            f"{path} cannot be read as a checkpoint ({in_one_line(error)}): give "
+            "RUN/checkpoints/NAME of a run, or a file of weights"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The arrays that a file holds by their names."""
     if not path.is_file():
         raise InputError(f"{path} is no file: give one of weights, .safetensors or .pth")
     try:
@@ -202,7 +312,7 @@ def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
         raise InputError(f"{path} holds no state dict: save network.state_dict(), not the network")
     if all(name.startswith("module.") for name in held):  # of torch.nn.DataParallel
         held = {name.removeprefix("module."): value for name, value in held.items()}
-    return str(path), held
+    return held
 
 
 def _opened(path: Path) -> Any:

@@ -164,6 +164,17 @@ def test_names_of_a_users_own_network():
         from_torch(wide, weights, names=names)
 
 
+def test_a_dense_layer_on_the_image_itself():
+    network, rng = Classifier(MLP(2, hidden=(4,)), scaled, (2, 3, 2)), np.random.default_rng(0)
+    first, second = rng.normal(size=(4, 12)), rng.normal(size=(2, 4))
+    weights = {"a.weight": first, "a.bias": np.ones(4), "b.weight": second, "b.bias": np.ones(2)}
+    x = rng.integers(256, size=(2, 2, 3, 2), dtype=np.uint8)
+    flat = x.transpose(0, 3, 1, 2).reshape(2, 12) / 255
+    wanted = np.maximum(flat @ first.T + 1, 0) @ second.T + 1
+    variables = from_torch(network, weights, names={"Dense_0": "a", "Dense_1": "b"})
+    np.testing.assert_allclose(network.apply(variables, x), wanted, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -179,8 +190,8 @@ def test_names_of_a_users_own_network():
         (lambda w: w.update({"fc2.bias": np.full(4, np.nan)}), r"fc2\.bias holds NaN or infinity"),
         (
             lambda w: w.update({"fc2.weight": np.ones((9, 50))}),
-            r"fc2\.weight has shape \(9, 50\), where LeNet for images of shape \(28, 28, 1\) has "
-            r"\(4, 50\): .*, or head=jax\.random\.key\(0\) for a new last layer$",
+            r"fc2\.weight has shape \(9, 50\), where LeNet for these classes and images of shape "
+            r"\(28, 28, 1\) has \(4, 50\): .*, or head=jax\.random\.key\(0\) for a new last layer$",
         ),
         (
             lambda w: w.update({"conv1.weight": np.ones((2, 3, 5, 5))}),

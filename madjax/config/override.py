@@ -46,7 +46,7 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
             return _parse(text, item, assignment)
 
         return tuple(replaced(item) if i in chosen else item for i, item in enumerate(config))
-    known = [f.name for f in dataclasses.fields(config)] if is_section(config) else []
+    known = [f.name for f in dataclasses.fields(config) if f.init] if is_section(config) else []
     if name not in known:
         raise InputError(
             f"--set {assignment}: there is no field {name!r}; "

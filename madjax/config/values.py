@@ -15,6 +15,7 @@ from madjax.defenses import MAD, Defense
 from madjax.errors import InputError
 from madjax.models import LeNet
 from madjax.recipe import Recipe
+from madjax.weights import Trained
 
 Architecture = Callable[[int], nn.Module]
 """Number of classes -> a linen module; a module class whose first field is that number will do."""
@@ -27,18 +28,29 @@ class Task:
     dataset and queryset are names for `open_dataset`; query_splits are the parts of the query set
     that attackers may draw from. victim says how the network of this architecture is trained, on
     the data set's training part; victim_seed fixes its first parameters and the order of training.
-    A surrogate has the victim's architecture.
+    Or it is a `madjax.Trained` network, such as the one in production, which is taken as it is. A
+    surrogate has the victim's architecture.
     """
 
     dataset: str
     queryset: str
     query_splits: tuple[str, ...] = ("train",)
     architecture: Architecture = LeNet
-    victim: Recipe = Recipe()
+    victim: Recipe | Trained = Recipe()
     victim_seed: int = 0
 
     def __post_init__(self) -> None:
         _check_seed(self.victim_seed)
+        if not isinstance(self.victim, Recipe | Trained):
+            raise InputError(
+                f"victim is {self.victim!r}: give a madjax.Recipe() by which it is trained, or "
+                "madjax.Trained(path)"
+            )
+        if isinstance(self.victim, Trained) and self.victim_seed:
+            raise InputError(
+                f"victim_seed is {self.victim_seed}, and the victim is that of "
+                f"{self.victim.path}, which is not trained: leave victim_seed out"
+            )
         _check_distinct("query_splits", self.query_splits, self.query_splits)
         for split in self.query_splits:
             if split not in ("train", "test"):
@@ -123,6 +135,7 @@ class Sweep:
         _check_tuple("budgets", self.budgets, 10_000)
         _check_seeds(self.seeds)
         _check_distinct("tasks", [task.label for task in self.tasks], self.tasks)
+        _check_trains(self.tasks, self.defenses)
         _check_rules("defenses", [each.rule for each in self.defenses])
         _check_attacks("attacks", self.attacks)
         for attack in self.attacks:
@@ -198,6 +211,18 @@ def _check_rules(name: str, rules: Iterable[Defense]) -> None:
 def _check_attacks(name: str, attacks: Iterable[Attack]) -> None:
     labels = [attack.label for attack in attacks]
     _check_distinct(name, labels, labels, _UNLIKE)
+
+
+def _check_trains(tasks: Iterable[Task], defenses: Iterable[Defended]) -> None:
+    """Refuse a defence that trains as the victim was trained, where nobody says how that was."""
+    given = [task for task in tasks if isinstance(task.victim, Trained)]
+    for rule in (each.rule for each in defenses):
+        if given and rule.needs_recipe:
+            raise InputError(
+                f"{rule.label} trains networks by the victim's recipe, and the victim of "
+                f"{given[0].label} is given, {given[0].victim.path}: leave that defence out, or "
+                "give the task a victim=madjax.Recipe()"
+            )
 
 
 def _check_tuple(name: str, values: Any, example: Any) -> None:

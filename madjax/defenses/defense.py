@@ -22,7 +22,8 @@ from madjax.mad import NO_SOLVER
 from madjax.models import Classifier
 from madjax.recipe import Recipe
 from madjax.streams import stream
-from madjax.train import State, check_converges, fit
+from madjax.train import State, check_converges, fit, found
+from madjax.weights import Trained
 
 Array = jax.Array
 Apply = Callable[[Any, Array], Array]
@@ -62,13 +63,13 @@ def untracked(name: str, train: Training) -> State:
 class Owner:
     """What the owner of a prediction API has to prepare a defence with.
 
-    classifier is the victim's network, recipe how it was trained, with key; data = (images, labels)
-    and test are its data. keep(name, train) trains, and a sweep makes it go on from checkpoints.
-    Training that diverges is an error there.
+    classifier is the victim's network, recipe how it was trained, with key, or the file that it is
+    in; data = (images, labels) and test are its data. keep(name, train) trains, and a sweep makes
+    it go on from checkpoints. Training that diverges is an error there.
     """
 
     classifier: Classifier
-    recipe: Recipe
+    recipe: Recipe | Trained
     key: Array
     data: tuple[Array, Array]
     test: tuple[Array, Array]
@@ -92,6 +93,8 @@ class Owner:
 
     def train_victim(self) -> State:
         """The undefended victim."""
+        if isinstance(self.recipe, Trained):
+            return found(self.classifier, self.recipe.variables(self.classifier), *self.test)
         return self.keep("victim", self.victim)
 
 
@@ -140,6 +143,11 @@ class Defense:
         By default the noise of an answer is a function of the query's content and of the
         defence's key: asking again tells an attacker nothing.
         """
+        return False
+
+    @property
+    def needs_recipe(self) -> bool:
+        """Whether it trains networks by the victim's recipe, which one that is given has not."""
         return False
 
     @property

@@ -67,6 +67,11 @@ class MAD(Defense):
         """Yes: that is what its Jacobian is of."""
         return True
 
+    @property
+    def needs_recipe(self) -> bool:
+        """Where a surrogate is trained."""
+        return bool(self.surrogate_epochs)
+
     def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
         """The surrogate's parameters, which are the same at every strength."""
         del strengths

@@ -37,6 +37,11 @@ class DPSGD(Retrained):
         """Little noise, and much."""
         return (0.7, 2.0, 8.0)
 
+    @property
+    def needs_recipe(self) -> bool:
+        """Whether it has none of its own."""
+        return self.recipe is None
+
     def check_strength(self, strength: float) -> None:
         """Refuse a noise multiplier that is none."""
         super().check_strength(strength)

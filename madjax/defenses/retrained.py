@@ -27,6 +27,11 @@ class Retrained(Defense):
         """None: a victim trained anew is never the undefended one."""
         return
 
+    @property
+    def needs_recipe(self) -> bool:
+        """Yes: to train the victim in another way."""
+        return True
+
     def prepare(self, owner: Owner, key: Array, strengths: tuple[float, ...] = ()) -> Any:
         """The strengths, and the parameters of their victims stacked."""
         if not strengths:

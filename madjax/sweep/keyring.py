@@ -10,7 +10,7 @@ from madjax.defenses import Defense
 from madjax.sweep import cache
 from madjax.sweep.cache import Key
 from madjax.sweep.tasks import Opened
-from madjax.sweep.victim import identified_victim
+from madjax.sweep.victim import victim_key
 from madjax.sweep.work import Group, Place
 
 
@@ -56,7 +56,7 @@ class Keyring:
         """The key of a task's victim."""
         if task not in self._victims:
             each = self._opened[task]
-            _, self._victims[task] = identified_victim(task, each.network, each.data)
+            self._victims[task] = victim_key(task, each.network, each.data)
         return self._victims[task]
 
     def transfer(self, group: Group, place: Place) -> Key:

@@ -17,6 +17,7 @@ from madjax.attacks import keys
 from madjax.batching import QUERIES
 from madjax.config import Task
 from madjax.defenses import Defense, Owner
+from madjax.errors import InputError
 from madjax.sweep import rates, stages
 from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
@@ -332,7 +333,12 @@ class Stock:
         if task not in self._victims:
             each = self.opened[task]
             owner = owner_of(task, each.network, each.data, self._keeper(task, task))
-            self._victims[task] = _Victim(owner, owner.train_victim())
+            state = owner.train_victim()
+            if not np.isfinite(state.accuracy[-1]):
+                raise InputError(
+                    f"the victim of {task.label}, {task.victim.path}, answers NaN: give another"
+                )
+            self._victims[task] = _Victim(owner, state)
         return self._victims[task]
 
 

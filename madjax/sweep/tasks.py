@@ -17,6 +17,7 @@ from madjax.datasets import Dataset, check_compatible, open_dataset
 from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
 from madjax.sweep.stages import Parties
+from madjax.weights import Trained
 
 
 class Source(NamedTuple):
@@ -57,8 +58,8 @@ def open_tasks(tasks: Iterable[Task], data_dir: str | Path | None) -> dict[Task,
     """Open the data of tasks, each set once, and check that victims and attackers can use it.
 
     Raises:
-        InputError: see `open_dataset`; sets and architectures that do not fit each other, and
-            attackers that would train on the images they are judged by.
+        InputError: see `open_dataset`; sets, architectures and given victims that do not fit each
+            other, and attackers that would train on the images they are judged by.
     """
     opened = cache(partial(open_dataset, data_dir=data_dir))
 
@@ -84,6 +85,8 @@ def open_tasks(tasks: Iterable[Task], data_dir: str | Path | None) -> dict[Task,
             _check_apart(data, queryset)
         asked, checksum = drawn_from(task.queryset, task.query_splits)
         network = make_classifier(task.architecture, data, "victim")
+        if isinstance(task.victim, Trained):
+            task.victim.variables(network)  # which it has to fit
         sources = {"queryset": asked, "dataset": trained_on(task.dataset)}
         sums = {"dataset": data.checksum(), "queryset": checksum}
         return Opened(task, data, network, sources, sums)

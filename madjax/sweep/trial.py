@@ -14,6 +14,7 @@ from madjax.config import Defended, Sweep, Task, describe
 from madjax.defenses import Defense
 from madjax.defenses.defense import Training
 from madjax.errors import InputError, in_one_line
+from madjax.recipe import Recipe
 from madjax.sweep import online, stages
 from madjax.sweep.rows import plain
 from madjax.sweep.stages import Api, Own, Parties, Point, Tests
@@ -95,7 +96,9 @@ def _try_defense(opened: Opened, defended: Defended) -> Any:
     with _in_one_line(f"the defence {rule}"):
         recipe, count = opened.task.victim, len(data.x_train)
         for strength in defended.strengths:
-            rule.victim_recipe(recipe, strength).check(network, count)
+            trained = rule.victim_recipe(recipe, strength)
+            if isinstance(trained, Recipe):
+                trained.check(network, count)
             json.dumps(plain(rule.facts(strength, recipe, count)))
         return jax.eval_shape(defend, jax.random.key(0), _blank(opened, len(data.x_test)))
 

@@ -23,6 +23,7 @@ from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.rates import Rates
 from madjax.train import State, check_converges, start
+from madjax.weights import Trained
 
 Array = jax.Array
 Log = Callable[[str], None]
@@ -110,7 +111,10 @@ def agrees(directory: Path, task: Task, victim: Classifier, data: Dataset, kept:
 
     They may not where the run was begun on another kind of machine, which rounds otherwise.
     """
-    folder, whole = identified_victim(task, victim, data)
+    if isinstance(task.victim, Trained):  # neither holds it
+        return True
+    owner = owner_of(task, victim, data, untracked)
+    folder, whole = identified("victim", task, data, owner.victim)
     if not (kept.has(whole) and store.holds(directory, folder, task.victim.epochs)):
         return True
     like = _like(victim, task.victim, len(data.x_train))
@@ -173,10 +177,13 @@ def finder(directory: Path, task: Task, victim: Classifier, data: Dataset) -> Ke
     return keep
 
 
-def identified_victim(task: Task, victim: Classifier, data: Dataset) -> tuple[str, Key]:
-    """`identified` for the undefended victim."""
+def victim_key(task: Task, victim: Classifier, data: Dataset) -> Key:
+    """The key of the undefended victim in the cache."""
+    if isinstance(task.victim, Trained):
+        inputs = _network(task, data) | {"weights": describe(task.victim)}
+        return cache.key("network", f"{task.name}, victim", **inputs)
     owner = owner_of(task, victim, data, untracked)
-    return identified("victim", task, data, owner.victim)
+    return identified("victim", task, data, owner.victim)[1]
 
 
 def identified(name: str, task: Task, data: Dataset, train: Training) -> tuple[str, Key]:
@@ -192,12 +199,18 @@ def identified(name: str, task: Task, data: Dataset, train: Training) -> tuple[s
 def _inputs(task: Task, data: Dataset, train: Training) -> dict[str, Any]:
     """All that determines a network but the machine."""
     same = train.data[0] is data.x_train and train.data[1] is data.y_train
-    return {
-        "architecture": describe(task.architecture),
-        "data": [data.checksum(), data.num_classes, describe(data.family)],
+    return _network(task, data) | {
         "recipe": describe(train.recipe),
         "key": jax.random.key_data(train.key).tolist(),
         "owned": None if same else describe([np.asarray(each) for each in train.data]),
+    }
+
+
+def _network(task: Task, data: Dataset) -> dict[str, Any]:
+    """What tells a network of a task's owner from those of others, but for its parameters."""
+    return {
+        "architecture": describe(task.architecture),
+        "data": [data.checksum(), data.num_classes, describe(data.family)],
     }
 
 

@@ -127,10 +127,13 @@ def _cache(options: argparse.Namespace) -> None:
         return
     found = cache.entries(where)
     for entry in found:
-        made = f"{entry.made} by {entry.maker.get('git_commit')} on {entry.maker.get('device')}"
+        maker = (
+            entry.maker and f" by {entry.maker.get('git_commit')} on {entry.maker.get('device')}"
+        )
         size = cache.in_bytes(entry.size)
         print(
-            f"{entry.path.stem}  {size}, last used {entry.idle:.0f} days ago, {entry.what}, {made}"
+            f"{entry.path.stem}  {size}, last used {entry.idle:.0f} days ago, {entry.what}, "
+            f"{entry.made}{maker or ''}"
         )
     print(f"{where}: {len(found)} results, {_total(found)}")
 

@@ -973,7 +973,10 @@ def test_tfds_default_directory(prepared, monkeypatch):
 
 
 def test_tfds_images_of_several_sizes(prepared):
-    assert "images of several shapes" in message("tfds:tiny_ragged", prepared)
+    text = message("tfds:tiny_ragged", prepared)
+    assert "of train of tiny_ragged/1.2.0 is " in text
+    assert "ask for one size, such as tfds:tiny_ragged@4" in text
+    assert open_dataset("tfds:tiny_ragged@3", prepared).x_train.shape == (3, 3, 3, 3)
 
 
 def test_tfds_reading_is_quiet_and_leaves_the_log_level(prepared, monkeypatch):

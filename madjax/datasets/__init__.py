@@ -11,11 +11,22 @@ What a name may be:
                                      ``NAME_train_*.npz`` sheets, ``NAME.zip``, a folder ``NAME``
 ===================================  ==============================================================
 
-Any of them may end in a subset rule, a numpy slice: ``mnist[:5000]`` keeps the first 5,000 TRAIN
-images and all test images; ``mnist[:5000,:1000]`` cuts both.
+``NAME@32`` has square images of side 32: each is scaled so that its shorter side is that, and cut
+in the middle. Rules in brackets say which images are taken:
 
-Images stay uint8 until `Family.preprocess`, which runs inside jit: a data set costs one byte a
-pixel on the host and on the way to the device. Nothing here resizes or augments.
+==========================  =======================================================================
+``[:5000]``                 the first 5,000 TRAIN images, and all test images: a numpy slice
+``[:5000,:1000]``           slices of both parts
+``[random:50000]``          50,000 train images drawn at random, the same ones every time
+``[heldout:25]``            25 images of each class, drawn from train, are the test part
+``[heldout:25,:5000]``      of what is left for train the first 5,000
+``[skip_corrupt]``          images that cannot be decoded are left out, with a warning that counts
+                            them; before other rules
+==========================  =======================================================================
+
+Images that no rule takes are not decoded. Those that are taken stay uint8 until
+`Family.preprocess`, which runs inside jit: a data set costs one byte a pixel on the host and on the
+way to the device. Nothing here augments.
 """
 
 from __future__ import annotations
@@ -23,10 +34,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from madjax.datasets.folder import open_folder
+from madjax.datasets.listing import CorruptImageError, Listing, decode
+from madjax.datasets.names import base_name, choose, parse
 from madjax.datasets.npz import EMBEDDED, open_embedded, open_npz, open_sheets, sheet_parts
 from madjax.datasets.tfds import open_tfds
 from madjax.datasets.types import (
@@ -35,8 +48,10 @@ from madjax.datasets.types import (
     MNIST_FAMILY,
     Dataset,
     Family,
+    build,
     check_compatible,
     family_for,
+    warn_of_gaps,
 )
 from madjax.errors import InputError
 
@@ -44,6 +59,7 @@ __all__ = [
     "CIFAR_FAMILY",
     "IMAGENET_FAMILY",
     "MNIST_FAMILY",
+    "CorruptImageError",
     "Dataset",
     "Family",
     "base_name",
@@ -53,36 +69,44 @@ __all__ = [
     "open_dataset",
 ]
 
-_RULE_HELP = (
-    "write [start:stop] for train, or [start:stop,start:stop] for train and test; after a path "
-    "that itself ends in ], write [:]"
-)
 
-
-def open_dataset(name: str, data_dir: str | Path | None = None) -> Dataset:
+def open_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    folder: Path | None = None,
+) -> Dataset:
     """Opens a data set by name; the module's docstring lists the kinds of name.
 
     Args:
         name: For instance ``embedded:mnist``, ``cifar10[:5000]``, ``tfds:mnist``.
         data_dir: Where bare names are looked up before ``$MADJAX_DATA``; for ``tfds:`` names the
             TFDS directory, by default TFDS's own (``$TFDS_DATA_DIR`` or ~/tensorflow_datasets).
+        folder: Where decoded images of ``folder:`` and ``tfds:`` sets are kept for the next time,
+            in files that are mapped into memory. Without it they are in memory.
 
     Returns:
         The data set, its `name` as typed.
 
     Raises:
-        InputError: If it cannot be found or read, or the subset rule is malformed or leaves
-            nothing. The message is one line that says what to do.
+        InputError: If it cannot be found or read, an image is corrupt, or a rule of the name is
+            malformed or leaves nothing. The message is one line that says what to do.
     """
-    base, rules = _parse_rules(name)
-    scheme, colon, rest = base.partition(":")
-    if colon and scheme not in _SCHEMES:
+    parsed = parse(name)
+    if parsed.scheme and parsed.scheme not in _SCHEMES:
         raise InputError(
-            f"unknown scheme {scheme!r} in data set {name!r}: use one of "
+            f"unknown scheme {parsed.scheme!r} in data set {name!r}: use one of "
             f"{', '.join(s + ':' for s in _SCHEMES)} or a bare name"
         )
-    dataset = _SCHEMES[scheme](rest, data_dir) if colon else _open_bare(base, data_dir)
-    return _subset(replace(dataset, name=name), rules)
+    opener = _SCHEMES[parsed.scheme] if parsed.scheme else _open_bare
+    with opener(parsed.source, data_dir) as listing:
+        whole, (listing, chosen) = listing.parts["train"], choose(name, parsed, listing)
+        parts = decode(listing, chosen, name, parsed.side, parsed.skip_corrupt, folder)
+        known = whole.labels() if whole.pixels is not None else parts["train"][1]
+    data = build(name, parts["train"], parts.get("test"), listing.classes)
+    if whole.pixels is not None or not parsed.rules:
+        warn_of_gaps(data, known)
+    return data
 
 
 def list_names(data_dir: str | Path | None = None) -> tuple[str, ...]:
@@ -98,60 +122,21 @@ def list_names(data_dir: str | Path | None = None) -> tuple[str, ...]:
     return (*embedded, *sorted(names))
 
 
-def base_name(name: str) -> str:
-    """What a data set is called in results: no scheme, path, or subset rule.
-
-    "embedded:mnist[:5000]" and "npz:data/mnist.npz" are both "mnist", "tfds:emnist/letters:3.1.0"
-    is "emnist_letters".
-    """
-    base = _parse_rules(name)[0]
-    scheme, _, source = base.partition(":")
-    if scheme == "tfds":
-        return source.partition(":")[0].replace("/", "_")
-    source = source or base
-    return Path(source).name.removesuffix(".npz").removesuffix(".zip")
-
-
-def _parse_rules(name: str) -> tuple[str, tuple[slice, ...]]:
-    if not name.endswith("]"):
-        return name, ()
-    base, bracket, text = name[:-1].rpartition("[")
-    rules = text.split(",")
-    if not bracket or not base or len(rules) > 2:
-        raise InputError(f"malformed subset rule in data set {name!r}: {_RULE_HELP}")
-    return base, tuple(_parse_slice(rule, name) for rule in rules)
-
-
-def _parse_slice(rule: str, name: str) -> slice:
-    bounds = [bound.strip() for bound in rule.split(":")]
-    if len(bounds) not in (2, 3) or not all(re.fullmatch(r"(-?[0-9]+)?", b) for b in bounds):
-        raise InputError(f"malformed subset rule {rule!r} in data set {name!r}: {_RULE_HELP}")
-    numbers = [int(bound) if bound else None for bound in bounds]
-    if numbers[2:] == [0]:
-        raise InputError(f"subset rule {rule!r} in data set {name!r} has step 0: use 1 or more")
-    return slice(*numbers)
-
-
-def _subset(dataset: Dataset, rules: tuple[slice, ...]) -> Dataset:
-    # Copies, not views: a view would keep the whole set in memory.
-    cut = {}
-    for split, rule in zip(("train", "test"), rules, strict=False):
-        x, y = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
-        if not len(y[rule]):
-            raise InputError(
-                f"subset rule of data set {dataset.name!r} leaves none of the {len(y)} {split} "
-                "images: widen it"
-            )
-        cut |= {f"x_{split}": x[rule].copy(), f"y_{split}": y[rule].copy()}
-    return replace(dataset, **cut)
-
-
 def _roots(data_dir: str | Path | None) -> list[Path]:
     given = (data_dir, os.environ.get("MADJAX_DATA"))
     return [Path(root).expanduser() for root in given if root]
 
 
-def _open_bare(name: str, data_dir: str | Path | None) -> Dataset:
+_Opened = AbstractContextManager[Listing]
+_Opener = Callable[[str, str | Path | None], _Opened]
+
+
+def _in_memory(opener: Callable[[str, str | Path | None], Dataset]) -> _Opener:
+    """The opener of a listing, from that of a data set that is in memory as soon as it is open."""
+    return lambda source, data_dir: nullcontext(Listing.of(opener(source, data_dir)))
+
+
+def _open_bare(name: str, data_dir: str | Path | None) -> _Opened:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(
             f"data set name {name!r} is not a plain name: for a path write npz:PATH or folder:PATH"
@@ -159,9 +144,9 @@ def _open_bare(name: str, data_dir: str | Path | None) -> Dataset:
     for root in _roots(data_dir):
         for path in (root / f"{name}.npz", root / name):
             if path.suffix == ".npz" and path.is_file():
-                return open_npz(str(path))
+                return nullcontext(Listing.of(open_npz(str(path))))
         if parts := sheet_parts(root, name):
-            return open_sheets(root, name, parts)
+            return nullcontext(Listing.of(open_sheets(root, name, parts)))
         for path in (root / f"{name}.zip", root / name):
             if path.exists():
                 return open_folder(str(path))
@@ -172,9 +157,9 @@ def _open_bare(name: str, data_dir: str | Path | None) -> Dataset:
     )
 
 
-_SCHEMES: dict[str, Callable[[str, str | Path | None], Dataset]] = {
-    "embedded": open_embedded,
+_SCHEMES: dict[str, _Opener] = {
+    "embedded": _in_memory(open_embedded),
     "tfds": open_tfds,
-    "npz": open_npz,
+    "npz": _in_memory(open_npz),
     "folder": open_folder,
 }

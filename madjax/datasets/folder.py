@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from madjax.datasets.types import DAMAGED, Dataset, build, by, first_line
+from madjax.datasets.listing import CorruptImageError, Images, Listing
+from madjax.datasets.types import DAMAGED, first_line
 from madjax.errors import InputError
 
 LARGEST = 2**26
@@ -30,11 +31,19 @@ _EXPECTED = "[train|test|val|valid|validation/]CLASS/IMAGE"
 _NO_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
+class _File(NamedTuple):
+    """A file of the data set."""
+
+    read: Callable[[], bytes]
+    stamp: Callable[[], tuple[int, int]]
+    """Its size, and what changes with its bytes."""
+
+
 class _Tree(NamedTuple):
     """What lies below a folder or in a .zip, without hidden files: relative names."""
 
-    files: Mapping[str, Callable[[], bytes]]
-    """Every file in the order of names, and the function that reads its bytes."""
+    files: Mapping[str, _File]
+    """In the order of names."""
     folders: frozenset[str]
 
 
@@ -48,7 +57,7 @@ def _opened(path: Path) -> Iterator[_Tree]:
             names[:] = [n for n in names if not _holds(os.path.realpath(Path(top, n)), here)]
             folders |= {Path(top, name).relative_to(path).as_posix() for name in names}
             files |= {Path(top, f).relative_to(path).as_posix(): Path(top, f) for f in found}
-        yield _tree({name: file.read_bytes for name, file in files.items()}, folders)
+        yield _tree({name: _on_disk(file) for name, file in files.items()}, folders)
     elif path.is_file():
         try:
             archive = zipfile.ZipFile(path)
@@ -59,14 +68,28 @@ def _opened(path: Path) -> Iterator[_Tree]:
         with archive:
             entries = archive.infolist()
             folders = {entry.filename.rstrip("/") for entry in entries if entry.is_dir()}
-            files = {e.filename: functools.partial(_unpack, archive, e, path) for e in entries}
-            yield _tree({n: f for n, f in files.items() if not n.endswith("/")}, folders)
+            files = {e.filename: _in_archive(archive, e, path) for e in entries if not e.is_dir()}
+            yield _tree(files, folders)
     else:
         raise InputError(f"no folder or .zip {str(path)!r}: check the path after folder:")
 
 
 def _holds(folder: str, other: str) -> bool:
     return os.path.commonpath([folder, other]) == folder
+
+
+def _on_disk(path: Path) -> _File:
+    def stamp() -> tuple[int, int]:
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    return _File(path.read_bytes, stamp)
+
+
+def _in_archive(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> _File:
+    return _File(
+        functools.partial(_unpack, archive, entry, path), lambda: (entry.file_size, entry.CRC)
+    )
 
 
 def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> bytes:
@@ -78,7 +101,7 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> byt
     return archive.read(entry)
 
 
-def _tree(files: Mapping[str, Callable[[], bytes]], folders: Iterable[str]) -> _Tree:
+def _tree(files: Mapping[str, _File], folders: Iterable[str]) -> _Tree:
     """Without dot files and __MACOSX: thumbnails and resource forks that merely end in .jpg."""
     seen = {name: files[name] for name in sorted(files) if not _is_hidden(name)}
     parents = {str(parent) for name in seen for parent in PurePosixPath(name).parents}
@@ -107,30 +130,30 @@ def _decode(read: Callable[[], bytes], where: str) -> np.ndarray:
     """Pixels [H, W, 1 or 3], uint8; of several frames the first, transparent ones on white."""
     from PIL import Image
 
-    data = read()
-    if not data:
-        raise InputError(f"image {where} is an empty file: copy it again, or remove it")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode[0] in "IF":  # convert() would clip 16 and 32 bit pixels silently
-                    raise InputError(f"image {where} has {image.mode} pixels: save it with 8 bits")
-                grey = image.mode in ("1", "L", "LA", "La")
-                if image.has_transparency_data:
-                    seen = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-                pixels = np.asarray(image.convert("L" if grey else "RGB"))
+        data = read()
+        if not data:
+            raise CorruptImageError(f"image {where} is an empty file: copy it again, or remove it")
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode[0] in "IF":  # convert() would clip 16 and 32 bit pixels silently
+                raise InputError(f"image {where} has {image.mode} pixels: save it with 8 bits")
+            grey = image.mode in ("1", "L", "LA", "La")
+            if image.has_transparency_data:
+                seen = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
     except InputError:
         raise
     except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(
-            f"image {where} is corrupt ({first_line(error)}): replace or remove it"
+        raise CorruptImageError(
+            f"image {where} is corrupt ({first_line(error)}): replace or remove it, or "
+            "write [skip_corrupt] after the data set's name"
         ) from error
     return pixels[..., None] if grey else pixels
 
 
-def open_folder(rest: str, data_dir: str | Path | None = None) -> Dataset:
+@contextlib.contextmanager
+def open_folder(rest: str, data_dir: str | Path | None = None) -> Iterator[Listing]:
     """Train is `train`, or everything without split folders; test is `test`, else `val`.
 
     Images lie at [SPLIT/]CLASS/IMAGE, with splits train, test, and val, valid or validation; a
@@ -144,27 +167,37 @@ def open_folder(rest: str, data_dir: str | Path | None = None) -> Dataset:
         splits = _layout(tree, path)
         held_out = "test" if "test" in splits else "val"
         classes = _classes(splits, held_out, path)
-        used = [
-            (split, classes.index(_composed(name)), f"{path}/{file}", tree.files[file])
-            for split in ("train", held_out)
-            for name, files in sorted(splits.get(split, {}).items())
-            for file in files
-        ]
         _warn_of_the_rest(tree, path)
-        images = [_decode(read, where) for _, _, where, read in used]
-    sizes = Counter(image.shape[:2] for image in images)
-    size = sizes.most_common(1)[0][0]
-    for image, (_, _, where, _) in zip(images, used, strict=True):
-        if image.shape[:2] != size:
-            raise InputError(
-                f"image {where} is {by(image.shape[:2])} but most are {by(size)} (height x "
-                "width): resize all to one size"
-            )
-    channels = max(image.shape[2] for image in images)
-    x = np.stack([np.broadcast_to(image, (*size, channels)) for image in images])
-    y = np.array([label for _, label, _, _ in used], np.int32)
-    train = np.array([split == "train" for split, _, _, _ in used])
-    return build(f"folder:{rest}", (x[train], y[train]), (x[~train], y[~train]), classes)
+        parts = {
+            split: _images(tree, path, classes, splits.get(folder, {}))
+            for split, folder in (("train", "train"), ("test", held_out))
+        }
+        yield Listing(parts, classes)
+
+
+def _images(
+    tree: _Tree, path: Path, classes: tuple[str, ...], folders: Mapping[str, list[str]]
+) -> Images:
+    """A part, by the files of its classes."""
+    labelled = [
+        (file, classes.index(_composed(name)))
+        for name, files in sorted(folders.items())
+        for file in files
+    ]
+
+    def where(i: int) -> str:
+        return f"{path}/{labelled[i][0]}"
+
+    def read(i: int) -> tuple[np.ndarray, int]:
+        file, label = labelled[i]
+        return _decode(tree.files[file].read, where(i)), label
+
+    def stamp(i: int) -> tuple[str, int, int]:
+        file, label = labelled[i]
+        return file, label, *tree.files[file].stamp()
+
+    labels = np.array([label for _, label in labelled], np.int32)
+    return Images(len(labelled), read, lambda: labels, where, stamp)
 
 
 _Layout = dict[str, dict[str, list[str]]]
@@ -270,5 +303,5 @@ def _warn_of_the_rest(tree: _Tree, path: Path) -> None:
         warnings.warn(
             f"{path}: {suffixes.total()} files are no images that Pillow reads, and are left out: "
             f"{each}",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from madjax.datasets.types import Dataset, build, by, first_line
+from madjax.datasets.listing import Images, Listing
+from madjax.datasets.types import first_line
 from madjax.errors import InputError
 
 _TRANSPOSED = {"emnist"}
@@ -38,7 +39,8 @@ def _quiet_absl() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def open_tfds(rest: str, data_dir: str | Path | None) -> Dataset:
+@contextlib.contextmanager
+def open_tfds(rest: str, data_dir: str | Path | None) -> Iterator[Listing]:
     """Opens `tfds:NAME`; the test part is its split `test`, else `validation`, else empty."""
     import tensorflow_datasets as tfds
 
@@ -65,13 +67,14 @@ def open_tfds(rest: str, data_dir: str | Path | None) -> Dataset:
                 f"TFDS data set {rest!r} has no train split to read ({first_line(error)}): "
                 "choose another"
             ) from error
-        train = _read_tfds(source, rest)
-        held_out = _held_out(builder)
-        test = None if held_out is None else _read_tfds(held_out, rest)
-        if builder.name in _TRANSPOSED:
-            train, test = (part and (part[0].swapaxes(1, 2), part[1]) for part in (train, test))
-    names = getattr(source.dataset_info.features[_tfds_keys(source, rest)[1]], "names", None)
-    return build(f"tfds:{rest}", train, test, tuple(names) if names else None)
+        found = {"train": source, "test": _held_out(builder)}
+        parts = {
+            split: _images(each, rest, f"{split} of {builder.info.full_name}", builder)
+            for split, each in found.items()
+            if each is not None
+        }
+        names = getattr(source.dataset_info.features[_tfds_keys(source, rest)[1]], "names", None)
+        yield Listing(parts, tuple(names) if names else None)
 
 
 def _cannot_open(name: str, data_dir: str | None, error: BaseException) -> str:
@@ -104,19 +107,23 @@ def _tfds_keys(source: Any, name: str) -> tuple[str, str]:
     return tuple(keys)
 
 
-def _read_tfds(source: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _images(source: Any, name: str, where: str, builder: Any) -> Images:
+    """A part, by its data source."""
     image_key, label_key = _tfds_keys(source, name)
-    images, labels = [], []
-    for index in range(len(source)):
-        example = source[index]
-        images.append(np.asarray(example[image_key]))
-        labels.append(example[label_key])
-        if images[-1].shape != images[0].shape:
-            raise InputError(
-                f"TFDS data set {name!r} has images of several shapes (number {index} is "
-                f"{by(images[-1].shape)}, the first {by(images[0].shape)}): resize them to a "
-                "folder and open that with folder:PATH"
-            )
-    if not images:
+    if not len(source):
         raise InputError(f"a split of TFDS data set {name!r} is empty: prepare it again")
-    return np.stack(images), np.asarray(labels)
+
+    def read(i: int) -> tuple[np.ndarray, int]:
+        example = source[i]
+        image = np.asarray(example[image_key])
+        if builder.name in _TRANSPOSED:
+            image = image.swapaxes(0, 1)
+        return image, example[label_key]
+
+    def labels() -> np.ndarray:
+        return np.asarray([read(i)[1] for i in range(len(source))])
+
+    def stamp(i: int) -> list[Any]:
+        return [where, str(builder.data_dir), len(source), i]
+
+    return Images(len(source), read, labels, f"{{}} of {where}".format, stamp)

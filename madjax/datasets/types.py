@@ -196,16 +196,20 @@ def build(
     if classes is None:
         top = max((int(y.max()) for y in ys if y.dtype.kind in "iu" and y.size), default=0)
         classes = tuple(map(str, range(top + 1)))
-    dataset = Dataset(name, xs[0], ys[0], xs[1], ys[1], classes)
-    missing = sorted(set(range(dataset.num_classes)) - set(ys[0].tolist()))
+    return Dataset(name, xs[0], ys[0], xs[1], ys[1], classes)
+
+
+def warn_of_gaps(data: Dataset, labels: np.ndarray) -> None:
+    """Warn of classes that have none of these labels: they may be numbered from 1."""
+    missing = sorted(set(range(data.num_classes)) - set(labels.tolist()))
     if missing:
         some = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
         warnings.warn(
-            f"data set {name!r} has no train image of {len(missing)} of its {len(classes)} classes "
-            f"(labels {some}): number labels from 0 without gaps, or leave those classes out",
-            stacklevel=4,
+            f"data set {data.name!r} has no train image of {len(missing)} of its "
+            f"{data.num_classes} classes (labels {some}): number labels from 0 without gaps, or "
+            "leave those classes out",
+            stacklevel=3,
         )
-    return dataset
 
 
 def _as_int32(labels: np.ndarray, name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Results of stages on disk, named by what determines them: made once for all runs and commands.
 
     $MADJAX_CACHE/STAGE-DIGEST.npz    the arrays of one result, and what it is and what made it
+    $MADJAX_CACHE/images-DIGEST/      decoded images of a data set (madjax/datasets/listing.py)
 
 The default is the user's cache directory; with an empty MADJAX_CACHE nothing is kept. What is kept
 may be deleted at any time.
@@ -9,6 +10,7 @@ may be deleted at any time.
 import contextlib
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from madjax.config import digest
+from madjax.datasets.listing import FACTS, KIND
 from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
 
@@ -234,6 +237,12 @@ def entries(where: Path) -> list[Entry]:
             facts = json.loads(str(held["facts"]))
         said = facts["what"], facts["maker"], facts["made"]
         found.append(Entry(path, *said, path.stat().st_size, _idle(path)))
+    for path in where.glob(f"{KIND}-*/"):
+        facts = {"what": "damaged", "made": "?"}
+        with contextlib.suppress(Exception):
+            facts = json.loads((path / FACTS).read_text())
+        size = sum(file.stat().st_size for file in path.iterdir())
+        found.append(Entry(path, facts["what"], {}, facts["made"], size, _idle(path)))
     return sorted(found, key=lambda entry: entry.idle)
 
 
@@ -242,7 +251,10 @@ def prune(where: Path, days: float) -> list[Entry]:
     gone = [entry for entry in entries(where) if entry.idle >= days]
     drafts = (path for path in where.glob(".*.part") if _idle(path) >= days)  # of who was killed
     for path in (*(entry.path for entry in gone), *drafts):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return gone
 
 

@@ -13,6 +13,7 @@ from madjax.datasets import open_dataset
 from madjax.defenses import as_function
 from madjax.errors import InputError
 from madjax.models import Classifier
+from madjax.sweep import cache
 from madjax.sweep.tasks import make_classifier
 from madjax.sweep.victim import finder, owner_of
 
@@ -60,7 +61,7 @@ def defended(
         )
     if not (directory / store.CONFIG).is_file():
         raise InputError(f"{directory} holds no run: make it with madjax sweep")
-    data = open_dataset(chosen.dataset, data_dir)
+    data = open_dataset(chosen.dataset, data_dir, folder=cache.folder())
     victim = make_classifier(chosen.architecture, data, "victim")
     owner = owner_of(chosen, victim, data, finder(directory, chosen, victim, data))
     params = owner.train_victim().params

@@ -134,11 +134,13 @@ def plan(
 ) -> Plan:
     """What `run` with the same arguments would do; nothing is trained, answered or written.
 
+    Data sets are read, and images that have to be decoded are kept in the cache.
+
     Raises:
         InputError: what `run` would refuse, but for the directory.
     """
     directory, mesh = Path(directory), make_mesh(devices)
-    opened = open_tasks(config.tasks, data_dir)
+    opened = open_tasks(config.tasks, data_dir, cache.folder())
     ahead = tried(config, opened)
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
     done = store.ids(directory)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from madjax import store
 from madjax.attacks import Online
 from madjax.config import Sweep, describe
-from madjax.sweep.cache import open_cache
+from madjax.sweep import cache
 from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.mesh import make_mesh
 from madjax.sweep.plan import planned
@@ -55,7 +55,7 @@ def run(
             images they are judged by.
     """
     directory = Path(directory)
-    opened = open_tasks(config.tasks, data_dir)
+    opened = open_tasks(config.tasks, data_dir, cache.folder())
     ahead = tried(config, opened)
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
     description = describe(config) | {"data": [each.checksums for each in opened.values()]}
@@ -65,7 +65,7 @@ def run(
         if missing:
             mesh = make_mesh(devices)
             facts = run_facts(config, description, mesh)
-            kept = open_cache(made_with(facts))
+            kept = cache.open_cache(made_with(facts))
             for task, each in opened.items():
                 if not agrees(directory, task, each.network, each.data, kept):
                     log(f"{task.label}: the cache has another victim than {directory}: not used")

@@ -54,14 +54,18 @@ class Opened:
         return self.network, self.data.num_classes, len(self.data.x_train), len(self.data.x_test)
 
 
-def open_tasks(tasks: Iterable[Task], data_dir: str | Path | None) -> dict[Task, Opened]:
+def open_tasks(
+    tasks: Iterable[Task], data_dir: str | Path | None, folder: Path | None
+) -> dict[Task, Opened]:
     """Open the data of tasks, each set once, and check that victims and attackers can use it.
+
+    folder: where images that have to be decoded are kept for the next time.
 
     Raises:
         InputError: see `open_dataset`; sets, architectures and given victims that do not fit each
             other, and attackers that would train on the images they are judged by.
     """
-    opened = cache(partial(open_dataset, data_dir=data_dir))
+    opened = cache(partial(open_dataset, data_dir=data_dir, folder=folder))
 
     @cache
     def drawn_from(queryset: str, splits: tuple[str, ...]) -> tuple[Source, int]:

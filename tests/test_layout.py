@@ -12,7 +12,7 @@ pytestmark = pytest.mark.smoke
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors"},
-    {"files", "conv", "batching", "linear", "streams"},
+    {"files", "conv", "batching", "linear", "streams", "augment"},
     {"layers"},
     {"taps"},
     {"structured"},

@@ -335,7 +335,7 @@ def steal(
         >>> import jax.numpy as jnp, madjax
         >>> own = madjax.open_dataset("embedded:mnist[:9,:9]")
         >>> to, test = own.family, (own.x_test, own.y_test)
-        >>> network = madjax.Classifier(madjax.MLP(10, (3,)), to.preprocess, own.image_shape)
+        >>> network = madjax.Classifier(madjax.MLP(10, (3,)), to.inputs, own.image_shape)
         >>> data = own.x_train, own.y_train, network, to, test
         >>> victim = lambda numbers, x: jnp.full((len(x), 10), 0.1)
         >>> transfer, state = madjax.steal(madjax.Knockoff(budget=3), 0, victim, *data)

@@ -39,11 +39,20 @@ class Family:
         name: How rows and checkpoints call it.
         mean: One number a channel, on the scale where white is 1.
         std: As `mean`.
+        crop: The side of the square that networks see of larger images, the middle; None: all.
     """
 
     name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: int | None = None
+
+    def inputs(self, images: Any) -> Any:
+        """What a network takes of images [..., H, W, C]: their middle, preprocessed."""
+        if self.crop is not None:
+            top, left = (max(0, round((n - self.crop) / 2)) for n in images.shape[-3:-1])
+            images = images[..., top : top + self.crop, left : left + self.crop, :]
+        return self.preprocess(images)
 
     def preprocess(self, images: Any) -> Any:
         """Turns uint8 images [..., H, W, C] into float32 `(x / 255 - mean) / std`.
@@ -72,7 +81,7 @@ class Family:
 
 MNIST_FAMILY = Family("mnist", (0.1307,), (0.3081,))
 CIFAR_FAMILY = Family("cifar", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-IMAGENET_FAMILY = Family("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_FAMILY = Family("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop=224)
 
 
 def family_for(image_shape: tuple[int, ...]) -> Family:

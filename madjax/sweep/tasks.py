@@ -119,7 +119,7 @@ def make_classifier(architecture: Any, data: Dataset, role: str) -> Classifier:
     blank = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.uint8)
     try:
         module = architecture(data.num_classes)
-        classifier = Classifier(module, data.family.preprocess, data.image_shape)
+        classifier = Classifier(module, data.family.inputs, data.image_shape)
         variables = jax.eval_shape(classifier.init, jax.random.key(0))
         logits = jax.eval_shape(classifier.apply, variables, blank)
         classifier.check_learns(variables)

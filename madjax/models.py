@@ -47,6 +47,17 @@ def scaled(width: float, features: int) -> int:
     return max(1, round(width * features))
 
 
+def computed_in(dtype: Any) -> Any:
+    """The type that a network computes in: that which is given, or what suits the platform.
+
+    None is bfloat16 where the default backend is an accelerator, and float32 on a CPU, as the
+    program is traced. Parameters, the statistics of BatchNorm and logits are float32 in any case.
+    """
+    if dtype is not None:
+        return dtype
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
 _TORCH_LENET = ("conv1", "conv2", "fc1", "fc2")
 
 
@@ -114,7 +125,7 @@ class VGG16(nn.Module):
     `hidden=(4096, 4096)` is the original, whose first dense layer reads 7x7x512 features of a
     224x224 image, with dropout after each hidden layer in training (Simonyan and Zisserman 2015).
     width: a factor of the features of all convolutions, each rounded and at least 1. batch_norm:
-    without it, no BatchNorm follows the convolutions, as in the original.
+    without it, no BatchNorm follows the convolutions, as in the original. dtype: see `computed_in`.
 
     Images [B, H, W, C], H and W multiples of 32 -> logits [B, K]. train: whether BatchNorm takes
     the batch's statistics, which it then updates in the collection "batch_stats", and dropout
@@ -126,6 +137,7 @@ class VGG16(nn.Module):
     hidden: tuple[int, ...] = ()
     width: float = 1.0
     batch_norm: bool = True
+    dtype: Any = None
     convolution: Callable[..., Array] = convolution
     pool: Callable[[Array], Array] = max_pool_2x2
 
@@ -151,25 +163,27 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:  # noqa: D102
+        dtype = computed_in(self.dtype)
         for block in _VGG16:
             for features in block:
                 x = nn.Conv(
                     scaled(self.width, features),
                     (3, 3),
                     padding=1,
+                    dtype=dtype,
                     kernel_init=kaiming_init,
                     conv_general_dilated=self.convolution,
                 )(x)
                 if self.batch_norm:
-                    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+                    x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)
                 x = nn.relu(x)
             x = self.pool(x)
         x = x.reshape(x.shape[0], -1)
         head = nn.initializers.normal(0.01)
         for features in self.hidden:
-            x = nn.relu(nn.Dense(features, kernel_init=head)(x))
+            x = nn.relu(nn.Dense(features, kernel_init=head, dtype=dtype)(x))
             x = nn.Dropout(0.5, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, kernel_init=head)(x)
+        return nn.Dense(self.num_classes, kernel_init=head)(x.astype(jnp.float32))
 
 
 class ResNet18(nn.Module):
@@ -180,6 +194,7 @@ class ResNet18(nn.Module):
     of every stage but the first halves the image. Where the shape changes, x goes through a 1x1
     convolution. BatchNorm follows every convolution, none of which has a bias. large_images: begin
     as the original does, with a 7x7 convolution and 3x3 max pooling that halve the image each.
+    dtype: see `computed_in`.
 
     Images [B, H, W, C] -> logits [B, K]. train: whether BatchNorm takes the batch's statistics,
     which it then updates in the collection "batch_stats". Kernels N(0, 2 / (h w features)), the
@@ -192,6 +207,7 @@ class ResNet18(nn.Module):
     blocks: int = 2
     """Blocks in each stage."""
     large_images: bool = False
+    dtype: Any = None
     convolution: Callable[..., Array] = convolution
 
     def torch_names(self) -> dict[str, str]:
@@ -211,6 +227,8 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:  # noqa: D102
+        dtype = computed_in(self.dtype)
+
         def conv(x: Array, features: int, size: int, stride: int) -> Array:
             x = nn.Conv(
                 features,
@@ -218,10 +236,11 @@ class ResNet18(nn.Module):
                 strides=stride,
                 padding=size // 2,
                 use_bias=False,
+                dtype=dtype,
                 kernel_init=kaiming_init,
                 conv_general_dilated=self.convolution,
             )(x)
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)(x)
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)(x)
 
         if self.large_images:
             x = nn.relu(conv(x, self.stages[0], 7, 2))
@@ -236,7 +255,7 @@ class ResNet18(nn.Module):
                 if x.shape != y.shape:
                     x = conv(x, features, 1, stride)
                 x = nn.relu(x + y)
-        return torch_dense(self.num_classes, x.mean(axis=(1, 2)))
+        return torch_dense(self.num_classes, x.astype(jnp.float32).mean(axis=(1, 2)))
 
 
 # An attacker's other choices of network (the paper's `arch-*`): smaller and larger than LeNet, and

@@ -1,5 +1,7 @@
 """The networks are the originals (parameters, shapes, initial values) and learn as they should."""
 
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -11,6 +13,7 @@ from jax import lax
 import madjax
 from madjax import MLP, VGG16, Classifier, InputError, LeNet, Recipe, ResNet18, fit
 from madjax.datasets import MNIST_FAMILY
+from madjax.models import computed_in
 
 TINY = Classifier(ResNet18(3, stages=(4, 6), blocks=1), lambda x: x / 255, (8, 8, 2))
 
@@ -273,3 +276,32 @@ def test_vgg16_structured_is_jacrev():
         for method in ("structured", "jacrev")
     )
     np.testing.assert_allclose(got / np.abs(want).max(), want / np.abs(want).max(), atol=1e-5)
+
+
+def test_half_precision_is_of_the_computation_alone():
+    """Variables, statistics and logits are float32; MAD's answers are nearly the same."""
+    half = Classifier(TINY.module.clone(dtype=jnp.bfloat16), TINY.preprocess, TINY.image_shape)
+    variables = some(TINY)
+    x = np.random.default_rng(1).uniform(0, 255, (20, *TINY.image_shape)).astype(np.float32)
+    logits, learned = jax.jit(half.learn)(variables, x, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, learned))} == {np.dtype("float32")}
+    hlo = jax.jit(half.apply).lower(variables, x).as_text()
+    assert "bf16" in hlo
+    assert "bf16" not in jax.jit(TINY.apply).lower(variables, x).as_text()
+    found, wanted = (jax.jit(each.apply)(variables, x) for each in (half, TINY))
+    np.testing.assert_allclose(found, wanted, atol=0.03 * np.abs(wanted).max())
+    grams = [madjax.gram(each.apply, variables, x) for each in (half, TINY)]
+    assert {gram.dtype for gram in grams} == {np.dtype("float32")}
+    np.testing.assert_allclose(*grams, atol=0.1 * np.abs(grams[1]).max())
+    y = jax.nn.softmax(jax.random.normal(jax.random.key(2), (20, 3)))
+    solve = jax.vmap(partial(madjax.solve, epsilon=0.5))
+    angles = [jax.vmap(madjax.angle)(solve(y, gram), y, grams[1]).mean() for gram in grams]
+    np.testing.assert_allclose(*angles, rtol=0.02)
+
+
+def test_the_platform_says_what_is_computed_in(monkeypatch):
+    assert computed_in(None) == jnp.float32
+    assert computed_in(jnp.float16) == jnp.float16
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert computed_in(None) == jnp.bfloat16
+    assert computed_in(jnp.float32) == jnp.float32

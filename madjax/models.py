@@ -51,7 +51,8 @@ def computed_in(dtype: Any) -> Any:
     """The type that a network computes in: that which is given, or what suits the platform.
 
     None is bfloat16 where the default backend is an accelerator, and float32 on a CPU, as the
-    program is traced. Parameters, the statistics of BatchNorm and logits are float32 in any case.
+    program is traced; else a type by its name, "float32". Parameters, the statistics of BatchNorm
+    and logits are float32 in any case.
     """
     if dtype is not None:
         return dtype
@@ -135,11 +136,11 @@ class VGG16(nn.Module):
 
     num_classes: int
     hidden: tuple[int, ...] = ()
+    convolution: Callable[..., Array] = convolution
+    pool: Callable[[Array], Array] = max_pool_2x2
     width: float = 1.0
     batch_norm: bool = True
     dtype: Any = None
-    convolution: Callable[..., Array] = convolution
-    pool: Callable[[Array], Array] = max_pool_2x2
 
     def torch_names(self) -> dict[str, str]:
         """Its layers -> their names in PyTorch, see `from_torch`.
@@ -206,9 +207,9 @@ class ResNet18(nn.Module):
     """Features of each stage; the stem has those of the first."""
     blocks: int = 2
     """Blocks in each stage."""
+    convolution: Callable[..., Array] = convolution
     large_images: bool = False
     dtype: Any = None
-    convolution: Callable[..., Array] = convolution
 
     def torch_names(self) -> dict[str, str]:
         """Its layers -> their names in torchvision, see `from_torch`."""

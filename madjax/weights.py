@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +36,14 @@ class Trained:
     `RUN/checkpoints/NAME`, of which the last epoch is taken.
 
     It is read when this is made. What tells one from another, in `id` and `task_settings` of rows,
-    is `digest`, which is of the arrays and their names: the file may be moved, and saved anew.
+    is `digest`, which is of the arrays and their names: the file may be moved, and saved anew. On
+    an accelerator VGG16 and ResNet18 compute in bfloat16, unless their dtype says otherwise.
 
     Raises:
         InputError: it cannot be read.
     """
 
-    path: str = field(compare=False)
+    path: str = field(compare=False, metadata={"described": False})
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,16 +56,21 @@ class Trained:
         Raises:
             InputError: they do not fit; they are not those of when this was made.
         """
-        with jax.ensure_compile_time_eval():  # as this may be asked for inside a trace
-            held = _held(self.path)
-            if _digest(held) != self.digest:
-                raise InputError(
-                    f"{self.path} was changed after its config was read: leave it as it is until "
-                    "the run has ended"
-                )
-            if not Path(self.path).is_dir():
-                return _from_torch(classifier, held, self.path)
-            return _as_they_are(classifier, held, self.path)
+        return _variables(self, classifier)
+
+
+@lru_cache(maxsize=1)  # as a run asks for them several times
+def _variables(trained: Trained, classifier: Classifier) -> dict[str, Any]:
+    with jax.ensure_compile_time_eval():  # as they may be asked for inside a trace
+        held = _held(trained.path)
+        if _digest(held) != trained.digest:
+            raise InputError(
+                f"{trained.path} was changed after its config was read: leave it as it is until "
+                "the run has ended"
+            )
+        if _path(trained.path).is_dir():
+            return _as_they_are(classifier, held, trained.path)
+        return _from_torch(classifier, held, trained.path, _GIVEN)
 
 
 def from_torch(
@@ -75,9 +82,10 @@ def from_torch(
 ) -> dict[str, Any]:
     """The variables of a network from a state dict of the same network in PyTorch.
 
-    Convolutions go from [features, C, h, w] to [h, w, C, features], dense layers from
-    [outputs, inputs] to [inputs, outputs]. A dense layer behind a convolution or the image reads
-    pixels in the order (row, column, channel), where PyTorch flattens (channel, row, column).
+    Convolutions, but transposed ones, go from [features, C, h, w] to [h, w, C, features], dense
+    layers from [outputs, inputs] to [inputs, outputs]. A dense layer behind a convolution or the
+    image reads pixels in the order (row, column, channel), where PyTorch flattens (channel, row,
+    column).
 
     Args:
         classifier: the network; its preprocessing is what the PyTorch network was trained behind.
@@ -108,14 +116,29 @@ def from_torch(
         (800, 500)
     """
     if isinstance(weights, Mapping):
-        return _from_torch(classifier, weights, "the state dict", head, names)
-    return _from_torch(classifier, _read(Path(weights)), str(weights), head, names)
+        return _from_torch(classifier, weights, "the state dict", _CALLED, head, names)
+    held = _read(_path(weights))
+    return _from_torch(classifier, held, str(weights), _CALLED, head, names)
+
+
+class _Ways(NamedTuple):
+    """What else a user can do, as messages say it."""
+
+    names: str
+    head: str
+
+
+_CALLED = _Ways(
+    "or names, its layers -> their names there", ", or head=jax.random.key(0) for a new last layer"
+)
+_GIVEN = _Ways("or its module a method torch_names, its layers -> their names there", "")
 
 
 def _from_torch(
     classifier: Classifier,
     held: Mapping[str, Any],
     said: str,
+    ways: _Ways,
     head: Array | None = None,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -125,7 +148,8 @@ def _from_torch(
     if names is None:
         if not hasattr(classifier.module, "torch_names"):
             raise InputError(
-                f"{network} has no torch_names: give names, its layers -> their names in {said}"
+                f"{network} has no torch_names, which {said} asks for: give another network, "
+                f"{ways.names}"
             )
         names = classifier.module.torch_names()
     slots, last = _slots(classifier, names), list(names)[-1]
@@ -135,10 +159,10 @@ def _from_torch(
         new = [slot.path for slot in slots if slot.layer == last]
         slots = [slot for slot in slots if slot.layer != last]
         found = jax.jit(lambda key: _some(classifier.init(key), new))(head)
-    _check_names(said, network, held, {slot.name for slot in slots})
+    _check_names(said, network, held, {slot.name for slot in slots}, ways.names)
     for slot in slots:
         value = _array(held[slot.name])
-        anew = ", or head=jax.random.key(0) for a new last layer" if slot.layer == last else ""
+        anew = ways.head if slot.layer == last else ""
         _check_shape(said, slot.name, value.shape, slot.shape, classifier, anew)
         if not np.isfinite(value).all():
             raise InputError(f"{said}: {slot.name} holds NaN or infinity: give finite weights")
@@ -180,7 +204,10 @@ def _slots(classifier: Classifier, names: Mapping[str, str]) -> list[_Slot]:
             "no layer of PyTorch: name all convolutions, dense layers and BatchNorms; one with "
             "layers of other kinds is yours to fill"
         )
-    slots, channels = [], classifier.image_shape[2]
+    image = jax.eval_shape(
+        classifier.preprocess, jax.ShapeDtypeStruct((1, *classifier.image_shape), jnp.uint8)
+    ).shape[1:]
+    slots, channels = [], image[2]
     for layer, name in names.items():
         for (collection, leaf), suffix in _LEAVES.items():
             path = (collection, *layer.split("/"), leaf)
@@ -188,8 +215,13 @@ def _slots(classifier: Classifier, names: Mapping[str, str]) -> list[_Slot]:
                 continue
             shape, seen = shapes[path].shape, (1, 1, 1)
             if leaf == "kernel":
+                if len(shape) not in (2, 4):
+                    raise InputError(
+                        f"{layer} has a kernel of shape {shape}, which is of no dense layer and no "
+                        "convolution of images: fill its variables yourself"
+                    )
                 if len(shape) == 2:
-                    seen = _seen(classifier, layer, shape[0], channels)
+                    seen = _seen(image, layer, shape[0], channels)
                 channels = shape[-1] if len(shape) == 4 else None
                 shape = (shape[-1], shape[-2], *shape[:-2])
             slots.append(_Slot(layer, path, f"{name}.{suffix}", shape, seen))
@@ -197,13 +229,14 @@ def _slots(classifier: Classifier, names: Mapping[str, str]) -> list[_Slot]:
 
 
 def _seen(
-    classifier: Classifier, layer: str, inputs: int, channels: int | None
+    image: tuple[int, ...], layer: str, inputs: int, channels: int | None
 ) -> tuple[int, int, int]:
     """Channels, rows and columns of what a dense layer reads, of that many numbers.
 
-    channels: those of the image or convolution before it; None where that is a dense layer.
+    image: the shape of what the network takes. channels: those of the image or convolution before
+    it; None where that is a dense layer.
     """
-    rows, columns, _ = classifier.image_shape
+    rows, columns, _ = image
     if channels is None or inputs == channels:
         return inputs, 1, 1
     if inputs == channels * rows * columns:
@@ -217,15 +250,17 @@ def _seen(
     return channels, side, side
 
 
-def _check_names(said: str, network: str, held: Mapping[str, Any], wanted: set[str]) -> None:
-    """Refuse a state dict that lacks an array, or has one too many."""
+def _check_names(
+    said: str, network: str, held: Mapping[str, Any], wanted: set[str], way: str
+) -> None:
+    """Refuse arrays of which one is missing, or one too many; way is what else will do."""
     lacking, left = (sorted(names) for names in (wanted - held.keys(), held.keys() - wanted))
     parts = [f"it lacks {_first(lacking)}"] if lacking else []
     parts += [f"it holds {_first(left)}, for which {network} has no place"] if left else []
     if parts:
         raise InputError(
             f"{said} does not fit {network}: {'; '.join(parts)}: give the weights of the same "
-            "network, or names, its layers -> their names there"
+            f"network, {way}"
         )
 
 
@@ -254,7 +289,7 @@ def _as_they_are(classifier: Classifier, held: Mapping[str, np.ndarray], said: s
     """The variables of a network from the arrays at their paths, joined by "/"."""
     shapes = flatten_dict(jax.eval_shape(classifier.init, jax.random.key(0)), sep="/")
     network = type(classifier.module).__name__
-    _check_names(said, network, held, set(shapes))
+    _check_names(said, network, held, set(shapes), "from a run of it")
     for name, wanted in shapes.items():
         _check_shape(said, name, held[name].shape, wanted.shape, classifier)
     return unflatten_dict({name: jnp.asarray(held[name]) for name in shapes}, sep="/")
@@ -272,7 +307,11 @@ def _digest(held: Mapping[str, Any]) -> str:
 
 def _held(path: str) -> dict[str, Any]:
     """The arrays of a file, or of the checkpoint in a directory, by their names."""
-    return _checkpoint(Path(path)) if Path(path).is_dir() else _read(Path(path))
+    return _checkpoint(_path(path)) if _path(path).is_dir() else _read(_path(path))
+
+
+def _path(path: str | Path) -> Path:
+    return Path(path).expanduser()
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

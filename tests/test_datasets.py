@@ -21,7 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from madjax import datasets
 from madjax.datasets import (
@@ -899,6 +899,7 @@ def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")
     as_png = tfds.features.Image(shape=(6, 5, 3), encoding_format="png")
     as_tensor = tfds.features.Tensor(shape=(4, 4, 1), dtype=np.uint8)
+    deep = tfds.features.Tensor(shape=(4, 4, 1), dtype=np.uint16)
     any_size = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
 
     def colour(i):
@@ -915,6 +916,7 @@ def prepared(tmp_path_factory):
         ("TinyTensor", as_tensor, {"train": 7}, grey, False),
         ("TinyVal", as_tensor, {"train": 3, "validation": 2}, grey, True),
         ("TinyRagged", any_size, {"train": 3}, ragged, True),
+        ("TinyDeep", deep, {"train": 3}, lambda i: np.full((4, 4, 1), 300 + i, np.uint16), True),
     ):
         cls = make_builder(name, feature, splits, encode, supervised)
         cls(data_dir=root, file_format="array_record").download_and_prepare()
@@ -975,8 +977,35 @@ def test_tfds_default_directory(prepared, monkeypatch):
 def test_tfds_images_of_several_sizes(prepared):
     text = message("tfds:tiny_ragged", prepared)
     assert "of train of tiny_ragged/1.2.0 is " in text
-    assert "ask for one size, such as tfds:tiny_ragged@4" in text
+    assert "write @4 after the data set's name to make all of one size" in text
     assert open_dataset("tfds:tiny_ragged@3", prepared).x_train.shape == (3, 3, 3, 3)
+
+
+def test_tfds_rules_and_corrupt_images(prepared, monkeypatch):
+    """Labels are read without the images, and a corrupt one may be left out."""
+    data = open_dataset("tfds:tiny_tensor[heldout:1]", prepared)
+    assert np.bincount(data.y_test).tolist() == [1, 1, 1]
+    assert len(data.y_train) == 4
+    whole = open_dataset("tfds:tiny_png", prepared)
+    decode = tfds.features.Image.decode_example_np
+
+    def damaged(self, example):
+        image = decode(self, example)
+        if image.tobytes() == whole.x_train[2].tobytes():
+            raise UnidentifiedImageError("cannot identify image file")
+        return image
+
+    monkeypatch.setattr(tfds.features.Image, "decode_example_np", damaged)
+    assert "image 2 of train of tiny_png/1.2.0 is corrupt" in message("tfds:tiny_png", prepared)
+    with pytest.warns(UserWarning, match="1 images are corrupt"):
+        left = open_dataset("tfds:tiny_png[skip_corrupt]", prepared)
+    np.testing.assert_array_equal(left.x_train, np.delete(whole.x_train, 2, axis=0))
+    np.testing.assert_array_equal(left.y_train, np.delete(whole.y_train, 2))
+
+
+def test_tfds_images_of_other_types_are_refused(prepared):
+    text = message("tfds:tiny_deep", prepared)
+    assert "of train of tiny_deep/1.2.0 of data set 'tfds:tiny_deep' is uint16 [4, 4, 1]" in text
 
 
 def test_tfds_reading_is_quiet_and_leaves_the_log_level(prepared, monkeypatch):

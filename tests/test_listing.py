@@ -2,19 +2,33 @@
 
 import io
 import json
+import os
 import shutil
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from madjax import InputError, open_dataset
+from madjax import (
+    MLP,
+    Defended,
+    InputError,
+    Knockoff,
+    NoDefense,
+    Sweep,
+    Task,
+    open_dataset,
+    sweep,
+)
 from madjax.cli import main
 from madjax.datasets import base_name
 from madjax.datasets import folder as folders
-from madjax.datasets.listing import squared
+from madjax.datasets.listing import lock_of, squared
 from madjax.sweep import cache
 
 
@@ -157,7 +171,7 @@ def test_bad_rules_are_one_line(root, tmp_path):
         open_dataset(f"folder:{tmp_path / 'parts'}@4[heldout:1]")
     with pytest.raises(
         InputError,
-        match=r"ant/\d\.png is \dx8 but most are 6x8 .*such as folder:.*photos@6, or resize all",
+        match=r"ant/\d\.png is \dx8 but most are 6x8 .*: write @6 after the data set's name",
     ):
         open_dataset(f"folder:{root}")
 
@@ -307,3 +321,115 @@ def test_a_zip_is_read_by_several_threads(root, tmp_path):
     data = open_dataset("many", tmp_path)
     wanted = [picture(i, 5, 5) for label in range(3) for i in range(label, 300, 3)]
     np.testing.assert_array_equal(data.x_train, wanted)
+
+
+def test_a_very_long_image_does_not_fill_the_memory():
+    """Its middle alone is scaled: 256 rows of the whole would be six gigabytes."""
+    image = np.zeros((1, 30_001, 3), np.uint8)
+    image[0, 15_000] = 255
+    found = squared(image, 256)
+    assert found.shape == (256, 256, 3)
+    assert found[:, 100:156].min() > 128
+    assert found[:, 0].max() <= 128
+    np.testing.assert_allclose(found.astype(float), found[:, ::-1], atol=2)
+
+
+def test_copies_of_a_tree_are_told_apart(tmp_path):
+    """Equal names, sizes and times, other pixels."""
+    for name, level in (("one", 10), ("two", 200)):
+        (tmp_path / name / "a").mkdir(parents=True)
+        path = tmp_path / name / "a" / "0.bmp"
+        Image.fromarray(np.full((4, 4), level, np.uint8)).save(path)
+        os.utime(path, (0, 0))
+        assert open_dataset(name, tmp_path, folder=tmp_path / "cache").x_train.max() == level
+
+
+@pytest.mark.parametrize("name", ["facts.json", "labels.npy", "pixels.npy"])
+@pytest.mark.parametrize("content", [b"", b"null"])
+def test_an_entry_of_which_a_file_is_empty_is_made_anew(root, tmp_path, name, content):
+    kept = tmp_path / "cache"
+    wanted = open_dataset(f"folder:{root}@4", folder=kept).x_train.copy()
+    (entry,) = kept.glob("images-*")
+    (entry / name).write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        data = open_dataset(f"folder:{root}@4", folder=kept)
+    np.testing.assert_array_equal(data.x_train, wanted)
+    np.testing.assert_array_equal(open_dataset(f"folder:{root}@4", folder=kept).x_train, wanted)
+
+
+def test_another_users_entry_is_read_and_stays(root, tmp_path, decoded, monkeypatch):
+    kept, name = tmp_path / "cache", f"folder:{root}@4"
+    open_dataset(name, folder=kept)
+    decoded.clear()
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refused)
+    monkeypatch.setattr("madjax.datasets.listing.FileLock", refused)
+    assert len(open_dataset(name, folder=kept).y_train) == 16
+    assert not decoded
+
+
+def test_a_full_disk_is_a_warning(root, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.warns(UserWarning, match=r"are not kept in .*: No space left on device"):
+        data = open_dataset(f"folder:{root}@4", folder=tmp_path / "cache")
+    assert len(data.y_train) == 16
+    assert not list((tmp_path / "cache").glob("*images-*"))
+
+
+def test_a_file_that_cannot_be_read_is_not_corrupt(root, monkeypatch):
+    """A network may be back the next time: no image is left out for good."""
+    read = Path.read_bytes
+
+    def flaky(path):
+        if path.name == "3.png":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    with pytest.raises(InputError, match=r"ant/3\.png cannot be read \(.*Input/output error"):
+        open_dataset(f"folder:{root}@4[skip_corrupt]")
+
+
+def test_pruning_leaves_what_is_being_made_and_what_is_no_entry(root, tmp_path, monkeypatch):
+    kept = tmp_path / "cache"
+    (kept / "images-holiday").mkdir(parents=True)
+    open_dataset(f"folder:{root}@4", folder=kept)
+    (entry,) = (each.path for each in cache.entries(kept))
+    draft = kept / f".{entry.name}.part"
+    draft.mkdir()
+    with lock_of(entry):
+        cache.prune(kept, 0)
+        assert entry.is_dir()
+        assert draft.is_dir()
+    cache.prune(kept, 0)
+    assert not entry.exists()
+    assert not draft.exists()
+    assert (kept / "images-holiday").is_dir()
+
+
+def test_two_threads_decode_once(root, tmp_path, decoded):
+    kept, name = tmp_path / "cache", f"folder:{root}@4"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: open_dataset(name, folder=kept).x_train, range(4)))
+    assert len(decoded) == 16
+    for each in found[1:]:
+        np.testing.assert_array_equal(each, found[0])
+
+
+def test_queries_are_no_test_images_of_the_victim(root, tmp_path):
+    """Not even where these are held out of the same folder."""
+    task = Task(f"folder:{root}@4[heldout:3]", f"folder:{root}@4", architecture=MLP)
+    config = Sweep(
+        "leak", (task,), (Defended(NoDefense()),), (Knockoff(budget=5, architecture=MLP),)
+    )
+    with pytest.raises(InputError, match=r"6 of the 6 test images of .* are in the train part of"):
+        sweep.run(config, tmp_path / "out")
+    apart = replace(task, queryset=task.dataset)
+    plan = sweep.plan(replace(config, tasks=(apart,)), tmp_path / "out")
+    assert plan.cells == 1

@@ -12,10 +12,12 @@ import madjax
 from madjax import (
     DPSGD,
     MAD,
+    AngleStudy,
     Defended,
     InputError,
     Knockoff,
     NoDefense,
+    Online,
     Recipe,
     Sweep,
     Task,
@@ -173,6 +175,31 @@ def test_it_is_exported_behind_its_defence(trained, data_dir, tmp_path):
         for each, where in ((SWEEP, checkpoint.parents[1]), (given, tmp_path / "out"))
     ]
     np.testing.assert_array_equal(*told)
+    with pytest.raises(InputError, match=r"the victim in .* is not that of the run in .*: give"):
+        sweep.defended(given, checkpoint.parents[1], strength=0.9, defense="0", data_dir=data_dir)
+
+
+def test_a_run_goes_on_with_it(trained, data_dir, tmp_path):
+    _, checkpoint = trained
+    given, out = with_victim(Trained(checkpoint)), tmp_path / "out"
+    fewer = replace(given, defenses=given.defenses[:1])
+    first = sweep.run(fewer, out, data_dir=data_dir, log=quiet)
+    moved = with_victim(Trained(shutil.copytree(checkpoint, tmp_path / "moved")))
+    rows = sweep.run(moved, out, data_dir=data_dir, resume=True, log=quiet)
+    assert rows[:2] == first
+    assert len(rows) == 3
+
+
+def test_the_white_box_study_takes_it(trained, data_dir, tmp_path):
+    rows, checkpoint = trained
+    recipe = Recipe(epochs=1, batch_size=1, learning_rate=0.1)
+    online = Online(recipe=recipe, architecture=Linear, images=80)
+    study = AngleStudy(
+        with_victim(Trained(checkpoint)).tasks[0], (0.9,), steps=5, attackers=(online,)
+    )
+    (row,) = sweep.run(study.sweep(), tmp_path / "out", data_dir=data_dir, log=quiet)
+    assert row["victim_accuracy"] == rows[0]["victim_accuracy"]
+    assert row["angle_mean"] > 0
 
 
 @pytest.mark.parametrize(
@@ -230,8 +257,10 @@ def test_a_victim_that_changed_or_answers_nan_is_none(trained, data_dir, tmp_pat
     huge["params"]["Dense_0"]["bias"] = variables["params"]["Dense_0"]["bias"]
     store.save(tmp_path, "victim", 1, huge)
     given = Trained(tmp_path / "checkpoints" / "victim")
-    with pytest.raises(InputError, match=r"victim of victims <- queries, .*, answers NaN"):
+    with pytest.raises(InputError, match=r"victim of victims <- queries answers NaN: give another"):
         sweep.run(with_victim(given), tmp_path / "out", data_dir=data_dir, log=quiet)
-    store.save(tmp_path, "victim", 2, variables)
+    store.save(tmp_path, "other", 1, variables)
+    given = Trained(tmp_path / "checkpoints" / "other")
+    store.save(tmp_path, "other", 2, huge)
     with pytest.raises(InputError, match="was changed after its config was read"):
         sweep.run(with_victim(given), tmp_path / "two", data_dir=data_dir, log=quiet)

@@ -17,18 +17,21 @@ from madjax.errors import InputError
 def describe(value: Any) -> Any:
     """A config value as JSON values that differ where the value does.
 
-    Dataclasses become objects of their class and of all fields that they are compared by, other
-    objects of their class and attributes; functions and classes their import path, methods also the
-    object that they are of. What is not madjax's own has a digest of its source too, null where
-    that cannot be had, and a function the values in its closure. The source of what it calls is not
-    looked at. Arrays are told apart by a digest.
+    Dataclasses become objects of their class and all fields (but those of metadata
+    {"described": False}), other objects of their class and attributes; functions and classes their
+    import path, methods also the object that they are of. What is not madjax's own has a digest of
+    its source too, null where that cannot be had, and a function the values in its closure. The
+    source of what it calls is not looked at. Arrays are told apart by a digest.
 
     Raises:
         InputError: a function without an import path; a value of a kind that cannot be told apart.
     """
     if is_section(value):
-        compared = [field.name for field in fields(value) if field.compare]
-        held = {name: describe(getattr(value, name)) for name in compared}
+        held = {
+            field.name: describe(getattr(value, field.name))
+            for field in fields(value)
+            if field.metadata.get("described", True)
+        }
         return {"class": _described_code(type(value))} | held
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]

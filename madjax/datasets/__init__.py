@@ -12,7 +12,8 @@ What a name may be:
 ===================================  ==============================================================
 
 ``NAME@32`` has square images of side 32: each is scaled so that its shorter side is that, and cut
-in the middle. Rules in brackets say which images are taken:
+in the middle. (After a folder that itself ends in @ and a number, write /.) Rules in brackets say
+which images are taken:
 
 ==========================  =======================================================================
 ``[:5000]``                 the first 5,000 TRAIN images, and all test images: a numpy slice
@@ -25,7 +26,7 @@ in the middle. Rules in brackets say which images are taken:
 ==========================  =======================================================================
 
 Images that no rule takes are not decoded. Those that are taken stay uint8 until
-`Family.preprocess`, which runs inside jit: a data set costs one byte a pixel on the host and on the
+`Family.inputs`, which runs inside jit: a data set costs one byte a pixel on the host and on the
 way to the device. Nothing here augments.
 """
 
@@ -74,7 +75,7 @@ def open_dataset(
     name: str,
     data_dir: str | Path | None = None,
     *,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
 ) -> Dataset:
     """Opens a data set by name; the module's docstring lists the kinds of name.
 
@@ -101,12 +102,21 @@ def open_dataset(
     opener = _SCHEMES[parsed.scheme] if parsed.scheme else _open_bare
     with opener(parsed.source, data_dir) as listing:
         whole, (listing, chosen) = listing.parts["train"], choose(name, parsed, listing)
-        parts = decode(listing, chosen, name, parsed.side, parsed.skip_corrupt, folder)
+        parts = decode(
+            listing, chosen, name, parsed.side, parsed.skip_corrupt, folder and Path(folder)
+        )
         known = whole.labels() if whole.pixels is not None else parts["train"][1]
-    data = build(name, parts["train"], parts.get("test"), listing.classes)
+        classes = listing.classes or _numbered(listing)
+    data = build(name, parts["train"], parts.get("test"), classes)
     if whole.pixels is not None or not parsed.rules:
         warn_of_gaps(data, known)
     return data
+
+
+def _numbered(listing: Listing) -> tuple[str, ...]:
+    """The classes of a set that has no names for them, as many as its labels have in all parts."""
+    top = max(int(part.labels().max(initial=0)) for part in listing.parts.values())
+    return tuple(map(str, range(top + 1)))
 
 
 def list_names(data_dir: str | Path | None = None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,8 @@ class _File(NamedTuple):
     """A file of the data set."""
 
     read: Callable[[], bytes]
-    stamp: Callable[[], tuple[int, int]]
-    """Its size, and what changes with its bytes."""
+    stamp: Callable[[], list[Any]]
+    """What changes with its bytes, and is that of no other file."""
 
 
 class _Tree(NamedTuple):
@@ -79,16 +79,17 @@ def _holds(folder: str, other: str) -> bool:
 
 
 def _on_disk(path: Path) -> _File:
-    def stamp() -> tuple[int, int]:
+    def stamp() -> list[Any]:
+        # Of two copies of a tree sizes and times may be equal, where pixels are not.
         found = path.stat()
-        return found.st_size, found.st_mtime_ns
+        return [os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
     return _File(path.read_bytes, stamp)
 
 
 def _in_archive(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> _File:
     return _File(
-        functools.partial(_unpack, archive, entry, path), lambda: (entry.file_size, entry.CRC)
+        functools.partial(_unpack, archive, entry, path), lambda: [entry.file_size, entry.CRC]
     )
 
 
@@ -126,14 +127,28 @@ def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in _suffixes()
 
 
+def _corrupt(where: str, error: BaseException) -> CorruptImageError:
+    return CorruptImageError(
+        f"image {where} is corrupt ({first_line(error)}): replace or remove it, or write "
+        "[skip_corrupt] after the data set's name"
+    )
+
+
 def _decode(read: Callable[[], bytes], where: str) -> np.ndarray:
     """Pixels [H, W, 1 or 3], uint8; of several frames the first, transparent ones on white."""
     from PIL import Image
 
     try:
         data = read()
-        if not data:
-            raise CorruptImageError(f"image {where} is an empty file: copy it again, or remove it")
+    except OSError as error:  # of a disk or a network, which may be gone the next time
+        raise InputError(
+            f"image {where} cannot be read ({first_line(error)}): try again"
+        ) from error
+    except DAMAGED as error:  # of an archive
+        raise _corrupt(where, error) from error
+    if not data:
+        raise CorruptImageError(f"image {where} is an empty file: copy it again, or remove it")
+    try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode[0] in "IF":  # convert() would clip 16 and 32 bit pixels silently
                 raise InputError(f"image {where} has {image.mode} pixels: save it with 8 bits")
@@ -145,10 +160,7 @@ def _decode(read: Callable[[], bytes], where: str) -> np.ndarray:
     except InputError:
         raise
     except (*DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise CorruptImageError(
-            f"image {where} is corrupt ({first_line(error)}): replace or remove it, or "
-            "write [skip_corrupt] after the data set's name"
-        ) from error
+        raise _corrupt(where, error) from error
     return pixels[..., None] if grey else pixels
 
 
@@ -179,10 +191,9 @@ def _images(
     tree: _Tree, path: Path, classes: tuple[str, ...], folders: Mapping[str, list[str]]
 ) -> Images:
     """A part, by the files of its classes."""
+    number = {name: i for i, name in enumerate(classes)}
     labelled = [
-        (file, classes.index(_composed(name)))
-        for name, files in sorted(folders.items())
-        for file in files
+        (file, number[_composed(name)]) for name, files in sorted(folders.items()) for file in files
     ]
 
     def where(i: int) -> str:
@@ -192,9 +203,9 @@ def _images(
         file, label = labelled[i]
         return _decode(tree.files[file].read, where(i)), label
 
-    def stamp(i: int) -> tuple[str, int, int]:
+    def stamp(i: int) -> list[Any]:
         file, label = labelled[i]
-        return file, label, *tree.files[file].stamp()
+        return [file, label, tree.files[file].stamp()]
 
     labels = np.array([label for _, label in labelled], np.int32)
     return Images(len(labelled), read, lambda: labels, where, stamp)

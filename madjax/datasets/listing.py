@@ -16,14 +16,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from madjax.datasets.types import Dataset, by, first_line
@@ -157,12 +157,19 @@ def _read(
     """Read images into one array, empty(shape, type), of colour if any of them is."""
 
     def one(place: tuple[str, int]) -> tuple[np.ndarray, int] | None:
+        split, i = place
         try:
-            image, label = parts[place[0]].read(place[1])
+            image, label = parts[split].read(i)
         except CorruptImageError:
             if skip_corrupt:
                 return None
             raise
+        image = image[..., None] if image.ndim == 2 else image
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+            raise InputError(
+                f"image {parts[split].where(i)} of data set {title!r} is {image.dtype} "
+                f"{list(image.shape)}: give raw pixels, uint8 [H, W, 1 or 3]"
+            )
         return (image if side is None else squared(image, side)), label
 
     pixels, labels, splits, lost = None, [], [], []
@@ -179,7 +186,7 @@ def _read(
                 if pixels is None:
                     pixels = empty((len(places), *image.shape), np.uint8)
                 if image.shape[:2] != pixels.shape[1:3]:
-                    raise _odd_one(parts, places, title)
+                    raise _odd_one(parts, places)
                 if image.shape[2] > pixels.shape[3]:
                     wider = empty((*pixels.shape[:3], image.shape[2]), np.uint8)
                     wider[: len(splits)] = pixels[: len(splits)]
@@ -192,6 +199,10 @@ def _read(
     return _Found(pixels, np.asarray(labels), splits, lost)
 
 
+_LONGEST = 8
+"""Times its shorter side: of longer images the middle alone is scaled."""
+
+
 def squared(image: np.ndarray, side: int) -> np.ndarray:
     """An image [h, w, c] scaled so that its shorter side is `side`, and its middle square.
 
@@ -202,6 +213,10 @@ def squared(image: np.ndarray, side: int) -> np.ndarray:
     h, w = image.shape[:2]
     if (h, w) == (side, side):
         return image
+    longest = _LONGEST * min(h, w) + (max(h, w) - min(h, w) * _LONGEST) % 2  # of the same middle
+    if max(h, w) > longest:  # what is far from it would fill the memory, scaled
+        top, left = (max(0, n - longest) // 2 for n in (h, w))
+        return squared(image[top : top + longest, left : left + longest], side)
     size = (side, side * h // w) if w <= h else (side * w // h, side)
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     scaled = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
@@ -219,16 +234,23 @@ def _no_bombs() -> Iterator[None]:
         yield
 
 
-def _odd_one(parts: Mapping[str, Images], places: list[tuple[str, int]], title: str) -> InputError:
+_LOOKED_AT = 1000
+"""Images whose sizes say which is the usual one."""
+
+
+def _odd_one(parts: Mapping[str, Images], places: list[tuple[str, int]]) -> InputError:
     """The error that names the first image of another size than most."""
-    with _no_bombs():
-        sizes = [parts[split].read(i)[0].shape[:2] for split, i in places]
-    most = Counter(sizes).most_common(1)[0][0]
-    split, i = places[next(n for n, size in enumerate(sizes) if size != most)]
-    size = parts[split].read(i)[0].shape[:2]
+    sizes = {}
+    for split, i in places:
+        with suppress(CorruptImageError):
+            sizes[split, i] = parts[split].read(i)[0].shape[:2]
+        if len(sizes) >= _LOOKED_AT and len(set(sizes.values())) > 1:
+            break
+    most = Counter(sizes.values()).most_common(1)[0][0]
+    split, i = next(place for place, size in sizes.items() if size != most)
     return InputError(
-        f"image {parts[split].where(i)} is {by(size)} but most are {by(most)} (height x width): "
-        f"ask for one size, such as {title.partition('[')[0]}@{min(most)}, or resize all to one"
+        f"image {parts[split].where(i)} is {by(sizes[split, i])} but most are {by(most)} (height x "
+        f"width): write @{min(most)} after the data set's name to make all of one size"
     )
 
 
@@ -241,26 +263,39 @@ def _kept(folder: Path, title: str, inputs: list[Any], reading: Callable[..., _F
 
     text = json.dumps([VERSION, __version__, *inputs])
     entry = folder / f"{KIND}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    held = _load(entry)
+    if held is not None:
+        return held
     try:
         (folder / "locks").mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "locks" / f"{entry.name}.lock"):
-            if entry.is_dir():
-                try:
-                    return _load(entry)
-                except (OSError, ValueError, KeyError) as error:
-                    warnings.warn(
-                        f"cache entry {entry} is damaged ({first_line(error)}): it is made anew",
-                        stacklevel=4,
-                    )
-                    shutil.rmtree(entry)
-            _write(entry, title, reading)
-            return _load(entry)
-    except OSError as error:
+        with lock_of(entry):
+            held = _load(entry)  # as another command may have made it meanwhile
+            if held is None:
+                _write(entry, title, reading)
+                held = _load(entry)
+    except OSError as error:  # of writing: readers have errors of their own
         warnings.warn(
             f"the images of {title} are not kept in {folder}: {error.strerror or error}",
             stacklevel=4,
         )
-        return reading(np.empty)
+    return reading(np.empty) if held is None else held
+
+
+@contextmanager
+def lock_of(entry: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold an entry while it is made or removed; Timeout where another does, and wait is False."""
+    lock = FileLock(entry.parent / "locks" / f"{entry.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise
+        tqdm.write(f"{entry}: another command decodes these images, waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write(entry: Path, title: str, reading: Callable[..., _Found]) -> None:
@@ -269,33 +304,52 @@ def _write(entry: Path, title: str, reading: Callable[..., _Found]) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
-        names = iter(range(3))
 
         def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-            path = draft / f"{next(names)}.npy"
-            return np.lib.format.open_memmap(path, "w+", dtype, shape)
+            path = draft / PIXELS
+            path.unlink(missing_ok=True)  # that of grey images, which is still mapped
+            found = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            with path.open(
+                "r+b"
+            ) as file:  # a write to a mapped page that a full disk has not kills
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            return found
 
         found = reading(empty)
         found.pixels.flush()
-        last = max(draft.iterdir())
-        last.rename(draft / PIXELS)
-        for other in draft.glob("?.npy"):  # of grey images, before the first of colour
-            other.unlink()
         np.save(draft / LABELS, found.labels)
         facts = {"what": title, "made": f"{datetime.now(UTC):%F %T}"}
         facts |= {"splits": Counter(found.splits), "lost": found.lost}
         (draft / FACTS).write_text(json.dumps(facts))
+        for name in (LABELS, FACTS):
+            with (draft / name).open("rb") as file:
+                os.fsync(file.fileno())
         draft.rename(entry)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _load(entry: Path) -> _Found:
-    facts = json.loads((entry / FACTS).read_text())
-    pixels = np.load(entry / PIXELS, mmap_mode="r")
-    labels = np.load(entry / LABELS)
-    splits = [split for split, count in facts["splits"].items() for _ in range(count)]
-    if len(labels) != len(splits):
-        raise ValueError("it holds other labels than images")
-    os.utime(entry)
-    return _Found(pixels, labels, splits, facts["lost"])
+def _load(entry: Path) -> _Found | None:
+    """What an entry holds; None where there is none.
+
+    One that is damaged is named in a warning and removed, and None.
+    """
+    if not entry.is_dir():
+        return None
+    try:
+        facts = json.loads((entry / FACTS).read_text())
+        pixels, labels = np.load(entry / PIXELS, mmap_mode="r"), np.load(entry / LABELS)
+        splits = [split for split, count in facts["splits"].items() for _ in range(count)]
+        if len(labels) != len(splits) or len(pixels) < len(labels):
+            raise ValueError("it holds other labels than images")
+        found = _Found(pixels, labels, splits, facts["lost"])
+    except Exception as error:  # of many kinds, by what is damaged
+        if not isinstance(error, OSError):  # of which the files may know nothing
+            shutil.rmtree(entry, ignore_errors=True)
+        warnings.warn(
+            f"cache entry {entry} is damaged ({first_line(error)}): it is made anew", stacklevel=5
+        )
+        return None
+    with suppress(OSError):  # of another user, perhaps
+        os.utime(entry)
+    return found

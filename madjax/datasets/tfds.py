@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from madjax.datasets.listing import Images, Listing
-from madjax.datasets.types import first_line
+from madjax.datasets.listing import CorruptImageError, Images, Listing
+from madjax.datasets.types import DAMAGED, first_line
 from madjax.errors import InputError
 
 _TRANSPOSED = {"emnist"}
@@ -67,11 +67,11 @@ def open_tfds(rest: str, data_dir: str | Path | None) -> Iterator[Listing]:
                 f"TFDS data set {rest!r} has no train split to read ({first_line(error)}): "
                 "choose another"
             ) from error
-        found = {"train": source, "test": _held_out(builder)}
+        splits = {"train": "train", "test": _held_out(builder)}
         parts = {
-            split: _images(each, rest, f"{split} of {builder.info.full_name}", builder)
-            for split, each in found.items()
-            if each is not None
+            part: _images(builder, split, rest)
+            for part, split in splits.items()
+            if split is not None
         }
         names = getattr(source.dataset_info.features[_tfds_keys(source, rest)[1]], "names", None)
         yield Listing(parts, tuple(names) if names else None)
@@ -89,10 +89,11 @@ def _cannot_open(name: str, data_dir: str | None, error: BaseException) -> str:
     return f"TFDS cannot open {name!r} ({first_line(error)}): check name, config and version"
 
 
-def _held_out(builder: Any) -> Any:
+def _held_out(builder: Any) -> str | None:
     for split in ("test", "validation"):
         with contextlib.suppress(ValueError):  # what TFDS raises for a split that a set lacks
-            return builder.as_data_source(split=split)
+            builder.as_data_source(split=split)
+            return split
     return None
 
 
@@ -107,23 +108,32 @@ def _tfds_keys(source: Any, name: str) -> tuple[str, str]:
     return tuple(keys)
 
 
-def _images(source: Any, name: str, where: str, builder: Any) -> Images:
-    """A part, by its data source."""
+def _images(builder: Any, split: str, name: str) -> Images:
+    """A split, by its data source."""
+    import tensorflow_datasets as tfds
+
+    source = builder.as_data_source(split=split)
     image_key, label_key = _tfds_keys(source, name)
-    if not len(source):
+    size, where = len(source), f"{{}} of {split} of {builder.info.full_name}"
+    if not size:
         raise InputError(f"a split of TFDS data set {name!r} is empty: prepare it again")
 
     def read(i: int) -> tuple[np.ndarray, int]:
-        example = source[i]
+        try:
+            example = source[i]
+        except DAMAGED as error:
+            raise CorruptImageError(
+                f"image {where.format(i)} is corrupt ({first_line(error)}): prepare the set again, "
+                "or write [skip_corrupt] after its name"
+            ) from error
         image = np.asarray(example[image_key])
-        if builder.name in _TRANSPOSED:
-            image = image.swapaxes(0, 1)
-        return image, example[label_key]
+        return image.swapaxes(0, 1) if builder.name in _TRANSPOSED else image, example[label_key]
 
     def labels() -> np.ndarray:
-        return np.asarray([read(i)[1] for i in range(len(source))])
+        raw = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+        return np.asarray([raw[i][label_key] for i in range(size)])
 
     def stamp(i: int) -> list[Any]:
-        return [where, str(builder.data_dir), len(source), i]
+        return [split, str(builder.data_dir), size, i]
 
-    return Images(len(source), read, labels, f"{{}} of {where}".format, stamp)
+    return Images(size, read, labels, where.format, stamp)

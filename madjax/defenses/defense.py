@@ -175,10 +175,11 @@ class Defense:
                 f"{self.strongest:g}"
             )
 
-    def victim_recipe(self, recipe: Recipe, strength: float) -> Recipe:
+    def victim_recipe(self, recipe: Recipe | Trained, strength: float) -> Recipe | Trained:
         """How the victim behind the defence is trained, where the undefended one is by `recipe`.
 
-        The same, unless the defence is in the training (`madjax.defenses.Retrained`).
+        The same, unless the defence is in the training (`madjax.defenses.Retrained`). A victim that
+        is given comes as what it is, but not to a defence that `needs_recipe`.
         """
         del strength
         return recipe
@@ -213,7 +214,7 @@ class Defense:
             "defense_variant": self.variant,
         }
 
-    def facts(self, strength: float, recipe: Recipe, num_examples: int) -> dict[str, Any]:
+    def facts(self, strength: float, recipe: Recipe | Trained, num_examples: int) -> dict[str, Any]:
         """Further fields of a row: what is known of a strength, given the victim's training."""
         del strength, recipe, num_examples
         return {}

@@ -26,7 +26,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from madjax.config import digest
-from madjax.datasets.listing import FACTS, KIND
+from madjax.datasets.listing import FACTS, KIND, lock_of
 from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
 
@@ -237,12 +237,13 @@ def entries(where: Path) -> list[Entry]:
             facts = json.loads(str(held["facts"]))
         said = facts["what"], facts["maker"], facts["made"]
         found.append(Entry(path, *said, path.stat().st_size, _idle(path)))
-    for path in where.glob(f"{KIND}-*/"):
+    for path in where.glob(f"{KIND}-{'[0-9a-f]' * 24}/"):
         facts = {"what": "damaged", "made": "?"}
         with contextlib.suppress(Exception):
             facts = json.loads((path / FACTS).read_text())
-        size = sum(file.stat().st_size for file in path.iterdir())
-        found.append(Entry(path, facts["what"], {}, facts["made"], size, _idle(path)))
+        with contextlib.suppress(OSError):  # another command removes it
+            size = sum(file.stat().st_size for file in path.iterdir())
+            found.append(Entry(path, facts["what"], {}, facts["made"], size, _idle(path)))
     return sorted(found, key=lambda entry: entry.idle)
 
 
@@ -252,7 +253,9 @@ def prune(where: Path, days: float) -> list[Entry]:
     drafts = (path for path in where.glob(".*.part") if _idle(path) >= days)  # of who was killed
     for path in (*(entry.path for entry in gone), *drafts):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            name = path.name.strip(".").removesuffix(".part")
+            with contextlib.suppress(Timeout), lock_of(where / name, wait=False):
+                shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return gone

@@ -1,5 +1,6 @@
 """A run's victim behind its defence, as one function: what `madjax export` writes to a file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from jax import lax
 
 from madjax import store
 from madjax.attacks import keys
-from madjax.config import Sweep
+from madjax.config import Sweep, describe
 from madjax.datasets import open_dataset
 from madjax.defenses import as_function
 from madjax.errors import InputError
@@ -16,6 +17,7 @@ from madjax.models import Classifier
 from madjax.sweep import cache
 from madjax.sweep.tasks import make_classifier
 from madjax.sweep.victim import finder, owner_of
+from madjax.weights import Trained
 
 Array = jax.Array
 
@@ -39,7 +41,7 @@ def defended(
     first. That noise is a function of the image alone: who sends an image again, in any place of
     any batch, gets the same answer, and averages nothing out. (An image that differs in one pixel
     has noise of its own.) A defence with fresh noise is refused. any_platform: networks take XLA's
-    own convolution, where by default they take what is fast on this platform.
+    own convolution in float32, where by default they take what is fast on this platform.
 
     Raises:
         InputError: an unknown task or defence, or a strength or seed that it has not; a directory
@@ -61,13 +63,16 @@ def defended(
         )
     if not (directory / store.CONFIG).is_file():
         raise InputError(f"{directory} holds no run: make it with madjax sweep")
+    if isinstance(chosen.victim, Trained):
+        _check_same(directory, chosen.victim)
     data = open_dataset(chosen.dataset, data_dir, folder=cache.folder())
     victim = make_classifier(chosen.architecture, data, "victim")
     owner = owner_of(chosen, victim, data, finder(directory, chosen, victim, data))
     params = owner.train_victim().params
     known = rule.prepare(owner, keys(seed)["surrogate"], (strength,))
     if any_platform and hasattr(victim.module, "convolution"):
-        module = victim.module.clone(convolution=lax.conv_general_dilated)
+        kept = {"dtype": "float32"} if hasattr(victim.module, "dtype") else {}
+        module = victim.module.clone(convolution=lax.conv_general_dilated, **kept)
         victim = Classifier(module, victim.preprocess, victim.image_shape)
     defend = as_function(rule, victim.apply, known, strength)
 
@@ -78,6 +83,16 @@ def defended(
         return defend(secret, images, y)
 
     return victim, jax.jit(predict)
+
+
+def _check_same(directory: Path, victim: Trained) -> None:
+    """Refuse a victim that is given, of which the run's rows are not."""
+    run = json.loads((directory / store.CONFIG).read_text())
+    if describe(victim) not in [task["victim"] for task in run.get("tasks", [])]:
+        raise InputError(
+            f"the victim in {victim.path} is not that of the run in {directory}: give the run's, "
+            "or the directory of a run of this one"
+        )
 
 
 def _choose(what: str, values: tuple[Any, ...], wanted: str | None) -> Any:

@@ -132,9 +132,9 @@ def plan(
     cells_per_device: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Plan:
-    """What `run` with the same arguments would do; nothing is trained, answered or written.
+    """What `run` with the same arguments would do; nothing is trained or answered.
 
-    Data sets are read, and images that have to be decoded are kept in the cache.
+    Data sets are read, and the cache keeps images that had to be decoded.
 
     Raises:
         InputError: what `run` would refuse, but for the directory.

@@ -335,9 +335,7 @@ class Stock:
             owner = owner_of(task, each.network, each.data, self._keeper(task, task))
             state = owner.train_victim()
             if not np.isfinite(state.accuracy[-1]):
-                raise InputError(
-                    f"the victim of {task.label}, {task.victim.path}, answers NaN: give another"
-                )
+                raise InputError(f"the victim of {task.label} answers NaN: give another")
             self._victims[task] = _Victim(owner, state)
         return self._victims[task]
 

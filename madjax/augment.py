@@ -1,11 +1,10 @@
-"""Random changes of images that leave their class as it is: pure functions of a key, on the device.
+"""A random change of images that leaves their class as it is: a pure function of a key.
 
-The training transforms of the paper's families of data sets: `crop_and_flip` for CIFAR's, and
-`random_resized_crop` for ImageNet's.
+The training transform of the paper's ImageNet family; that of its CIFAR family is
+`madjax.attacks.crop_and_flip`.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +12,6 @@ import jax.numpy as jnp
 from madjax.errors import InputError
 
 Array = jax.Array
-Augment = Callable[[Array, Array], Array]
-"""(key, images [B, H, W, C]) -> images, of the same shape where who asks needs that, of pixels in
-[0, 255]."""
-
-
-def unchanged(key: Array, images: Array) -> Array:
-    """The images as they are."""
-    del key
-    return images
-
-
-def crop_and_flip(key: Array, images: Array, pad: int = 4) -> Array:
-    """A random crop of each image, padded with black by `pad`, and a horizontal flip of half.
-
-    Images [B, H, W, C] -> the same shape; as the training transform of the paper's CIFAR family.
-
-    Raises:
-        InputError: images no larger than the padding, which a crop might miss altogether.
-    """
-    n, height, width, channels = images.shape
-    if min(height, width) <= pad:
-        raise InputError(
-            f"images of {height}x{width} pixels cannot be cropped at random after padding by "
-            f"{pad}: use images larger than that, or augment=madjax.attacks.unchanged"
-        )
-    crop_key, flip_key = jax.random.split(key)
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    corners = jax.random.randint(crop_key, (n, 2), 0, 2 * pad + 1)
-
-    def crop(image: Array, corner: Array) -> Array:
-        return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
-
-    cropped = jax.vmap(crop)(padded, corners)
-    flip = jax.random.bernoulli(flip_key, shape=(n, 1, 1, 1))
-    return jnp.where(flip, cropped[:, :, ::-1], cropped)
 
 
 def random_resized_crop(

@@ -93,14 +93,15 @@ def data(tmp_path):
     folder.mkdir()
 
     def write(name, shape, tests=4):
-        pixels = np.zeros((8, *shape), np.uint8)
-        labels = np.arange(8) % 2
+        pixels = np.zeros((12, *shape), np.uint8)
+        pixels[:, 0, 0] = np.arange(12).reshape(12, *[1] * (len(shape) - 2))
+        labels = np.arange(12) % 2
         np.savez(
             folder / f"{name}.npz",
-            x_train=pixels,
-            y_train=labels,
-            x_test=pixels[:tests],
-            y_test=labels[:tests],
+            x_train=pixels[:8],
+            y_train=labels[:8],
+            x_test=pixels[8 : 8 + tests],
+            y_test=labels[8 : 8 + tests],
         )
 
     write("grey", (28, 28))

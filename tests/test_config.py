@@ -4,7 +4,7 @@ import functools
 import importlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
 import numpy as np
@@ -26,6 +26,7 @@ from madjax import (
     Sweep,
     Task,
     config,
+    datasets,
     jbda,
     store,
 )
@@ -510,3 +511,24 @@ def test_a_users_function_is_described_with_its_source(tmp_path, monkeypatch):
 def test_what_cannot_be_described_is_named():
     with pytest.raises(InputError, match=r"is a object, .* use numbers, text, tuples"):
         config.describe({"a": object()})
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """A value that got fields after its first digests were written down."""
+
+    old: int = 1
+    place: str = field(default="here", metadata={"described": False})
+    later: int | None = field(default=None, metadata={"described": "changed"})
+
+
+def test_fields_that_came_later_change_no_digest_until_they_are_set():
+    first, *others = (
+        config.describe(_Grown(*each)) for each in ((1,), (1, "there"), (1, "", 0), (2,))
+    )
+    assert first.keys() == {"class", "old"}
+    assert others[0] == first
+    assert others[1] == first | {"later": 0}
+    assert others[2] == first | {"old": 2}
+    assert config.describe(datasets.MNIST_FAMILY).keys() == {"class", "name", "mean", "std"}
+    assert config.describe(datasets.IMAGENET_FAMILY)["crop"] == 224

@@ -22,10 +22,9 @@ from madjax.attacks.jacobian import (
     towards_next,
     towards_top,
 )
-from madjax.attacks.knockoff import Knockoff
+from madjax.attacks.knockoff import Knockoff, crop_and_flip, unchanged
 from madjax.attacks.online import Online
 from madjax.attacks.remote import RemoteVictim
-from madjax.augment import crop_and_flip, unchanged
 
 __all__ = [
     "AdaptiveKnockoff",

@@ -4,17 +4,51 @@ Draw images without replacement from a set of natural images that need not resem
 ask the defended victim for each one's posterior, and train a fresh network on the pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from madjax.attacks.attack import Attack, Transfer, World, check_budget, draw
-from madjax.augment import Augment, unchanged
 from madjax.errors import InputError
 from madjax.streams import stream
 
 Array = jax.Array
+Augment = Callable[[Array, Array], Array]
+"""(key, images [B, H, W, C]) -> images of the same shape, with pixels in [0, 255]."""
+
+
+def unchanged(key: Array, images: Array) -> Array:
+    """The images as they are."""
+    del key
+    return images
+
+
+def crop_and_flip(key: Array, images: Array, pad: int = 4) -> Array:
+    """A random crop of each image, padded with black by `pad`, and a horizontal flip of half.
+
+    Images [B, H, W, C] -> the same shape; as the training transform of the paper's CIFAR family.
+
+    Raises:
+        InputError: images no larger than the padding, which a crop might miss altogether.
+    """
+    n, height, width, channels = images.shape
+    if min(height, width) <= pad:
+        raise InputError(
+            f"images of {height}x{width} pixels cannot be cropped at random after padding by "
+            f"{pad}: use images larger than that, or augment=madjax.attacks.unchanged"
+        )
+    crop_key, flip_key = jax.random.split(key)
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    corners = jax.random.randint(crop_key, (n, 2), 0, 2 * pad + 1)
+
+    def crop(image: Array, corner: Array) -> Array:
+        return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
+
+    cropped = jax.vmap(crop)(padded, corners)
+    flip = jax.random.bernoulli(flip_key, shape=(n, 1, 1, 1))
+    return jnp.where(flip, cropped[:, :, ::-1], cropped)
 
 
 @dataclass(frozen=True)

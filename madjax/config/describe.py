@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 import jax
@@ -17,11 +17,13 @@ from madjax.errors import InputError
 def describe(value: Any) -> Any:
     """A config value as JSON values that differ where the value does.
 
-    Dataclasses become objects of their class and all fields (but those of metadata
-    {"described": False}), other objects of their class and attributes; functions and classes their
-    import path, methods also the object that they are of. What is not madjax's own has a digest of
-    its source too, null where that cannot be had, and a function the values in its closure. The
-    source of what it calls is not looked at. Arrays are told apart by a digest.
+    Dataclasses become objects of their class and all fields, other objects of their class and
+    attributes; functions and classes their import path, methods also the object that they are of.
+    What is not madjax's own has a digest of its source too, null where that cannot be had, and a
+    function the values in its closure. The source of what it calls is not looked at. Arrays are
+    told apart by a digest. A field of metadata {"described": False} is left out, and one of
+    {"described": "changed"} where it has its default: so those of before it was there keep their
+    digest.
 
     Raises:
         InputError: a function without an import path; a value of a kind that cannot be told apart.
@@ -30,7 +32,7 @@ def describe(value: Any) -> Any:
         held = {
             field.name: describe(getattr(value, field.name))
             for field in fields(value)
-            if field.metadata.get("described", True)
+            if _is_described(field, getattr(value, field.name))
         }
         return {"class": _described_code(type(value))} | held
     if isinstance(value, tuple | list):
@@ -57,6 +59,11 @@ def describe(value: Any) -> Any:
         f"{value!r} is a {type(value).__name__}, which has nothing that tells it from another: "
         "use numbers, text, tuples, dataclasses and functions in a config"
     )
+
+
+def _is_described(field: Field, value: Any) -> bool:
+    how = field.metadata.get("described", True)
+    return value != field.default if how == "changed" else how
 
 
 def is_section(value: Any) -> bool:

@@ -45,7 +45,7 @@ class Family:
     name: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    crop: int | None = None
+    crop: int | None = field(default=None, metadata={"described": "changed"})
 
     def inputs(self, images: Any) -> Any:
         """What a network takes of images [..., H, W, C]: their middle, preprocessed."""

@@ -208,11 +208,9 @@ def _inputs(task: Task, data: Dataset, train: Training) -> dict[str, Any]:
 
 def _network(task: Task, data: Dataset) -> dict[str, Any]:
     """What tells a network of a task's owner from those of others, but for its parameters."""
-    # Without what is None, as before families could have it: what was trained then is found.
-    family = {name: each for name, each in describe(data.family).items() if each is not None}
     return {
         "architecture": describe(task.architecture),
-        "data": [data.checksum(), data.num_classes, family],
+        "data": [data.checksum(), data.num_classes, describe(data.family)],
     }
 
 

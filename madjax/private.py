@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.recipe import Lesson, Recipe, Step, cross_entropy, trainable
+from madjax.recipe import Lesson, Recipe, Step, augmented, cross_entropy, trainable
 from madjax.streams import stream
 
 Array = jax.Array
@@ -83,6 +83,7 @@ class PrivateGradient:
         key = stream(jax.random.fold_in(lesson.key, lesson.epoch), "private steps")
 
         def loss(params: Any, x: Array, target: Array, key: Array) -> Array:
+            x = augmented(lesson.augment, key[0], x)
             logits, _ = classifier.learn(params, x, key[0])
             return cross_entropy(logits, target).sum()
 

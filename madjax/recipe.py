@@ -5,14 +5,14 @@ of an epoch. `madjax.train` holds the loop around them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from madjax.errors import InputError
+from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
 from madjax.streams import stream
 
@@ -65,6 +65,10 @@ classes: posteriors, or one-hot labels.
 """
 
 
+Augment = Callable[[Array, Array], Array]
+"""(key, images [B, H, W, C]) -> images of the same classes, of any size that the network takes."""
+
+
 class Lesson(NamedTuple):
     """What one epoch learns from."""
 
@@ -77,6 +81,8 @@ class Lesson(NamedTuple):
     key: Array
     """Of the run: what an epoch draws is a function of (key, epoch)."""
     epoch: Array
+    augment: Augment | None = None
+    """Changes the images of a batch before they are learned from; None: they are as they are."""
 
     @property
     def size(self) -> Array | int:
@@ -101,8 +107,10 @@ def mean_gradient(classifier: Classifier, lesson: Lesson) -> Step:
     def loss(trained: Any, params: Any, i: Array) -> tuple[Array, Any]:
         at = i * lesson.batch_size + jnp.arange(lesson.batch_size)
         x, targets = lesson.take(visit[at % n])
+        key = jax.random.fold_in(step_key, i)
+        x = augmented(lesson.augment, key, x)
         weight = (at < n).astype(jnp.float32)
-        logits, params = classifier.learn(params | trained, x, jax.random.fold_in(step_key, i))
+        logits, params = classifier.learn(params | trained, x, key)
         return jnp.sum(weight * cross_entropy(logits, targets)) / jnp.sum(weight), params
 
     def step(params: Any, i: Array) -> tuple[Array, Any, Any]:
@@ -111,6 +119,11 @@ def mean_gradient(classifier: Classifier, lesson: Lesson) -> Step:
         return value, gradient, params
 
     return step
+
+
+def augmented(augment: Augment | None, key: Array, x: Array) -> Array:
+    """Images as a recipe's augment makes them; it shares no randomness with other uses of key."""
+    return x if augment is None else augment(stream(key, "augment"), x)
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,8 @@ class Recipe:
     returns the function that makes the gradient of each of an epoch's ceil(N / batch_size) steps:
     `mean_gradient`, or `madjax.private.PrivateGradient` for DP-SGD. It may have a method
     check(classifier, recipe, num_examples), which raises InputError for what it cannot train.
+    `augment(key, images)` changes the images of a batch before each step, such as
+    `madjax.attacks.crop_and_flip` and `madjax.augment.random_resized_crop`.
     """
 
     epochs: int = 30
@@ -134,6 +149,7 @@ class Recipe:
     decay_epochs: int = 50
     optimizer: Callable[..., optax.GradientTransformation] = sgd
     gradient: Callable[[Classifier, Lesson], Step] = mean_gradient
+    augment: Augment | None = field(default=None, metadata={"described": "changed"})
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -174,17 +190,42 @@ class Recipe:
         )
 
     def check(self, classifier: Classifier, num_examples: int) -> None:
-        """Refuse what `gradient` cannot train.
+        """Refuse what `gradient` cannot train, and images that `augment` makes for no network.
 
         Raises:
             InputError: with the value and what to give in its place.
         """
         if hasattr(self.gradient, "check"):
             self.gradient.check(classifier, self, num_examples)
+        if self.augment is not None:
+            _check_augment(self.augment, classifier)
+
+
+def _check_augment(augment: Augment, classifier: Classifier) -> None:
+    """Refuse what makes images that a network cannot take, or other numbers of them."""
+
+    def learn(key: Array) -> Array:
+        images = augment(key, jnp.zeros((2, *classifier.image_shape), jnp.uint8))
+        logits, _ = classifier.learn(classifier.init(key), images, key)
+        return logits
+
+    try:
+        logits = jax.eval_shape(learn, jax.random.key(0))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"augment {augment!r} makes images that {type(classifier.module).__name__} cannot take "
+            f"({in_one_line(error)}): give another, (key, images) -> images"
+        ) from error
+    if len(logits) != 2:
+        raise InputError(
+            f"augment {augment!r} makes {len(logits)} images of 2: give one that keeps their number"
+        )
 
 
 def check_mean_gradient(name: str, recipe: Recipe) -> None:
-    """Refuse a recipe with gradients of its own, where the mean gradient alone is taken.
+    """Refuse a recipe with gradients or images of its own, where neither is looked at.
 
     Raises:
         InputError: with the name of the recipe's field.
@@ -193,6 +234,11 @@ def check_mean_gradient(name: str, recipe: Recipe) -> None:
         raise InputError(
             f"{name} has the gradient {recipe.gradient!r}: it is trained by the mean gradient "
             "alone, leave gradient out"
+        )
+    if recipe.augment is not None:
+        raise InputError(
+            f"{name} has the augment {recipe.augment!r}: it is trained on images as they are, "
+            "leave augment out"
         )
 
 

@@ -66,7 +66,8 @@ def one_pass(
     most there can be.
     """
     key = jax.random.wrap_key_data(state.key)
-    lesson = Lesson(take, num_examples, count, recipe.batch_size, key, state.epoch)
+    drawn = recipe.batch_size, key, state.epoch, recipe.augment
+    lesson = Lesson(take, num_examples, count, *drawn)
     optimizer, gradient_of = recipe.transformation(lesson.size), recipe.gradient(classifier, lesson)
     steps = -(-lesson.size // recipe.batch_size)
 

@@ -310,6 +310,22 @@ def test_dropout_falls_on_every_example_by_itself():
     np.testing.assert_allclose(shares[1], shares[0], rtol=1e-5, err_msg="rounding alone")
 
 
+def test_every_example_is_augmented_by_itself(data):
+    """Whatever the microbatch; and the same examples, as they are, teach something else."""
+
+    def brighter(key, x):
+        return x + 200 * jax.random.uniform(key, (len(x), 1, 1, 1))
+
+    found = []
+    for augment, microbatch in ((brighter, 1), (brighter, 7), (None, 1)):
+        recipe = replace(RECIPE, epochs=1, augment=augment)
+        settings = {"noise_multiplier": 0, "clip": 10, "microbatch": microbatch}
+        found.append(fit(SMALL, recipe, jax.random.key(0), data, data, **settings).params)
+    chex.assert_trees_all_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    gaps = jax.tree.map(lambda a, b: abs(a - b).max(), found[0], found[2])
+    assert min(jax.tree.leaves(gaps)) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

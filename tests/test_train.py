@@ -1,5 +1,8 @@
 """The training loop against a plain Python loop, PyTorch's rules, and itself after a stop."""
 
+from dataclasses import replace
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -8,10 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from madjax import Classifier, InputError, Recipe, fit
-from madjax.datasets import MNIST_FAMILY
+from madjax import VGG16, AdaptiveKnockoff, Classifier, InputError, Online, Recipe, fit, jbda
+from madjax.attacks import crop_and_flip
+from madjax.augment import random_resized_crop
+from madjax.datasets import IMAGENET_FAMILY, MNIST_FAMILY
 from madjax.private import PrivateGradient
 from madjax.recipe import adagrad, adam, order
+from madjax.streams import stream
 from madjax.train import start
 
 
@@ -38,6 +44,11 @@ def data():
     return (x, y), (x[:10], y[:10].argmax(-1))
 
 
+def darker(key, x):
+    """Images divided by a whole number from 1 to 4, each by its own."""
+    return x // jax.random.randint(key, (len(x), 1, 1, 1), 1, 5).astype(x.dtype)
+
+
 def plain_loop(recipe, key, data, test):
     """SGD as PyTorch writes it: g += wd w; v = m v + g; w -= lr v; a smaller last batch."""
     (x, y), (x_test, labels) = data, test
@@ -51,10 +62,17 @@ def plain_loop(recipe, key, data, test):
 
     for e in range(recipe.epochs):
         rate = recipe.learning_rate * recipe.decay ** (e // recipe.decay_epochs)
-        visit = order(jax.random.wrap_key_data(state.key), e, len(y))
+        run_key = jax.random.wrap_key_data(state.key)
+        visit = order(run_key, e, len(y))
+        step_key = stream(jax.random.fold_in(run_key, e), "steps")
         for at in range(0, len(y), recipe.batch_size):
             i = visit[at : at + recipe.batch_size]
-            g = jax.grad(loss)(params, x[i], y[i])
+            seen = x[i]
+            if recipe.augment is not None:  # of the whole batch, which is filled up from the front
+                batch = x[visit[(at + np.arange(recipe.batch_size)) % len(y)]]
+                key = jax.random.fold_in(step_key, at // recipe.batch_size)
+                seen = recipe.augment(stream(key, "augment"), batch)[: len(i)]
+            g = jax.grad(loss)(params, seen, y[i])
             g = jax.tree.map(lambda g, w: g + recipe.weight_decay * w, g, params)
             velocity = jax.tree.map(lambda v, g: recipe.momentum * v + g, velocity, g)
             params = jax.tree.map(lambda w, v, rate=rate: w - rate * v, params, velocity)
@@ -63,10 +81,11 @@ def plain_loop(recipe, key, data, test):
     return params, accuracies
 
 
-def test_fit_is_a_plain_python_loop(data):
-    key = jax.random.key(0)
-    state = fit(CLASSIFIER, RECIPE, key, *data)
-    params, accuracies = plain_loop(RECIPE, key, *data)
+@pytest.mark.parametrize("augment", [None, darker])
+def test_fit_is_a_plain_python_loop(data, augment):
+    key, recipe = jax.random.key(0), replace(RECIPE, augment=augment)
+    state = fit(CLASSIFIER, recipe, key, *data)
+    params, accuracies = plain_loop(recipe, key, *data)
     chex.assert_trees_all_close(state.params, params, atol=1e-6)
     np.testing.assert_allclose(state.accuracy, accuracies)
 
@@ -157,3 +176,53 @@ def test_targets_that_do_not_fit_are_named(data, targets, words):
     (x, _), test = data
     with pytest.raises(InputError, match=words):
         fit(CLASSIFIER, RECIPE, jax.random.key(0), (x, targets), test)
+
+
+def test_every_visit_of_an_image_is_augmented_anew(data):
+    """What a step sees, by a network whose loss is of no weight but that of the pixels."""
+    seen = []
+
+    def spy(key, x):
+        x = darker(key, x)
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+        return x
+
+    recipe = Recipe(epochs=2, batch_size=7, augment=spy)
+    fit(CLASSIFIER, recipe, jax.random.key(0), *data)
+    jax.effects_barrier()
+    (x, _), _ = data
+    found = np.concatenate(seen).reshape(2, 21, 16).astype(int)
+    ways = np.stack([np.asarray(x).reshape(21, 16).astype(int) // d for d in range(1, 5)])
+    factors = []
+    for epoch in found:
+        equal = (epoch[:, None, None] == ways.swapaxes(0, 1)[None]).all(-1)  # [seen, image, factor]
+        assert (equal.any(-1).sum(0) == 1).all()  # each image once
+        factors.append(equal.any(0).argmax(-1))
+    assert np.any(factors[0] != factors[1])
+    assert len(set(factors[0])) > 1
+
+
+def test_the_imagenet_recipe_trains_on_crops_of_what_it_is_judged_by():
+    """Images of 256 pixels: crops of 224 in training, the middle when it is judged."""
+    network = Classifier(VGG16(3, width=1 / 64), IMAGENET_FAMILY.inputs, (256, 256, 3))
+    crops = partial(random_resized_crop, side=224)
+    Recipe(augment=crops).check(network, 10)
+    with pytest.raises(InputError, match=r"augment .* makes images that VGG16 cannot take \("):
+        Recipe(augment=lambda key, x: x[:, :20, :20]).check(network, 10)
+    with pytest.raises(InputError, match="makes 1 images of 2: give one that keeps their number"):
+        Recipe(augment=lambda key, x: x[:1]).check(network, 10)
+    with pytest.raises(InputError, match="cannot be cropped at random after padding by 400"):
+        Recipe(augment=partial(crop_and_flip, pad=400)).check(network, 10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda recipe: Online(recipe=replace(recipe, batch_size=1, momentum=0.0)),
+        lambda recipe: jbda(substitute=recipe),
+        lambda recipe: AdaptiveKnockoff(online=recipe),
+    ],
+)
+def test_where_images_are_learned_as_they_are_augment_is_refused(make):
+    with pytest.raises(InputError, match=r"has the augment .* leave augment out"):
+        make(Recipe(augment=crop_and_flip))

@@ -260,7 +260,8 @@ def _name_a_run(command: argparse.ArgumentParser, default: str = "quickstart") -
         nargs="?",
         default=default,
         metavar="CONFIG",
-        help=f"a config file, or one of {', '.join(config.shipped_configs())}; default {default}",
+        help=f"a config file, or one of {', '.join(config.shipped_configs())}; default {default}; "
+        "NAME:FUNCTION is what another function of the file returns",
     )
     command.add_argument(
         "--set",

@@ -327,6 +327,34 @@ def test_shipped_configs_load_and_say_their_claim_command_and_cost():
             assert word in path.read_text()
 
 
+def test_a_file_may_hold_several_configs(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from madjax import *\n"
+        "def config():\n"
+        "    task = Task('mnist', 'letters')\n"
+        "    return Sweep('mine', (task,), (Defended(NoDefense()),))\n"
+        "def smoke():\n"
+        "    from dataclasses import replace\n"
+        "    return replace(config(), name='mine_smoke')\n"
+    )
+    odd = tmp_path / "mine:smoke"
+    for name, want in ((f"{path}:smoke", "mine_smoke"), (f"{path}:config", "mine")):
+        assert config.load(name).name == want
+    assert config.load("quickstart:config").name == "quickstart"
+    with pytest.raises(
+        InputError, match=r"fails with AttributeError: .*must define fast\(\), which"
+    ):
+        config.load(f"{path}:fast")
+    with pytest.raises(InputError, match="config 'quickest' does not exist"):
+        config.load("quickest:smoke")
+    odd.write_text(
+        path.read_text()
+    )  # a file of that name is that file, though it is no Python file
+    with pytest.raises(InputError, match="mine:smoke' is not a Python file"):
+        config.load(str(odd))
+
+
 def test_a_users_own_file_loads(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

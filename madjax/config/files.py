@@ -1,9 +1,11 @@
 """Config files: Python files with a function `config()` that returns a `Sweep` or an `AngleStudy`.
 
-Their docstrings state the claim, the command and the cost.
+Their docstrings state the claim, the command and the cost. A file may have other such functions,
+for instance `smoke()` for the same grid on less data: `NAME:smoke` is what that returns.
 """
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -24,34 +26,39 @@ def shipped_configs() -> dict[str, Path]:
 def load(name: str) -> Sweep | AngleStudy:
     """The config of a file, or of a shipped config by its name ("quickstart").
 
+    name may end in ":FUNCTION", the function of the file that returns it, by default `config`.
+
     Raises:
-        InputError: no such config, a file that cannot be run, or one without a `config()` that
+        InputError: no such config, a file that cannot be run, or one without such a function that
             returns one.
     """
     shipped = shipped_configs()
-    path = Path(name)
+    file, function = name, "config"
+    if not Path(name).is_file() and (match := re.fullmatch(r"(.+):(\w+)", name)):
+        file, function = match[1], match[2]
+    path = Path(file)
     if not path.is_file():
         # `configs/NAME.py` works from any directory, as it does in the repository.
-        stem = path.stem if path.suffix == ".py" else name
+        stem = path.stem if path.suffix == ".py" else file
         if stem not in shipped or path.parent.name not in ("", "configs"):
             raise InputError(
-                f"config {name!r} does not exist: give a Python file, or one of "
+                f"config {file!r} does not exist: give a Python file, or one of "
                 f"{', '.join(shipped)}"
             )
         path = shipped[stem]
     spec = importlib.util.spec_from_file_location(f"madjax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise InputError(f"config {name!r} is not a Python file: give a file that ends in .py")
+        raise InputError(f"config {file!r} is not a Python file: give a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses of the file look for their annotations
     try:
         spec.loader.exec_module(module)
-        config = module.config()
+        config = getattr(module, function)()
     except InputError:
         raise
     except Exception as error:
         raise InputError(
-            f"config {name!r} fails with {in_one_line(error)}; it must define config(), "
+            f"config {name!r} fails with {in_one_line(error)}; it must define {function}(), "
             "which returns a madjax.Sweep or a madjax.AngleStudy"
         ) from error
     if not isinstance(config, Sweep | AngleStudy):

@@ -15,6 +15,7 @@ import optax
 from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
 from madjax.streams import stream
+from madjax.weights import Trained
 
 Array = jax.Array
 
@@ -137,7 +138,8 @@ class Recipe:
     `mean_gradient`, or `madjax.private.PrivateGradient` for DP-SGD. It may have a method
     check(classifier, recipe, num_examples), which raises InputError for what it cannot train.
     `augment(key, images)` changes the images of a batch before each step, such as
-    `madjax.attacks.crop_and_flip` and `madjax.augment.random_resized_crop`.
+    `madjax.attacks.crop_and_flip` and `madjax.augment.random_resized_crop`. `start` is a network
+    that training starts from, but for its last layer, in place of random parameters.
     """
 
     epochs: int = 30
@@ -150,6 +152,7 @@ class Recipe:
     optimizer: Callable[..., optax.GradientTransformation] = sgd
     gradient: Callable[[Classifier, Lesson], Step] = mean_gradient
     augment: Augment | None = field(default=None, metadata={"described": "changed"})
+    start: Trained | None = field(default=None, metadata={"described": "changed"})
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -163,6 +166,8 @@ class Recipe:
                 f"gradient is {self.gradient!r}: give a function, or an object that is called as "
                 "one, such as madjax.private.PrivateGradient(noise_multiplier=1.0)"
             )
+        if not isinstance(self.start, Trained | None):
+            raise InputError(f"start is {self.start!r}: give a madjax.Trained(path), or None")
         try:
             self.transformation(1)
         except TypeError as error:
@@ -199,6 +204,15 @@ class Recipe:
             self.gradient.check(classifier, self, num_examples)
         if self.augment is not None:
             _check_augment(self.augment, classifier)
+        self.initial(classifier)
+
+    def initial(self, classifier: Classifier) -> dict[str, Array] | None:
+        """What of a network is there when training starts, by path; None: all of it is random.
+
+        Raises:
+            InputError: see `madjax.Trained.body`.
+        """
+        return None if self.start is None else self.start.body(classifier)
 
 
 def _check_augment(augment: Augment, classifier: Classifier) -> None:
@@ -225,7 +239,7 @@ def _check_augment(augment: Augment, classifier: Classifier) -> None:
 
 
 def check_mean_gradient(name: str, recipe: Recipe) -> None:
-    """Refuse a recipe with gradients or images of its own, where neither is looked at.
+    """Refuse a recipe with gradients, images or a start of its own, where none is looked at.
 
     Raises:
         InputError: with the name of the recipe's field.
@@ -239,6 +253,11 @@ def check_mean_gradient(name: str, recipe: Recipe) -> None:
         raise InputError(
             f"{name} has the augment {recipe.augment!r}: it is trained on images as they are, "
             "leave augment out"
+        )
+    if recipe.start is not None:
+        raise InputError(
+            f"{name} has the start {recipe.start.path}: it begins with random parameters, leave "
+            "start out"
         )
 
 

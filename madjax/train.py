@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madjax.batching import map_chunks
 from madjax.errors import InputError
@@ -37,10 +38,21 @@ class State(NamedTuple):
     """Mean training loss of each epoch, float32 [recipe.epochs], -inf where not yet run."""
 
 
-def start(classifier: Classifier, recipe: Recipe, num_examples: int, key: Array) -> State:
-    """A fresh network and optimiser, functions of the key alone."""
+def start(
+    classifier: Classifier,
+    recipe: Recipe,
+    num_examples: int,
+    key: Array,
+    initial: dict[str, Array] | None = None,
+) -> State:
+    """A fresh network and optimiser, functions of the key and of what is there (`Recipe.initial`).
+
+    That is an argument, as a program would otherwise hold it as constants.
+    """
     init_key, order_key = jax.random.split(key)
     params = classifier.init(init_key)
+    if initial is not None:
+        params = unflatten_dict(flatten_dict(params, sep="/") | initial, sep="/")
     unknown = jnp.full(recipe.epochs, -jnp.inf, jnp.float32)
     return State(
         params,
@@ -237,7 +249,7 @@ def fit(
         targets = jax.nn.one_hot(targets, classes, dtype=jnp.float32)
     targets = targets.astype(jnp.float32)
     if state is None:
-        state = _start(classifier, recipe, n, key)
+        state = _start(classifier, recipe, n, key, recipe.initial(classifier))
     images, test = jnp.asarray(images), tuple(map(jnp.asarray, test))
     for _ in range(int(state.epoch), recipe.epochs):
         state = _advance(classifier, recipe, state, images, targets, *test)

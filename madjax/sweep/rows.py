@@ -19,6 +19,7 @@ from madjax.recipe import Recipe
 from madjax.sweep.grid import Cell
 from madjax.sweep.mesh import device_name
 from madjax.train import State
+from madjax.weights import Trained
 
 Array = jax.Array
 
@@ -79,9 +80,10 @@ def which(cell: Cell, checksums: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _recipe(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a recipe; functions by name."""
+def _recipe(recipe: Recipe | Trained) -> dict[str, Any]:
+    """The fields of a recipe; functions by name, files by their path."""
     held = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    held = {name: v.path if isinstance(v, Trained) else v for name, v in held.items()}
     return {name: name_of(v) if callable(v) else v for name, v in held.items()}
 
 

@@ -298,10 +298,14 @@ def _unanswered(num_classes: int) -> Callable[[Array, Array], Array]:
     return respond
 
 
-def start(stolen: Classifier, recipe: Recipe, size: int, cell: Point, shared: None) -> State:
-    """A fresh stolen model, to be trained on a transfer set of `size` examples."""
-    del shared
-    return training.start(stolen, recipe, size, keys(cell.seed)["train"])
+def start(
+    stolen: Classifier, recipe: Recipe, size: int, cell: Point, shared: dict[str, Array] | None
+) -> State:
+    """A fresh stolen model, to be trained on a transfer set of `size` examples.
+
+    shared: what of it is there (`Recipe.initial`).
+    """
+    return training.start(stolen, recipe, size, keys(cell.seed)["train"], shared)
 
 
 def advance(

@@ -19,7 +19,7 @@ from madjax.defenses import Defense
 from madjax.sweep import rates, stages
 from madjax.sweep.cache import Maker
 from madjax.sweep.clock import Stopwatch
-from madjax.sweep.mesh import over_cells, spread, stack, wave_size
+from madjax.sweep.mesh import everywhere, over_cells, spread, stack, wave_size
 from madjax.sweep.rows import measured
 from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.stock import Stock
@@ -264,7 +264,7 @@ def _learn(
     cells = sum((place, budget) in group.waiting for place in wave.places)
     watch = Stopwatch()
     with watch:
-        state = start(points, None)
+        state = start(points, everywhere(attack.recipe.initial(group.parties.stolen), desk.mesh))
     saved = store.restore(desk.directory, name, (state, np.zeros(())))
     if saved is not None:
         state, watch.running = spread(saved[0], desk.mesh), float(saved[1])

@@ -1,10 +1,7 @@
-"""Networks trained elsewhere: weights of PyTorch and checkpoints of other runs."""
+"""Weights in the layout of PyTorch, as variables of Flax modules."""
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from madjax.errors import InputError, in_one_line
+from madjax.errors import InputError
 from madjax.models import Classifier
+from madjax.weights.files import as_float32, path_of, read
+from madjax.weights.fits import check_names, check_shape
 
 Array = jax.Array
+
 
 _LEAVES = {
     ("params", "kernel"): "weight",
@@ -26,51 +26,6 @@ _LEAVES = {
     ("batch_stats", "var"): "running_var",
 }
 """A leaf's collection and name -> its name in PyTorch."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A network that was trained elsewhere, by the file or directory that it is in.
-
-    path: weights in PyTorch's layout, as `from_torch` takes them; or a checkpoint of a madjax run,
-    `RUN/checkpoints/NAME`, of which the last epoch is taken.
-
-    It is read when this is made. What tells one from another, in `id` and `task_settings` of rows,
-    is `digest`, which is of the arrays and their names: the file may be moved, and saved anew. On
-    an accelerator VGG16 and ResNet18 compute in bfloat16, unless their dtype says otherwise.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-
-    path: str = field(compare=False, metadata={"described": False})
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", str(self.path))
-        object.__setattr__(self, "digest", _digest(_held(self.path)))
-
-    def variables(self, classifier: Classifier) -> dict[str, Any]:
-        """The variables of a network, which these have to fit.
-
-        Raises:
-            InputError: they do not fit; they are not those of when this was made.
-        """
-        return _variables(self, classifier)
-
-
-@lru_cache(maxsize=1)  # as a run asks for them several times
-def _variables(trained: Trained, classifier: Classifier) -> dict[str, Any]:
-    with jax.ensure_compile_time_eval():  # as they may be asked for inside a trace
-        held = _held(trained.path)
-        if _digest(held) != trained.digest:
-            raise InputError(
-                f"{trained.path} was changed after its config was read: leave it as it is until "
-                "the run has ended"
-            )
-        if _path(trained.path).is_dir():
-            return _as_they_are(classifier, held, trained.path)
-        return _from_torch(classifier, held, trained.path, _GIVEN)
 
 
 def from_torch(
@@ -116,29 +71,29 @@ def from_torch(
         (800, 500)
     """
     if isinstance(weights, Mapping):
-        return _from_torch(classifier, weights, "the state dict", _CALLED, head, names)
-    held = _read(_path(weights))
-    return _from_torch(classifier, held, str(weights), _CALLED, head, names)
+        return fitted(classifier, weights, "the state dict", CALLED, head, names)
+    held = read(path_of(weights))
+    return fitted(classifier, held, str(weights), CALLED, head, names)
 
 
-class _Ways(NamedTuple):
+class Ways(NamedTuple):
     """What else a user can do, as messages say it."""
 
     names: str
     head: str
 
 
-_CALLED = _Ways(
+CALLED = Ways(
     "or names, its layers -> their names there", ", or head=jax.random.key(0) for a new last layer"
 )
-_GIVEN = _Ways("or its module a method torch_names, its layers -> their names there", "")
+GIVEN = Ways("or its module a method torch_names, its layers -> their names there", "")
 
 
-def _from_torch(
+def fitted(
     classifier: Classifier,
     held: Mapping[str, Any],
     said: str,
-    ways: _Ways,
+    ways: Ways,
     head: Array | None = None,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -159,11 +114,11 @@ def _from_torch(
         new = [slot.path for slot in slots if slot.layer == last]
         slots = [slot for slot in slots if slot.layer != last]
         found = jax.jit(lambda key: _some(classifier.init(key), new))(head)
-    _check_names(said, network, held, {slot.name for slot in slots}, ways.names)
+    check_names(said, network, held, {slot.name for slot in slots}, ways.names)
     for slot in slots:
-        value = _array(held[slot.name])
+        value = as_float32(held[slot.name])
         anew = ways.head if slot.layer == last else ""
-        _check_shape(said, slot.name, value.shape, slot.shape, classifier, anew)
+        check_shape(said, slot.name, value.shape, slot.shape, classifier, anew)
         if not np.isfinite(value).all():
             raise InputError(f"{said}: {slot.name} holds NaN or infinity: give finite weights")
         found[slot.path] = jnp.asarray(slot.ordered(value))
@@ -248,127 +203,6 @@ def _seen(
             "how PyTorch flattens them cannot be told, fill its variables yourself"
         )
     return channels, side, side
-
-
-def _check_names(
-    said: str, network: str, held: Mapping[str, Any], wanted: set[str], way: str
-) -> None:
-    """Refuse arrays of which one is missing, or one too many; way is what else will do."""
-    lacking, left = (sorted(names) for names in (wanted - held.keys(), held.keys() - wanted))
-    parts = [f"it lacks {_first(lacking)}"] if lacking else []
-    parts += [f"it holds {_first(left)}, for which {network} has no place"] if left else []
-    if parts:
-        raise InputError(
-            f"{said} does not fit {network}: {'; '.join(parts)}: give the weights of the same "
-            f"network, {way}"
-        )
-
-
-def _check_shape(
-    said: str,
-    name: str,
-    found: tuple[int, ...],
-    wanted: tuple[int, ...],
-    classifier: Classifier,
-    anew: str = "",
-) -> None:
-    """Refuse an array of another shape than the network's; anew is what else will do."""
-    if found != wanted:
-        raise InputError(
-            f"{said}: {name} has shape {found}, where {type(classifier.module).__name__} for these "
-            f"classes and images of shape {classifier.image_shape} has {wanted}: give the weights "
-            f"of that network{anew}"
-        )
-
-
-def _first(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _as_they_are(classifier: Classifier, held: Mapping[str, np.ndarray], said: str) -> Any:
-    """The variables of a network from the arrays at their paths, joined by "/"."""
-    shapes = flatten_dict(jax.eval_shape(classifier.init, jax.random.key(0)), sep="/")
-    network = type(classifier.module).__name__
-    _check_names(said, network, held, set(shapes), "from a run of it")
-    for name, wanted in shapes.items():
-        _check_shape(said, name, held[name].shape, wanted.shape, classifier)
-    return unflatten_dict({name: jnp.asarray(held[name]) for name in shapes}, sep="/")
-
-
-def _digest(held: Mapping[str, Any]) -> str:
-    """Hexadecimal digits that change with the arrays and their names."""
-    found = hashlib.sha256()
-    for name, value in sorted(held.items()):
-        array = np.ascontiguousarray(_array(value))
-        found.update(f"{name} {array.shape}".encode())
-        found.update(array)
-    return found.hexdigest()[:12]
-
-
-def _held(path: str) -> dict[str, Any]:
-    """The arrays of a file, or of the checkpoint in a directory, by their names."""
-    return _checkpoint(_path(path)) if _path(path).is_dir() else _read(_path(path))
-
-
-def _path(path: str | Path) -> Path:
-    return Path(path).expanduser()
-
-
-def _checkpoint(path: Path) -> dict[str, Any]:
-    """The variables in a checkpoint, or in the last of a directory of them, by their paths."""
-    from orbax.checkpoint import v1 as ocp
-
-    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    try:
-        tree = ocp.load((steps[-1] if steps else path).resolve())
-        tree = tree["params"] if "opt_state" in tree else tree
-        return {name: _array(a) for name, a in flatten_dict(tree, sep="/").items()}
-    except Exception as error:  # of many kinds, by what is wrong with it
-        raise InputError(
-            f"{path} cannot be read as a checkpoint ({in_one_line(error)}): give "
-            "RUN/checkpoints/NAME of a run, or a file of weights"
-        ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The arrays that a file holds by their names."""
-    if not path.is_file():
-        raise InputError(f"{path} is no file: give one of weights, .safetensors or .pth")
-    try:
-        held = _opened(path)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"{path} needs PyTorch to be read: pip install torch, or save the state dict as "
-            ".safetensors with safetensors.torch.save_file"
-        ) from error
-    except Exception as error:  # of many kinds, by what is wrong with the file
-        raise InputError(
-            f"{path} cannot be read ({in_one_line(error)}): give the state dict of a PyTorch "
-            "network, as torch.save or safetensors.torch.save_file writes it"
-        ) from error
-    held = held.get("state_dict", held) if isinstance(held, Mapping) else {}
-    if not held or not all(hasattr(value, "shape") for value in held.values()):
-        raise InputError(f"{path} holds no state dict: save network.state_dict(), not the network")
-    if all(name.startswith("module.") for name in held):  # of torch.nn.DataParallel
-        held = {name.removeprefix("module."): value for name, value in held.items()}
-    return held
-
-
-def _opened(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.flax import load_file  # the one that reads bfloat16 without PyTorch
-
-        return load_file(path)
-    import torch
-
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _array(value: Any) -> np.ndarray:
-    """A tensor of PyTorch or an array, of any type, as float32."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().float().numpy()
-    return np.asarray(value).astype(np.float32)
 
 
 def _some(variables: Any, paths: list[tuple[str, ...]]) -> dict[tuple[str, ...], Array]:

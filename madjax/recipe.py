@@ -67,7 +67,10 @@ classes: posteriors, or one-hot labels.
 
 
 Augment = Callable[[Array, Array], Array]
-"""(key, images [B, H, W, C]) -> images of the same classes, of any size that the network takes."""
+"""(key, images [B, H, W, C]) -> images of the same classes, of any size that the network takes.
+
+Pixels are in [0, 255]: uint8, or float32 where an attack has made the images.
+"""
 
 
 class Lesson(NamedTuple):
@@ -83,7 +86,8 @@ class Lesson(NamedTuple):
     """Of the run: what an epoch draws is a function of (key, epoch)."""
     epoch: Array
     augment: Augment | None = None
-    """Changes the images of a batch before they are learned from; None: they are as they are."""
+    """Changes the images of a batch before they are learned from, by `augmented`, which is called
+    by who makes the gradients; None: they are as they are."""
 
     @property
     def size(self) -> Array | int:
@@ -195,7 +199,7 @@ class Recipe:
         )
 
     def check(self, classifier: Classifier, num_examples: int) -> None:
-        """Refuse what `gradient` cannot train, and images that `augment` makes for no network.
+        """Refuse a `gradient`, `augment` or `start` that does not go with the network.
 
         Raises:
             InputError: with the value and what to give in its place.
@@ -218,19 +222,20 @@ class Recipe:
 def _check_augment(augment: Augment, classifier: Classifier) -> None:
     """Refuse what makes images that a network cannot take, or other numbers of them."""
 
-    def learn(key: Array) -> Array:
-        images = augment(key, jnp.zeros((2, *classifier.image_shape), jnp.uint8))
-        logits, _ = classifier.learn(classifier.init(key), images, key)
-        return logits
+    def learn(key: Array) -> list[Array]:
+        blank = jnp.zeros((2, *classifier.image_shape))
+        made = [augment(key, blank.astype(dtype)) for dtype in (jnp.uint8, jnp.float32)]
+        return [classifier.learn(classifier.init(key), images, key)[0] for images in made]
 
     try:
-        logits = jax.eval_shape(learn, jax.random.key(0))
+        logits, _ = jax.eval_shape(learn, jax.random.key(0))
     except InputError:
         raise
     except Exception as error:
         raise InputError(
             f"augment {augment!r} makes images that {type(classifier.module).__name__} cannot take "
-            f"({in_one_line(error)}): give another, (key, images) -> images"
+            f"({in_one_line(error)}): give another, (key, images) -> images, of uint8 and of "
+            "float32"
         ) from error
     if len(logits) != 2:
         raise InputError(
@@ -238,7 +243,7 @@ def _check_augment(augment: Augment, classifier: Classifier) -> None:
         )
 
 
-def check_mean_gradient(name: str, recipe: Recipe) -> None:
+def check_bare(name: str, recipe: Recipe) -> None:
     """Refuse a recipe with gradients, images or a start of its own, where none is looked at.
 
     Raises:

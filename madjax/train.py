@@ -125,8 +125,11 @@ def train(
 ) -> Any:
     """The parameters of a fresh network after all epochs of the recipe, without any test.
 
-    For networks that are a means, inside other compiled loops; see `one_pass` for count.
+    For networks that are a means, inside other compiled loops; see `one_pass` for count. They begin
+    with random parameters: a recipe with a `start` is refused.
     """
+    if recipe.start is not None:
+        raise InputError(f"recipe has the start {recipe.start.path}, which train cannot begin with")
     state = start(classifier, recipe, num_examples, key)
 
     def one(_: Array, state: State) -> State:
@@ -202,7 +205,8 @@ def fit(
     Args:
         classifier: the network.
         recipe: how it is trained.
-        key: a `jax.random` key; the first parameters and the order are functions of it alone.
+        key: a `jax.random` key; the first parameters, but those of `recipe.start`, and the order
+            are functions of it alone.
         data: (images uint8 [N, H, W, C], targets): posteriors [N, K], or labels [N] in 0 .. K-1.
         test: (images uint8 [T, H, W, C], labels [T]), on which it is judged after every epoch.
         state: where an earlier call stopped; without one training starts.

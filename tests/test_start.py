@@ -110,7 +110,7 @@ def test_as_many_classes_do_not_make_the_last_layer_the_others(other):
 
 
 def test_a_sweep_is_the_public_functions(other, data, data_dir, tmp_path):
-    """Victim, stolen model and a surrogate that is trained, which starts from it too."""
+    """Victim and stolen model; another attacker begins with random parameters."""
     _, given = other
     recipe = replace(RECIPE, start=given)
     task = Task("victims", "queries", architecture=SMALL, victim=recipe)
@@ -139,6 +139,69 @@ def test_digests_are_as_before_without_a_start_and_of_its_arrays_with_one(other)
     _, given = other
     assert "start" not in config.describe(RECIPE)
     assert config.describe(replace(RECIPE, start=given))["start"]["digest"] == given.digest
+
+
+class Grouped(nn.Module):
+    """A network whose layers PyTorch's names do not list in their order, and with two heads."""
+
+    num_classes: int
+
+    def torch_names(self):
+        return {"Dense_0": "one", "Dense_1": "two", "Dense_2": "three", "BatchNorm_0": "norm"}
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dense(5)(x.reshape(len(x), -1))
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        return nn.Dense(self.num_classes)(x) + nn.Dense(self.num_classes)(x)
+
+
+def test_the_last_layer_is_what_depends_on_the_classes(tmp_path):
+    """Not what a list of names ends with; all of it may be of other classes."""
+    rng = np.random.default_rng(0)
+    weights = {"one.weight": rng.normal(size=(5, 36)), "one.bias": rng.normal(size=5)}
+    for name in ("two", "three"):
+        weights |= {f"{name}.weight": rng.normal(size=(9, 5)), f"{name}.bias": rng.normal(size=9)}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        weights[f"norm.{name}"] = rng.uniform(1, 2, size=5)
+    path = tmp_path / "grouped.safetensors"
+    save_file({name: jax.numpy.float32(each) for name, each in weights.items()}, path)
+    body = Trained(path).body(Classifier(Grouped(4), scaled, (6, 6, 1)))
+    assert len(body) == 2 + 4
+    np.testing.assert_allclose(body["params/Dense_0/kernel"], weights["one.weight"].T, rtol=1e-6)
+    np.testing.assert_allclose(body["batch_stats/BatchNorm_0/mean"], weights["norm.running_mean"])
+
+
+def test_a_path_may_be_set(other):
+    _, given = other
+    task = Task("victims", "queries", architecture=SMALL, victim=RECIPE)
+    attack = Knockoff(budget=40, architecture=SMALL, recipe=RECIPE)
+    grid = Sweep("start", (task,), (Defended(NoDefense()),), (attack,))
+    started = config.override(grid, f"attacks.recipe.start={given.path}")
+    assert started.attacks[0].recipe == replace(RECIPE, start=given)
+    assert config.override(started, "attacks.recipe.start=None") == grid
+    whole = config.override(grid, f"tasks.victim={given.path}")
+    assert whole.tasks[0].victim == given
+    assert config.override(whole, f"tasks.victim.path={given.path}") == whole
+    assert config.override(grid, "tasks.victim=madjax.Recipe").tasks[0].victim == Recipe()
+    with pytest.raises(InputError, match=r"nowhere\.pth is no file"):
+        config.override(grid, "attacks.recipe.start=nowhere.pth")
+
+
+def test_nothing_is_asked_of_a_victim_before_the_recipe_is_known_to_fit(other, data):
+    asked = []
+
+    def respond(numbers, x):
+        jax.debug.callback(lambda: asked.append(1))
+        return jax.numpy.full((len(x), 4), 0.25)
+
+    wide = Classifier(MLP(4, hidden=(6,)), data.family.inputs, data.image_shape)
+    own = data.x_train, data.y_train, wide, data.family, (data.x_test, data.y_test)
+    for change in ({"start": other[1]}, {"augment": lambda key, x: x[:1]}):
+        attack = Knockoff(budget=8, recipe=replace(RECIPE, **change))
+        with pytest.raises(InputError):
+            steal(attack, 0, respond, *own)
+    assert not asked
 
 
 class Unnamed(nn.Module):

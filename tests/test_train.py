@@ -202,13 +202,15 @@ def test_every_visit_of_an_image_is_augmented_anew(data):
     assert len(set(factors[0])) > 1
 
 
-def test_the_imagenet_recipe_trains_on_crops_of_what_it_is_judged_by():
-    """Images of 256 pixels: crops of 224 in training, the middle when it is judged."""
+def test_an_augment_that_does_not_go_with_the_network_is_named():
+    """Crops of 224 pixels do go with a network that sees the middle of 256."""
     network = Classifier(VGG16(3, width=1 / 64), IMAGENET_FAMILY.inputs, (256, 256, 3))
     crops = partial(random_resized_crop, side=224)
     Recipe(augment=crops).check(network, 10)
     with pytest.raises(InputError, match=r"augment .* makes images that VGG16 cannot take \("):
         Recipe(augment=lambda key, x: x[:, :20, :20]).check(network, 10)
+    with pytest.raises(InputError, match=r"TypeError: .*float32.* of uint8 and of float32$"):
+        Recipe(augment=lambda key, x: (x >> 4) << 4).check(network, 10)
     with pytest.raises(InputError, match="makes 1 images of 2: give one that keeps their number"):
         Recipe(augment=lambda key, x: x[:1]).check(network, 10)
     with pytest.raises(InputError, match="cannot be cropped at random after padding by 400"):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from madjax.attacks.attack import Attack, Transfer, World, check_budget
 from madjax.errors import InputError
-from madjax.recipe import Recipe, check_mean_gradient, cross_entropy
+from madjax.recipe import Recipe, check_bare, cross_entropy
 from madjax.streams import stream
 from madjax.train import one_pass, start
 
@@ -84,7 +84,7 @@ class AdaptiveKnockoff(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mean_gradient(f"online of {self.title}", self.online)
+        check_bare(f"online of {self.title}", self.online)
         if not self.rewards:
             raise InputError("rewards is empty: give madjax.attacks.certainty or another")
 

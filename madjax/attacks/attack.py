@@ -352,6 +352,7 @@ def steal(
     )
     num_classes = outputs.shape[1]
     attack.check(len(images), num_classes, images.shape[1:])
+    attack.recipe.check(classifier, attack.examples(attack.budget))
     _check_victim(respond, images, num_classes)
     world = partial(World, respond, attack.budget, num_labels=int(labels.max()) + 1)
     world = partial(world, num_classes=num_classes, classifier=classifier, family=family)

@@ -23,7 +23,7 @@ import numpy as np
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.datasets import Family
 from madjax.errors import InputError
-from madjax.recipe import Recipe, check_mean_gradient, cross_entropy, order
+from madjax.recipe import Recipe, check_bare, cross_entropy, order
 from madjax.streams import stream
 from madjax.train import train
 
@@ -134,7 +134,7 @@ class JacobianAugmentation(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mean_gradient(f"substitute of {self.title}", self.substitute)
+        check_bare(f"substitute of {self.title}", self.substitute)
         for name, least in (("copies", 1), ("seeds", 1), ("kappa", 0), ("sigma", 0), ("tau", 0)):
             if getattr(self, name) < least:
                 raise InputError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from madjax.attacks.attack import Attack, Transfer, World, draw
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.recipe import Recipe, check_mean_gradient
+from madjax.recipe import Recipe, check_bare
 from madjax.white_box import Attacker, fresh, handed, step
 
 Array = jax.Array
@@ -45,7 +45,7 @@ class Online(Attack):
                 raise InputError(
                     f"{name} of Online is {getattr(self, name)}: give a whole number >= {least}"
                 )
-        check_mean_gradient("recipe of Online", self.recipe)
+        check_bare("recipe of Online", self.recipe)
         if self.budget is None:
             return
         if self.budget < 1 or self.budget % self.recipe.batch_size:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from madjax.attacks import Attack
@@ -12,6 +13,8 @@ from madjax.config.values import Defended
 from madjax.defenses import Defense
 from madjax.errors import InputError, in_one_line
 from madjax.mad import Solver
+from madjax.recipe import Recipe
+from madjax.weights import Trained
 
 
 def override(config: Any, assignment: str) -> Any:
@@ -25,6 +28,7 @@ def override(config: Any, assignment: str) -> Any:
     of a tuple. Of several tasks, defences or attacks one is meant by its position or name
     ("defenses.1.rule.layers=last", "attacks.jbda.budget=500"), and without these all that have the
     field. The new value must be of the same kind as the old one; None where the field may be None.
+    A field that may hold a `madjax.Trained` takes its path ("tasks.victim=runs/a/checkpoints/b").
 
     Raises:
         InputError: no such field, a value of another kind, or one the config refuses.
@@ -58,12 +62,14 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
     elif isinstance(old, tuple):
         new = _parse_several(text, old[0] if old else _example(config, name), assignment)
     else:
-        may_be_none = (
-            old is None or text == "None"
-        )  # else the hints of others' classes are not read
-        kinds = get_args(get_type_hints(type(config))[name]) if may_be_none else ()
+        # The hints of others' classes are read where they are needed alone.
+        ours = isinstance(old, Recipe | Trained) and type(config).__module__.startswith("madjax.")
+        asked = old is None or text == "None" or ours
+        kinds = get_args(get_type_hints(type(config))[name]) if asked else ()
         if text == "None" and type(None) in kinds:
             new = None
+        elif Trained in kinds and (old is None or Path(text).expanduser().exists()):
+            new = Trained(text)
         else:
             new = _parse(text, _like(kinds) if old is None else old, assignment)
     return dataclasses.replace(config, **{name: new})
@@ -71,7 +77,8 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
 
 def _like(kinds: tuple[Any, ...]) -> Any:
     """A value of a field that may be None: of its first other kind; None for a function."""
-    made = (kind for kind in kinds if isinstance(kind, type) and kind is not type(None))
+    made = (kind for kind in kinds if isinstance(kind, type))
+    made = (kind for kind in made if kind not in (type(None), Trained))
     return next((kind() for kind in made), None)
 
 

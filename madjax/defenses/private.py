@@ -17,7 +17,8 @@ class DPSGD(Retrained):
     g = (1 / B) (sum_i clip(g_i, C) + N(0, (C sigma)^2 I)) in place of the mean gradient of a batch,
     which is Poisson-sampled (`madjax.private.PrivateGradient`). clip: C. recipe: how these victims
     are trained, by default as the undefended one; noise asks for larger batches. Rows have the
-    accounted `dp_epsilon` at `dp_delta` = 1 / (number of training examples).
+    accounted `dp_epsilon` at `dp_delta` = 1 / (number of training examples). That is of this
+    training: what the recipe's `start` was trained on is not covered by it.
     """
 
     clip: float = 1.0

@@ -17,7 +17,7 @@ SOLVER = ("surrogate", "solver", "constraints", "objective")
 RULE = (*DEFENSE, *SOLVER, "defense_settings")
 """Those that say which defence it was."""
 RECIPE = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "decay")
-RECIPE += ("decay_epochs", "optimizer", "gradient", "augment")
+RECIPE += ("decay_epochs", "optimizer", "gradient")
 TRAINING = (*(f"victim_{field}" for field in RECIPE), "attack_architecture", "targets", *RECIPE)
 DIGESTS = ("task_settings", "attack_settings", "defense_settings")
 """Of all that task, attack and defence are set to, named above or not."""

@@ -86,7 +86,7 @@ def _shorten(path: Path) -> None:
 
 def training(network: Classifier, recipe: Recipe) -> str:
     """The kind of work that trains a network on its own."""
-    return f"training of {_named(network)} by {name_of(recipe.gradient)}"
+    return f"training of {_named(network)} by {_means(recipe)}"
 
 
 def knowing(network: Classifier) -> str:
@@ -111,7 +111,12 @@ def online(attack: Attack, rule: Defense, stolen: Classifier) -> str:
 
 def stealing(stolen: Classifier, recipe: Recipe) -> str:
     """The kind of work that trains stolen models, many side by side."""
-    return f"stolen {_named(stolen)} by {name_of(recipe.gradient)}"
+    return f"stolen {_named(stolen)} by {_means(recipe)}"
+
+
+def _means(recipe: Recipe) -> str:
+    each = recipe.gradient, recipe.augment
+    return " on ".join(name_of(function) for function in each if function is not None)
 
 
 def _named(network: Classifier) -> str:

@@ -262,9 +262,10 @@ def _learn(
     fidelity = over_cells(stages.fidelity, stolen, mesh=desk.mesh)
     points, count = wave.points._replace(told=None), np.int32(attack.examples(budget))
     cells = sum((place, budget) in group.waiting for place in wave.places)
+    initial = everywhere(attack.recipe.initial(stolen), desk.mesh)
     watch = Stopwatch()
     with watch:
-        state = start(points, everywhere(attack.recipe.initial(group.parties.stolen), desk.mesh))
+        state = start(points, initial)
     saved = store.restore(desk.directory, name, (state, np.zeros(())))
     if saved is not None:
         state, watch.running = spread(saved[0], desk.mesh), float(saved[1])

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from madjax.errors import InputError
 from madjax.models import Classifier
 
@@ -40,3 +42,9 @@ def check_shape(
             f"classes and images of shape {classifier.image_shape} has {wanted}: give the weights "
             f"of that network{anew}"
         )
+
+
+def check_finite(said: str, name: str, found: np.ndarray) -> None:
+    """Refuse an array with NaN or infinity."""
+    if not np.isfinite(found).all():
+        raise InputError(f"{said}: {name} holds NaN or infinity: give finite weights")

@@ -1,7 +1,7 @@
 """Weights in the layout of PyTorch, as variables of Flax modules."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.weights.files import as_float32, path_of, read
-from madjax.weights.fits import check_names, check_shape
+from madjax.weights.fits import check_finite, check_names, check_shape
 
 Array = jax.Array
 
@@ -96,8 +96,9 @@ def fitted(
     ways: Ways,
     head: Array | None = None,
     names: Mapping[str, str] | None = None,
+    skipped: Collection[str] = (),
 ) -> dict[str, Any]:
-    """`from_torch` of a state dict, which messages call `said`."""
+    """`from_torch` of a state dict, which messages call `said`, but for variables at some paths."""
     held = {name: value for name, value in held.items() if not name.endswith("num_batches_tracked")}
     network = type(classifier.module).__name__
     if names is None:
@@ -108,7 +109,9 @@ def fitted(
             )
         names = classifier.module.torch_names()
     slots, last = _slots(classifier, names), list(names)[-1]
-    found = {}
+    found, left_out = {}, {slot.name for slot in slots if "/".join(slot.path) in skipped}
+    held = {name: value for name, value in held.items() if name not in left_out}
+    slots = [slot for slot in slots if slot.name not in left_out]
     if head is not None:
         held = {name: v for name, v in held.items() if not name.startswith(f"{names[last]}.")}
         new = [slot.path for slot in slots if slot.layer == last]
@@ -119,8 +122,7 @@ def fitted(
         value = as_float32(held[slot.name])
         anew = ways.head if slot.layer == last else ""
         check_shape(said, slot.name, value.shape, slot.shape, classifier, anew)
-        if not np.isfinite(value).all():
-            raise InputError(f"{said}: {slot.name} holds NaN or infinity: give finite weights")
+        check_finite(said, slot.name, value)
         found[slot.path] = jnp.asarray(slot.ordered(value))
     return unflatten_dict(found)
 

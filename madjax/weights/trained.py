@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.weights.files import arrays_of, digest_of, path_of
-from madjax.weights.fits import check_names, check_shape
+from madjax.weights.fits import check_finite, check_names, check_shape
 from madjax.weights.pytorch import GIVEN, fitted
 
 Array = jax.Array
@@ -66,11 +66,10 @@ def _variables(trained: Trained, classifier: Classifier) -> dict[str, Any]:
     return _fitted(trained, classifier, frozenset())
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _body(trained: Trained, classifier: Classifier) -> dict[str, Array]:
     head = _head(classifier)
-    found = flatten_dict(_fitted(trained, classifier, head), sep="/")
-    return {name: each for name, each in found.items() if name not in head}
+    return flatten_dict(_fitted(trained, classifier, head), sep="/")
 
 
 def _head(classifier: Classifier) -> frozenset[str]:
@@ -90,7 +89,7 @@ def _head(classifier: Classifier) -> frozenset[str]:
 
 
 def _fitted(trained: Trained, classifier: Classifier, head: frozenset[str]) -> dict[str, Any]:
-    """The variables of a network; those of its head, if that is given, are of no use."""
+    """The variables of a network but for those of its head, the paths that are given."""
     with jax.ensure_compile_time_eval():  # as they may be asked for inside a trace
         held = arrays_of(trained.path)
         if digest_of(held) != trained.digest:
@@ -100,8 +99,7 @@ def _fitted(trained: Trained, classifier: Classifier, head: frozenset[str]) -> d
             )
         if path_of(trained.path).is_dir():
             return _as_they_are(classifier, held, trained.path, head)
-        anew = jax.random.key(0) if head else None
-        return fitted(classifier, held, trained.path, GIVEN, anew)
+        return fitted(classifier, held, trained.path, GIVEN, skipped=head)
 
 
 def _as_they_are(
@@ -114,4 +112,5 @@ def _as_they_are(
     check_names(said, network, held, set(shapes), "from a run of it")
     for name, wanted in shapes.items():
         check_shape(said, name, held[name].shape, wanted.shape, classifier)
+        check_finite(said, name, held[name])
     return unflatten_dict({name: jnp.asarray(held[name]) for name in shapes}, sep="/")

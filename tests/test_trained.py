@@ -125,9 +125,11 @@ def test_what_it_is_are_its_arrays(trained, tmp_path):
     state = {"params": variables, "opt_state": (), "epoch": np.zeros(())}
     store.save(tmp_path, "again", 7, state)
     assert Trained(tmp_path / "checkpoints" / "again") == Trained(checkpoint)
-    other = jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(1e-3), variables)
-    store.save(tmp_path, "again", 11, state | {"params": other})  # of two steps the last is taken
-    assert Trained(tmp_path / "checkpoints" / "again") != Trained(checkpoint)
+    for step, leaf in enumerate(("kernel", "bias"), 8):  # of several steps the last is taken
+        other = jax.tree.map(np.array, variables)
+        other["params"]["Dense_0"][leaf][-1] += 1e-3
+        store.save(tmp_path, "again", step, state | {"params": other})
+        assert Trained(tmp_path / "checkpoints" / "again") != Trained(checkpoint)
     store.save(tmp_path, "alone", 1, variables)
     assert Trained(tmp_path / "checkpoints" / "alone") == Trained(checkpoint)
 

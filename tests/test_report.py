@@ -11,6 +11,7 @@ import pytest
 
 from madjax import report
 from madjax.errors import InputError
+from madjax.report.points import curve_of
 
 
 def row(**changes):
@@ -889,3 +890,12 @@ def test_imports_are_light_and_pyplot_is_not_used():
     top = {node.module for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert not any(name.startswith("matplotlib") for name in top)
     assert not any("pyplot" in source for source in sources)
+
+
+def test_rows_of_before_a_field_came_are_of_one_curve_with_those_that_have_none_of_it():
+    """A run may go on with a newer madjax."""
+    before = {"dataset": "mnist", "defense": "mad", "epochs": 3}
+    after = before | {"augment": None, "victim_augment": None, "start": None}
+    assert curve_of(before) == curve_of(after)
+    assert curve_of(before) != curve_of(after | {"augment": "crop_and_flip"})
+    assert curve_of(before) != curve_of(after | {"epochs": 0})

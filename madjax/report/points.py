@@ -17,7 +17,7 @@ SOLVER = ("surrogate", "solver", "constraints", "objective")
 RULE = (*DEFENSE, *SOLVER, "defense_settings")
 """Those that say which defence it was."""
 RECIPE = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "decay")
-RECIPE += ("decay_epochs", "optimizer", "gradient")
+RECIPE += ("decay_epochs", "optimizer", "gradient", "augment", "start")
 TRAINING = (*(f"victim_{field}" for field in RECIPE), "attack_architecture", "targets", *RECIPE)
 DIGESTS = ("task_settings", "attack_settings", "defense_settings")
 """Of all that task, attack and defence are set to, named above or not."""
@@ -84,8 +84,14 @@ def summarise(rows: list[dict]) -> list[Summary]:
 
 
 def curve_of(row: dict) -> Curve:
-    """The curve that a row is of; fields that older rows lack are empty."""
+    """The curve that a row is of; fields that older rows lack are empty.
+
+    So are those of a recipe that are null, as such a row may go on with a run from before them.
+    """
     said = (row.get(name, "") for name in Curve._fields)
+    said = (
+        "" if v is None and f in TRAINING else v for f, v in zip(Curve._fields, said, strict=True)
+    )
     return Curve(*(tuple(each) if isinstance(each, list) else each for each in said))
 
 

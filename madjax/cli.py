@@ -127,13 +127,12 @@ def _cache(options: argparse.Namespace) -> None:
         return
     found = cache.entries(where)
     for entry in found:
-        maker = (
-            entry.maker and f" by {entry.maker.get('git_commit')} on {entry.maker.get('device')}"
-        )
+        made = entry.made
+        if entry.maker:  # decoded images are of any
+            made += f" by {entry.maker.get('git_commit')} on {entry.maker.get('device')}"
         size = cache.in_bytes(entry.size)
         print(
-            f"{entry.path.stem}  {size}, last used {entry.idle:.0f} days ago, {entry.what}, "
-            f"{entry.made}{maker or ''}"
+            f"{entry.path.stem}  {size}, last used {entry.idle:.0f} days ago, {entry.what}, {made}"
         )
     print(f"{where}: {len(found)} results, {_total(found)}")
 

@@ -65,7 +65,6 @@ So examples may be shared between runs or made on the fly. Targets are any distr
 classes: posteriors, or one-hot labels.
 """
 
-
 Augment = Callable[[Array, Array], Array]
 """(key, images [B, H, W, C]) -> images of the same classes, of any size that the network takes.
 

@@ -129,7 +129,10 @@ def train(
     with random parameters: a recipe with a `start` is refused.
     """
     if recipe.start is not None:
-        raise InputError(f"recipe has the start {recipe.start.path}, which train cannot begin with")
+        raise InputError(
+            f"recipe has the start {recipe.start.path}: train begins with random parameters, leave "
+            "start out, or use madjax.fit"
+        )
     state = start(classifier, recipe, num_examples, key)
 
     def one(_: Array, state: State) -> State:

@@ -382,6 +382,15 @@ def test_a_full_disk_is_a_warning(root, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*images-*"))
 
 
+def test_a_system_that_cannot_reserve_a_file_keeps_images_too(root, tmp_path, decoded, monkeypatch):
+    """As macOS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    for _ in range(2):
+        data = open_dataset(f"folder:{root}@4", folder=tmp_path / "cache")
+        assert len(data.y_train) == 16
+    assert len(decoded) == 16
+
+
 def test_a_file_that_cannot_be_read_is_not_corrupt(root, monkeypatch):
     """A network may be back the next time: no image is left out for good."""
     read = Path.read_bytes

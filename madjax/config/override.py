@@ -77,8 +77,7 @@ def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
 
 def _like(kinds: tuple[Any, ...]) -> Any:
     """A value of a field that may be None: of its first other kind; None for a function."""
-    made = (kind for kind in kinds if isinstance(kind, type))
-    made = (kind for kind in made if kind not in (type(None), Trained))
+    made = (k for k in kinds if isinstance(k, type) and k not in (type(None), Trained))
     return next((kind() for kind in made), None)
 
 

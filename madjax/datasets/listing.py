@@ -103,7 +103,8 @@ def decode(
         InputError: an image that cannot be read, or is of another size than most.
     """
     parts = listing.parts
-    if side is None and all(part.pixels is not None for part in parts.values()):
+    in_memory = all(part.pixels is not None for part in parts.values())
+    if side is None and in_memory:
         whole = {split: (part.pixels, part.labels()) for split, part in parts.items()}
         return {
             split: tuple(each[chosen[split]] if split in chosen else each for each in both)
@@ -115,7 +116,7 @@ def decode(
         for i in chosen.get(split, range(part.size))
     ]
     reading = functools.partial(_read, parts, places, title, side, skip_corrupt)
-    if folder is None or all(part.pixels is not None for part in parts.values()):
+    if folder is None or in_memory:
         found = reading(np.empty)
     else:
         stamps = [[split, parts[split].stamp(i)] for split, i in places]
@@ -309,10 +310,10 @@ def _write(entry: Path, title: str, reading: Callable[..., _Found]) -> None:
             path = draft / PIXELS
             path.unlink(missing_ok=True)  # that of grey images, which is still mapped
             found = np.lib.format.open_memmap(path, "w+", dtype, shape)
-            with path.open(
-                "r+b"
-            ) as file:  # a write to a mapped page that a full disk has not kills
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            if hasattr(os, "posix_fallocate"):
+                # Without it a full disk would kill the process, as pages are written, not fail.
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             return found
 
         found = reading(empty)

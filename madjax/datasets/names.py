@@ -94,8 +94,7 @@ def choose(name: str, parsed: Name, listing: Listing) -> tuple[Listing, dict[str
         listing, chosen = _hold_out(name, parsed.heldout, listing)
     for split, rule in zip(("train", "test"), parsed.rules, strict=False):
         part = listing.parts.get(split)
-        positions = np.arange(part.size if part else 0)
-        positions = chosen.get(split, positions)
+        positions = chosen.get(split, np.arange(part.size if part else 0))
         try:
             taken = rule(positions)
         except ValueError as error:

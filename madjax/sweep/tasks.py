@@ -77,6 +77,10 @@ def open_tasks(
         return Source(images, labels, data.num_classes), crc32(labels, crc32(images))
 
     @cache
+    def known(queryset: str, splits: tuple[str, ...]) -> set[bytes]:
+        return set(map(_fingerprint, drawn_from(queryset, splits)[0].images))
+
+    @cache
     def trained_on(dataset: str) -> Source:
         data = opened(dataset)
         return Source(data.x_train, data.y_train, data.num_classes)
@@ -87,7 +91,7 @@ def open_tasks(
         if not len(data.x_test):
             raise InputError(f"data set {data.name} has no test images: nothing can be evaluated")
         asked, checksum = drawn_from(task.queryset, task.query_splits)
-        _check_apart(data, task, asked.images)
+        _check_apart(data, task, known(task.queryset, task.query_splits))
         network = make_classifier(task.architecture, data, "victim")
         if isinstance(task.victim, Trained):
             task.victim.variables(network)  # which it has to fit
@@ -98,12 +102,12 @@ def open_tasks(
     return {task: open_one(task) for task in tasks}
 
 
-def _check_apart(victim: Dataset, task: Task, asked: np.ndarray) -> None:
+def _check_apart(victim: Dataset, task: Task, known: set[bytes]) -> None:
     """Refuse test images of the victim as queries: stolen models would train on their own test.
 
-    A few that two sets happen to share, up to one in a hundred, are no concern.
+    known: the fingerprints of the images that attackers may draw. A few that two sets happen to
+    share, up to one in a hundred, are no concern.
     """
-    known = {_fingerprint(image) for image in asked}
     both = sum(_fingerprint(image) in known for image in victim.x_test)
     if both > len(victim.x_test) / 100:
         raise InputError(

@@ -17,7 +17,6 @@ from madjax.weights.fits import check_finite, check_names, check_shape
 
 Array = jax.Array
 
-
 _LEAVES = {
     ("params", "kernel"): "weight",
     ("params", "scale"): "weight",

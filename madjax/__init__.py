@@ -41,6 +41,7 @@ from madjax.models import MLP, VGG16, Classifier, LeNet, ResNet18
 from madjax.objectives import angle, deviation
 from madjax.recipe import Recipe
 from madjax.serving import defend, export, load, perturb
+from madjax.statistics import query_statistics
 from madjax.train import fit
 from madjax.weights import Trained, from_torch
 from madjax.white_box import white_box
@@ -97,6 +98,7 @@ __all__ = [
     "load",
     "open_dataset",
     "perturb",
+    "query_statistics",
     "solve",
     "steal",
     "top_label",

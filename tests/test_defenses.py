@@ -530,6 +530,7 @@ def test_rows_tell_settings_apart():
         MAD(surrogate_epochs=5),
         MAD(layers="identity"),
         MAD(surrogate_epochs=None),
+        MAD(query_statistics=True),
         TopK(),
         TopK(normalised=False),
         TopLabel(),
@@ -548,7 +549,8 @@ def test_rows_tell_settings_apart():
     assert len(set(labels)) == len(labels)
     assert labels[1] == "mad, all, extreme, l1, surrogate of 1 epoch"
     assert labels[4] == "mad, all, extreme, l1, the victim as surrogate"
-    assert labels[6] == "top_k, not normalised"
+    assert labels[5] == "mad, all, extreme, l1, statistics of the query"
+    assert labels[7] == "top_k, not normalised"
     names = [defense.describe()["defense"] for defense in said]
     assert set(names) == {
         *("mad", "top_k", "top_label", "rounding"),

@@ -5,6 +5,7 @@ import inspect
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from madjax import (
     fit,
     gram,
     perturb,
+    query_statistics,
     solve,
     steal,
     white_box,
@@ -27,7 +29,10 @@ from madjax.datasets import MNIST_FAMILY
 from madjax.mad import extreme
 from madjax.objectives import defined
 
-VERBS = {verb.__name__: verb for verb in (gram, solve, perturb, defend, fit, steal, white_box)}
+VERBS = {
+    verb.__name__: verb
+    for verb in (gram, query_statistics, solve, perturb, defend, fit, steal, white_box)
+}
 
 
 def edge_cases(verb):
@@ -331,6 +336,24 @@ def never_called():
     assert trace.called.shape == (0,)
 
 
+def no_batch_norm():
+    same(query_statistics(linear)(W, X), linear(W, X))
+
+
+class Normed(nn.Module):
+    """One BatchNorm over two positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(x.reshape(-1, 2, 2)).sum(1)
+
+
+def alone_in_a_batch():
+    apply, params = query_statistics(Normed().apply), Normed().init(jax.random.key(0), X)
+    for i in range(4):
+        np.testing.assert_allclose(apply(params, X)[i], apply(params, X[i : i + 1])[0], rtol=1e-6)
+
+
 TRIED = {
     "gram": {
         "no query": no_query_has_a_gram,
@@ -339,6 +362,7 @@ TRIED = {
         "a parameter that no logit depends on": unread,
         "a query with its neighbours exchanged": exchanged,
     },
+    "query_statistics": {"no BatchNorm": no_batch_norm, "a query alone": alone_in_a_batch},
     "solve": {
         "epsilon = 0": no_budget,
         "a budget beyond the farthest answer": any_budget,

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.smoke
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors"},
-    {"files", "conv", "batching", "linear", "streams", "augment"},
+    {"files", "conv", "batching", "linear", "streams", "augment", "statistics"},
     {"layers"},
     {"taps"},
     {"structured"},

@@ -1,6 +1,6 @@
 """MAD as a defence: the surrogate's Gram matrix is the evidence, epsilon the strength."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from madjax.defenses.defense import Apply, Defense, Owner
 from madjax.errors import InputError
 from madjax.gram import check_layers, gram
 from madjax.mad import AnySolver, LineSearch, check_solver, describe_solver, solve
+from madjax.statistics import query_statistics
 from madjax.steps import Distance
 
 Array = jax.Array
@@ -26,12 +27,15 @@ class MAD(Defense):
     architecture, is trained, by the victim's recipe on the victim's data; 0, random parameters, is
     the paper's best choice (section 4). None is the victim itself, as the authors' code has it
     where it is given no surrogate: its posterior is y, so that G'y vanishes and nearly every answer
-    is y (`undefended_share` in rows).
+    is y (`undefended_share` in rows). query_statistics: whether the surrogate's BatchNorm layers
+    take the statistics of the query alone, as in the authors' code, see `madjax.query_statistics`;
+    a surrogate without any is as it is.
     """
 
     layers: str = "all"
     solver: AnySolver = LineSearch()
     surrogate_epochs: int | None = 0
+    query_statistics: bool = field(default=False, metadata={"described": "changed"})
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
@@ -84,7 +88,8 @@ class MAD(Defense):
 
     def evidence(self, apply: Apply, known: Any, x: Array) -> Array:
         """The Gram matrices [B, K, K] of the surrogate at the queries x [B, ...]."""
-        return gram(apply, known, x, layers=self.layers)
+        surrogate = query_statistics(apply) if self.query_statistics else apply
+        return gram(surrogate, known, x, layers=self.layers)
 
     def answer(self, key: Array, y: Array, evidence: Array, strength: Array | float) -> Array:
         """The posterior y~ [K] returned for one query with posterior y [K]; the key is not used."""
@@ -99,6 +104,7 @@ class MAD(Defense):
         solver = describe_solver(self.solver)
         said = {None: "the victim as surrogate", 0: ""}.get(epochs, f"surrogate of {trained}")
         parts = [said] if said else []
+        parts += ["statistics of the query"] if self.query_statistics else []
         parts += [solver["solver"]] if solver["solver"] != "line_search" else []
         parts += [solver["objective"]] if solver["objective"] not in ("none", "deviation") else []
         parts += [solver["constraints"]] if solver["constraints"] != "none" else []

@@ -7,8 +7,8 @@ On less data: madjax sweep caltech256:smoke, where DIR or $MADJAX_DATA holds cal
 tinyimagenet_mini
 Cost: COST
 
-DIR/caltech256 is the folder of 256_ObjectCategories.tar without 257.clutter; ImageNet and
-weights/vgg16_bn.pth are as for configs/cub200.py.
+DIR/caltech256 is the folder of 256_ObjectCategories.tar without 257.clutter. ImageNet and the
+weights to start from are as for configs/cub200.py.
 
 Differs from the paper as configs/cub200.py does. The 25 test images of each class are drawn by this
 package, so they are not those of the authors' code, which draws as many.

@@ -7,15 +7,18 @@ On less data: madjax sweep cub200:smoke, where DIR or $MADJAX_DATA holds caltech
 tinyimagenet_mini
 Cost: COST
 
-weights/vgg16_bn.pth, below the directory that the command runs in, is torchvision's vgg16_bn,
-trained on ImageNet: victim and attackers start from it, but for the last layer, as in the paper.
+As in the paper, victim and attackers start from a network that was trained on ImageNet, but for its
+last layer. It is weights/vgg16_bn.safetensors, below the directory that the command runs in:
+    from safetensors.torch import save_file; from torchvision.models import vgg16_bn
+    save_file(vgg16_bn(weights="IMAGENET1K_V1").state_dict(), "weights/vgg16_bn.safetensors")
 `scratch` starts from random parameters, for a plan without that file. Test images are those of the
-official split; 50,000 queries are drawn from ImageNet's training images, which alone are decoded.
+official split. 50,000 queries are drawn from ImageNet's training images; no others are decoded.
 
 Differs from the paper: images are squares of 256, cut from the middle, before they are cropped at
 random. The surrogate is random, as the paper has it; in the authors' code it has ImageNet's weights
-but for the last layer. The victim's weight decay is that of the authors' code. `smoke` has
-Caltech-101 in place of CUB200 and Tiny-ImageNet in place of ImageNet, both scaled up from 64x64.
+but for the last layer. So are the substitutes that the Jacobian attacks train on the way. The
+victim's weight decay is that of the authors' code. `smoke` has Caltech-101 in place of CUB200 and
+Tiny-ImageNet in place of ImageNet, both scaled up from 64x64.
 """
 
 from dataclasses import replace
@@ -28,7 +31,7 @@ from madjax.config import load
 
 def config() -> Sweep:
     """The grid of configs/cifar10.py on 200 kinds of birds."""
-    return _started(scratch(), Trained("weights/vgg16_bn.pth"))
+    return _started(scratch(), Trained("weights/vgg16_bn.safetensors"))
 
 
 def scratch() -> Sweep:
@@ -66,13 +69,6 @@ def _started(base: Sweep, start: Trained) -> Sweep:
     def from_it(recipe: Recipe) -> Recipe:
         return replace(recipe, start=start)
 
-    def attacker(attack):
-        changed = {
-            name: from_it(getattr(attack, name))
-            for name in ("recipe", "substitute")
-            if hasattr(attack, name)
-        }
-        return replace(attack, **changed)
-
-    tasks = tuple(replace(task, victim=from_it(task.victim)) for task in base.tasks)
-    return replace(base, tasks=tasks, attacks=tuple(map(attacker, base.attacks)))
+    tasks = tuple(replace(each, victim=from_it(each.victim)) for each in base.tasks)
+    attacks = tuple(replace(each, recipe=from_it(each.recipe)) for each in base.attacks)
+    return replace(base, tasks=tasks, attacks=attacks)

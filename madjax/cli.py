@@ -58,7 +58,7 @@ def _chosen(options: argparse.Namespace, command: str | None = None) -> tuple[co
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    _run(options, *_chosen(options, "sweep"))
+    _run(options, *_chosen(options, "sweep"), devices_per_cell=options.devices_per_cell)
 
 
 def _angle(options: argparse.Namespace) -> None:
@@ -67,19 +67,26 @@ def _angle(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     chosen, out = _chosen(options)
-    _split_cpu(chosen)
-    found = sweep.plan(chosen, out, data_dir=options.data_dir)
+    _split_cpu(chosen, options.devices_per_cell)
+    ways = {"data_dir": options.data_dir, "devices_per_cell": options.devices_per_cell}
+    found = sweep.plan(chosen, out, **ways)
     print(found.as_json() if options.json else found.table())
 
 
-def _split_cpu(chosen: config.Sweep) -> None:
+def _split_cpu(chosen: config.Sweep, per_cell: int | None) -> None:
     strengths = max(len(each.strengths) for each in chosen.defenses)
-    sweep.split_cpu(len(chosen.tasks) * strengths * len(chosen.seeds))
+    sweep.split_cpu(len(chosen.tasks) * strengths * len(chosen.seeds) * (per_cell or 1))
 
 
-def _run(options: argparse.Namespace, chosen: config.Sweep, out: Path) -> None:
-    _split_cpu(chosen)
-    sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume)
+def _run(
+    options: argparse.Namespace,
+    chosen: config.Sweep,
+    out: Path,
+    devices_per_cell: int | None = None,
+) -> None:
+    _split_cpu(chosen, devices_per_cell)
+    ways = {"resume": options.resume, "devices_per_cell": devices_per_cell}
+    sweep.run(chosen, out, data_dir=options.data_dir, **ways)
     print(report.write_report(out))
     print(f"rows, table and figures: {out}/{', '.join(report.files(out))}")
 
@@ -168,12 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _name_a_run(command)
     _resume(command)
+    _share(command)
     command.set_defaults(command=_sweep)
 
     command = commands.add_parser(
         "plan", help="what a sweep would do, and how long that takes; nothing is computed"
     )
     _name_a_run(command)
+    _share(command)
     command.add_argument("--json", action="store_true", help="as one JSON object")
     command.set_defaults(command=_plan)
 
@@ -249,6 +258,16 @@ def _parser() -> argparse.ArgumentParser:
 def _resume(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resume", action="store_true", help="go on with the run in DIR where it stopped"
+    )
+
+
+def _share(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--devices-per-cell",
+        type=int,
+        metavar="N",
+        help="let N devices train each network together (default: 1 on a CPU; on an accelerator as "
+        "many as leave none without a network)",
     )
 
 

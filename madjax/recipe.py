@@ -14,6 +14,7 @@ import optax
 
 from madjax.errors import InputError, in_one_line
 from madjax.models import Classifier
+from madjax.sharing import shared_out
 from madjax.streams import stream
 from madjax.weights import Trained
 
@@ -110,7 +111,7 @@ def mean_gradient(classifier: Classifier, lesson: Lesson) -> Step:
 
     def loss(trained: Any, params: Any, i: Array) -> tuple[Array, Any]:
         at = i * lesson.batch_size + jnp.arange(lesson.batch_size)
-        x, targets = lesson.take(visit[at % n])
+        x, targets = shared_out(lesson.take(visit[at % n]))
         key = jax.random.fold_in(step_key, i)
         x = augmented(lesson.augment, key, x)
         weight = (at < n).astype(jnp.float32)

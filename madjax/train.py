@@ -18,6 +18,7 @@ from madjax.batching import map_chunks
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.recipe import Lesson, Recipe, Take, trainable
+from madjax.sharing import shared_out
 
 Array = jax.Array
 
@@ -147,7 +148,7 @@ def judge(classifier: Classifier, state: State, x_test: Array, labels_test: Arra
     The lowest of equal classes counts as top. The accuracy is NaN from the epoch on in which a
     loss, a parameter or a logit is not finite: the top class of NaN would be class 0.
     """
-    logits = map_chunks(lambda x: classifier.apply(state.params, x), x_test, 250)
+    logits = map_chunks(lambda x: classifier.apply(state.params, shared_out(x)), x_test, 250)
     done = jnp.arange(state.loss.size) < state.epoch
     sound = finite((state.params, jnp.where(done, state.loss, 0))) & ~jnp.isnan(logits).any()
     accuracy = jnp.where(sound, percent(logits.argmax(-1) == labels_test), jnp.nan)

@@ -386,6 +386,24 @@ print(jax.device_count())
     assert done.stdout == "1\n"
 
 
+def test_devices_may_share_a_cell(monkeypatch, tmp_path):
+    """As many cores become devices as all cells can use, and the number reaches run and plan."""
+    split, asked = [], []
+    monkeypatch.setattr("madjax.sweep.split_cpu", split.append)
+
+    def refuse(*args, devices_per_cell, **kwargs):
+        asked.append(devices_per_cell)
+        raise InputError("enough")
+
+    for name in ("run", "plan"):
+        monkeypatch.setattr(f"madjax.sweep.{name}", refuse)
+    few = ["--set", "defenses.strengths=0.5", "--set", "seeds=0", "--out", str(tmp_path)]
+    for command in ("sweep", "plan"):
+        assert main([command, *few]) == main([command, *few, "--devices-per-cell", "3"]) == 2
+    assert split == [1, 3, 1, 3]
+    assert asked == [None, 3, None, 3]
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

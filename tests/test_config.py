@@ -6,9 +6,11 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import madjax
 from madjax import (
@@ -25,6 +27,7 @@ from madjax import (
     ReverseSigmoid,
     Sweep,
     Task,
+    Trained,
     config,
     datasets,
     jbda,
@@ -315,6 +318,15 @@ def test_a_description_that_lacks_a_field_of_rows_is_refused(make, words):
         make()
 
 
+@pytest.fixture
+def _weights(tmp_path, monkeypatch):
+    """A file where some shipped configs have ImageNet's weights."""
+    (tmp_path / "weights").mkdir()
+    save_file({"a": np.zeros(1)}, tmp_path / "weights/vgg16_bn.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_weights")
 def test_shipped_configs_load_and_say_their_claim_command_and_cost():
     shipped = config.shipped_configs()
     assert {"quickstart", "mnist_knockoff"} <= set(shipped)
@@ -325,6 +337,21 @@ def test_shipped_configs_load_and_say_their_claim_command_and_cost():
         assert config.describe(by_name) == config.describe(by_path) == config.describe(by_file)
         for word in ("Claim:", "Command:", "Cost:"):
             assert word in path.read_text()
+
+
+@pytest.mark.usefixtures("_weights")
+def test_networks_of_the_imagenet_family_start_from_what_lies_there():
+    """Victims and attackers; another function of the file does without, one is for small machines."""
+    for name in ("cub200", "caltech256"):
+        whole, scratch, smoke = map(config.load, (name, f"{name}:scratch", f"{name}:smoke"))
+        recipes = [whole.tasks[0].victim, *(attack.recipe for attack in whole.attacks)]
+        assert {recipe.start for recipe in recipes} == {Trained("weights/vgg16_bn.safetensors")}
+        assert scratch.tasks[0].victim.start is None
+        assert smoke.tasks[0].dataset.startswith("caltech101_mini@256")
+        assert whole.tasks[0].dataset == scratch.tasks[0].dataset != smoke.tasks[0].dataset
+    Path("weights/vgg16_bn.safetensors").unlink()
+    with pytest.raises(InputError, match=r"vgg16_bn\.safetensors is no file"):
+        config.load("cub200")
 
 
 def test_a_file_may_hold_several_configs(tmp_path):

@@ -17,10 +17,10 @@
 `run` (run.py) goes through this for the cells that have no row yet. What several of them share is
 made once (stock.py), and kept on disk (cache.py) under a key of all that determines it
 (keyring.py). Cells of one defence and attack, on tasks of equal shapes, are a group (work.py), and
-go through the last stages together, in waves spread over the devices (mesh.py). Online attackers,
-who leave no transfer set, have stages and a loop of their own (online.py, study.py), beside that of
-the others (steal.py). `plan`
-(plan.py) counts what `run` would do, in the time that earlier work took (rates.py).
+go through the last stages together, in waves spread over the devices (mesh.py), of which several
+may share a cell. Online attackers, who leave no transfer set, have stages and a loop of their own
+(online.py, study.py), beside that of the others (steal.py). `plan` (plan.py) counts what `run`
+would do, in the time that earlier work took (rates.py).
 """
 
 from madjax.sweep.clock import Stopwatch, programs

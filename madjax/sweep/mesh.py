@@ -1,9 +1,13 @@
-"""Devices: the only file that knows them. Many cells at once, spread over a mesh."""
+"""Devices: the only file that knows them. Many cells at once, spread over a mesh.
+
+A mesh has two axes. Along `cells` devices have cells of their own, and never talk to each other.
+Along `data` they share the examples of the same cells (`madjax.sharing`).
+"""
 
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from madjax.errors import InputError
+from madjax.sharing import SHARED
 
 Mapping = Callable[[Callable[[Any], Any], Any], Any]
 """Applies a function to each of some values with a leading axis, on one device."""
@@ -58,9 +65,43 @@ def _cores() -> int:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices (by default all) along one axis, `cells`."""
+    """Devices (by default all), each with cells of its own."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("cells",), (AxisType.Auto,), devices=devices)
+    shape, axes = (len(devices), 1), ("cells", SHARED)
+    return jax.make_mesh(shape, axes, (AxisType.Auto,) * 2, devices=devices)
+
+
+def arranged(mesh: Mesh, cells: int, per_cell: int | None = None) -> Mesh:
+    """The same devices, `per_cell` of which share each of so many cells.
+
+    By default that is one on a CPU, whose cores one cell can fill; on an accelerator it is as many
+    as leave no device without a cell, so one where there are enough cells.
+
+    Raises:
+        InputError: a number that does not divide the devices.
+    """
+    if per_cell is None:
+        wanted = 1 if jax.default_backend() == "cpu" else mesh.size / cells
+        per_cell = max(
+            n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and n <= max(wanted, 1)
+        )
+    if per_cell < 1 or mesh.size % per_cell:
+        raise InputError(
+            f"devices_per_cell is {per_cell}: give a number that divides the {mesh.size} devices"
+        )
+    # In the same order, so that what lies on all devices of one lies there on the other.
+    devices = mesh.devices.reshape(-1, per_cell)
+    return Mesh(devices, ("cells", SHARED), axis_types=(AxisType.Auto,) * 2)
+
+
+@contextlib.contextmanager
+def shared(mesh: Mesh) -> Iterator[None]:
+    """Inside, networks that are trained one at a time have their examples shared by the devices."""
+    if mesh.shape[SHARED] == 1:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
 
 
 def over_cells(
@@ -68,17 +109,21 @@ def over_cells(
 ) -> Callable[[Any, Any], Any]:
     """Compile function(*settings, cell, shared) for cells with a leading axis, over a mesh.
 
-    The mesh divides the number of cells; no device talks to another. settings are hashable and no
-    arrays: equal ones share a program. mapping is `default_mapping` by default. `check_vma` must
-    stay off: with it, gradients of parameters that are made inside the mapped function from
-    constants are summed over the mesh.
+    The mesh's axis `cells` divides the number of cells; along it no device talks to another.
+    settings are hashable and no arrays: equal ones share a program. mapping is `default_mapping` by
+    default. `check_vma` must stay off: with it, gradients of parameters that are made inside the
+    mapped function from constants are summed over the mesh.
     """
-    return _compiled(function, settings, mesh, mapping or default_mapping())
+    return _compiled(function, settings, mesh, mapping or default_mapping(), ("cells",))
 
 
 @lru_cache(maxsize=128)
 def _compiled(
-    function: Callable[..., Any], settings: tuple[Any, ...], mesh: Mesh, mapping: Mapping
+    function: Callable[..., Any],
+    settings: tuple[Any, ...],
+    mesh: Mesh,
+    mapping: Mapping,
+    axes: tuple[str, ...],
 ) -> Callable[[Any, Any], Any]:
     def local(cells: Any, shared: Any) -> Any:
         return mapping(lambda cell: function(*settings, cell, shared), cells)
@@ -88,8 +133,9 @@ def _compiled(
         jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(P("cells"), P()),
-            out_specs=P("cells"),
+            in_specs=(P(axes), P()),
+            out_specs=P(axes),
+            axis_names=set(axes),  # the others are XLA's to partition
             check_vma=False,
         )
     )
@@ -102,7 +148,7 @@ def over_rows(mesh: Mesh) -> Callable[..., Callable[[Any, Any], Any]]:
     """
 
     def over(function: Callable[..., Any], *settings: Any) -> Callable[[Any, Any], Any]:
-        compiled = over_cells(function, *settings, mesh=mesh, mapping=at_once)
+        compiled = _compiled(function, settings, mesh, at_once, mesh.axis_names)
 
         def run(rows: Any, shared: Any) -> Any:
             count = len(jax.tree.leaves(rows)[0])
@@ -137,10 +183,11 @@ def wave_size(cells: int, mesh: Mesh, per_device: int | None, *, together: bool 
     By default one a device on a CPU, so that rows come early, and all on an accelerator, or where
     they are to stay together.
     """
-    all_of_them = -(-cells // mesh.size)
+    groups = mesh.shape["cells"]
+    all_of_them = -(-cells // groups)
     one_by_one = jax.default_backend() == "cpu" and not together
     wanted = per_device or (1 if one_by_one else all_of_them)
-    return mesh.size * min(wanted, all_of_them)
+    return groups * min(wanted, all_of_them)
 
 
 def device_name(mesh: Mesh) -> str:

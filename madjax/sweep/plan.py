@@ -22,7 +22,7 @@ from madjax.sweep import cache, rates, stages
 from madjax.sweep.cache import in_bytes
 from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.keyring import Asked
-from madjax.sweep.mesh import device_name, make_mesh, wave_size
+from madjax.sweep.mesh import arranged, device_name, make_mesh, wave_size
 from madjax.sweep.rates import Rates
 from madjax.sweep.stages import Point
 from madjax.sweep.stock import LARGEST_TRANSFER, Stock
@@ -131,6 +131,7 @@ def plan(
     data_dir: str | Path | None = None,
     cells_per_device: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    devices_per_cell: int | None = None,
 ) -> Plan:
     """What `run` with the same arguments would do; nothing is trained or answered.
 
@@ -146,8 +147,9 @@ def plan(
     done = store.ids(directory)
     groups = grouped({i: cell for i, cell in cells.items() if i not in done}, config, ahead)
     kept = cache.open_cache({"device": device_name(mesh)})
-    stock = Stock(opened, directory, mesh, kept, print)
-    return planned(config.name, len(cells), groups, stock, directory, mesh, cells_per_device)
+    stock = Stock(opened, directory, mesh, kept, print, devices_per_cell)
+    ways = cells_per_device, devices_per_cell
+    return planned(config.name, len(cells), groups, stock, directory, mesh, *ways)
 
 
 _ORDER = {
@@ -209,13 +211,15 @@ def planned(
     directory: Path,
     mesh: Mesh,
     per_device: int | None,
+    per_cell: int | None,
 ) -> Plan:
     """The plan of the groups of a run that have no row yet."""
     tally = Tally(stock.pace)
     for group in groups:
         knows = _count_answers(group, stock, tally, mesh)
         _count_networks(group, stock, tally, knows)
-        _count_cells(group, stock, tally, mesh, per_device)
+        own = arranged(mesh, len(group.places), per_cell)
+        _count_cells(group, stock, tally, own, per_device)
     return Plan(
         name,
         str(directory),
@@ -319,7 +323,8 @@ def _count_cells(
     tally.programs.add(("fidelity", parties.stolen, size))
     asking = ("begin", "proceed") if attack.rounds else ("begin",)
     tally.programs |= {(f, parties, attack, rule, size) for f in asking}
-    tally.device = max(tally.device, _device_bytes(group, stock.opened, size // mesh.size))
+    cells = size // mesh.shape["cells"]
+    tally.device = max(tally.device, _device_bytes(group, stock.opened, cells))
 
 
 def _data_bytes(opened: Mapping[Task, Opened]) -> int:

@@ -17,7 +17,7 @@ from madjax.attacks import Online
 from madjax.config import Sweep, describe
 from madjax.sweep import cache
 from madjax.sweep.grid import cell_id, expand
-from madjax.sweep.mesh import make_mesh
+from madjax.sweep.mesh import arranged, make_mesh
 from madjax.sweep.plan import planned
 from madjax.sweep.rows import made_with, run_facts
 from madjax.sweep.steal import steal
@@ -39,6 +39,7 @@ def run(
     resume: bool = False,
     cells_per_device: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    devices_per_cell: int | None = None,
     log: Log = tqdm.write,
 ) -> list[dict[str, Any]]:
     """Run a sweep into a directory and return its rows, one dict a cell.
@@ -47,7 +48,10 @@ def run(
     that have their row are left alone and a wave goes on from its last whole epoch or round; the
     config may have more cells than that of the run had. cells_per_device: how many cells of a wave
     a device trains; by default one on a CPU, so that rows come early, and all on an accelerator.
-    devices: those to run on, by default all.
+    devices: those to run on, by default all. devices_per_cell: how many of them train one network
+    together, each on its share of every batch; it divides their number. By default that is one on a
+    CPU, and on an accelerator as many as leave no device without a cell. Shared sums are rounded
+    otherwise.
 
     Raises:
         InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,
@@ -64,19 +68,20 @@ def run(
         missing = {name: cell for name, cell in cells.items() if name not in done}
         if missing:
             mesh = make_mesh(devices)
+            arranged(mesh, 1, devices_per_cell)  # which may not divide them
             facts = run_facts(config, description, mesh)
             kept = cache.open_cache(made_with(facts))
             for task, each in opened.items():
                 if not agrees(directory, task, each.network, each.data, kept):
                     log(f"{task.label}: the cache has another victim than {directory}: not used")
                     kept = replace(kept, folder=None)
-            stock = Stock(opened, directory, mesh, kept, log)
+            stock = Stock(opened, directory, mesh, kept, log, devices_per_cell)
             groups = grouped(missing, config, ahead)
-            ways = stock, directory, mesh, cells_per_device
+            ways = stock, directory, mesh, cells_per_device, devices_per_cell
             log(planned(config.name, len(cells), groups, *ways).summary())
             epochs = sum(group.epochs * len(group.cells) for group in groups)
             with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
-                desk = Desk(opened, directory, mesh, facts, rows, bar, log)
+                desk = Desk(opened, directory, mesh, facts, rows, bar, log, devices_per_cell)
                 for group in groups:
                     if isinstance(group.attack, Online):
                         study(group, stock, desk)

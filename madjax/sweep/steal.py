@@ -19,7 +19,7 @@ from madjax.defenses import Defense
 from madjax.sweep import rates, stages
 from madjax.sweep.cache import Maker
 from madjax.sweep.clock import Stopwatch
-from madjax.sweep.mesh import everywhere, over_cells, spread, stack, wave_size
+from madjax.sweep.mesh import arranged, everywhere, over_cells, spread, stack, wave_size
 from madjax.sweep.rows import measured
 from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.stock import Stock
@@ -39,6 +39,7 @@ class _Wave(NamedTuple):
 
 def steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> None:
     """Collect the transfer sets of a group's cells, train stolen models on them, and judge them."""
+    desk = replace(desk, mesh=arranged(desk.mesh, len(group.places), desk.per_cell))
     group = _without_known(group, stock, desk, per_device)
     if not group.cells:
         return

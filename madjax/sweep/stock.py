@@ -22,7 +22,7 @@ from madjax.sweep import rates, stages
 from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.keyring import Asked, Keyring
-from madjax.sweep.mesh import everywhere, over_rows
+from madjax.sweep.mesh import arranged, everywhere, over_rows
 from madjax.sweep.rates import Rates
 from madjax.sweep.rows import task_facts
 from madjax.sweep.stages import Api, Own, Tests
@@ -64,8 +64,10 @@ class Stock:
         mesh: Mesh,
         kept: Cache,
         log: Log,
+        per_cell: int | None = None,
     ):
         self.opened, self._directory, self._mesh = opened, directory, mesh
+        self._together = arranged(mesh, 1, per_cell)
         self.kept, self._log = kept, log
         self.pace = Rates(kept.folder, kept.maker["device"])
         self.keys = Keyring(opened)
@@ -321,6 +323,7 @@ class Stock:
             self.pace,
             self._makers[scope].__setitem__,
             self._log,
+            self._together,
         )
 
     def _of(self, rule: Defense) -> dict[Any, Any]:

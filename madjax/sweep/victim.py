@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from madjax import store
@@ -21,6 +22,7 @@ from madjax.recipe import Recipe
 from madjax.sweep import cache, rates
 from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
+from madjax.sweep.mesh import shared
 from madjax.sweep.rates import Rates
 from madjax.train import State, check_converges, start
 from madjax.weights import Trained
@@ -50,13 +52,14 @@ def keeper(
     pace: Rates,
     found: Callable[[str, Maker], None],
     log: Log,
+    mesh: Mesh,
 ) -> Keep:
     """The `Owner.keep` of a run: training goes on from the checkpoint in its directory.
 
     A finished network lies there, and in the cache for other runs, with what made it, of which
     found(name, maker) is told; pace is told how long training took. Victims that several tasks
-    share are trained once. It raises InputError as soon as training diverges, and keeps no
-    checkpoint of that.
+    share are trained once, each by the devices of the mesh that share a cell. It raises InputError
+    as soon as training diverges, and keeps no checkpoint of that.
     """
     num_examples = len(data.x_train)
 
@@ -86,8 +89,10 @@ def keeper(
                     total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None
                 ) as bar,
                 Stopwatch() as watch,
+                shared(mesh),
             ):
                 state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
+            state = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state)  # on one device again
             if done < recipe.epochs:
                 store.sign(directory, folder, kept.maker)
             maker = store.maker_of(directory, folder)

@@ -126,6 +126,8 @@ class Desk:
     rows: list[dict[str, Any]]
     bar: tqdm
     log: Log
+    per_cell: int | None = None
+    """Devices that share a cell, see `mesh.arranged`."""
 
     def finish(self, group: Group, budget: int, measured: Mapping[Place, dict[str, Any]]) -> None:
         """Write the rows of cells at once, all or none, and log what they say."""

@@ -1,0 +1,194 @@
+"""Devices that share a cell: the training of one device, and no talk with those of other cells."""
+
+import re
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import madjax
+from madjax import MAD, Defended, InputError, Knockoff, NoDefense, Recipe, Sweep, Task, sweep
+from madjax.recipe import Lesson, mean_gradient
+from madjax.sharing import shared_out
+from madjax.sweep.mesh import arranged, shared
+from madjax.train import epoch, start
+
+
+class Normed(nn.Module):
+    """Convolution, BatchNorm and dropout: all that looks at a batch as a whole."""
+
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(6, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        x = nn.Dropout(0.3, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(self.num_classes)(x)
+
+
+CLASSIFIER = madjax.Classifier(Normed(), lambda x: x / 255 - 0.5, (6, 6, 1))
+IMAGES = jax.random.randint(jax.random.key(0), (64, 6, 6, 1), 0, 256).astype(jnp.uint8)
+TARGETS = jax.nn.softmax(jax.random.normal(jax.random.key(1), (64, 4)))
+LABELS = jnp.arange(64) % 4
+
+
+def darker(key, images):
+    """An augment that draws a number for each image."""
+    return images * jax.random.uniform(key, (len(images), 1, 1, 1))
+
+
+def taught(recipe, seed, images, targets):
+    """One epoch from a key, as a cell of a grid."""
+
+    def take(i):
+        return images[i], targets[i]
+
+    state = start(CLASSIFIER, recipe, 64, jax.random.key(seed))
+    return epoch(CLASSIFIER, recipe, state, take, 64, images, LABELS)
+
+
+def cell(recipe, seed, data):
+    return taught(recipe, seed, *data)
+
+
+def program(recipe, per_cell, mapping=sweep.map_cells, devices=4):
+    mesh = arranged(sweep.make_mesh(jax.devices()[:devices]), 1, per_cell)
+    return sweep.over_cells(cell, recipe, mesh=mesh, mapping=mapping)
+
+
+# Batches that two devices divide, batches that they do not, and a last one that is filled up.
+RECIPES = {
+    "whole": Recipe(epochs=1, batch_size=16, weight_decay=1e-3),
+    "odd": Recipe(epochs=1, batch_size=15),
+    "augmented": Recipe(epochs=1, batch_size=32, augment=darker),
+}
+
+
+@pytest.mark.parametrize("mapping", [sweep.map_cells, sweep.vmap_cells])
+@pytest.mark.parametrize(("name", "per_cell"), [("whole", 2), ("odd", 2), ("augmented", 4)])
+def test_devices_that_share_a_cell_train_as_one(name, per_cell, mapping):
+    recipe, seeds = RECIPES[name], np.arange(4)
+    state = program(recipe, per_cell, mapping)(seeds, (IMAGES, TARGETS))
+    for i in (0, 3):
+        want = jax.jit(partial(taught, recipe))(i, IMAGES, TARGETS)
+        got = jax.tree.map(lambda a, i=i: a[i], state)
+        chex.assert_trees_all_close(got.params, want.params, atol=1e-5)
+        np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+        np.testing.assert_allclose(got.accuracy, want.accuracy, atol=1.6)
+
+
+def test_one_step_of_vgg16_is_that_of_one_device():
+    """Gradients and the statistics of BatchNorm, of the network that this is for."""
+    network = madjax.Classifier(madjax.VGG16(4, width=1 / 64), lambda x: x / 255 - 0.5, (32, 32, 1))
+    images = jax.random.randint(jax.random.key(2), (16, 32, 32, 1), 0, 256).astype(jnp.uint8)
+    variables = jax.jit(network.init)(jax.random.key(3))
+
+    def once(images, targets):
+        lesson = Lesson(
+            lambda i: (images[i], targets[i]), 16, None, 16, jax.random.key(4), jnp.int32(0)
+        )
+        value, gradient, moved = mean_gradient(network, lesson)(variables, 0)
+        return value, gradient, moved["batch_stats"]
+
+    want = jax.jit(once)(images, TARGETS[:16])
+    with shared(arranged(sweep.make_mesh(), 1, 4)):
+        text = jax.jit(once).lower(images, TARGETS[:16]).compile().as_text()
+        got = jax.jit(once)(images, TARGETS[:16])
+    assert "all-reduce" in text
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), atol=1e-5, rtol=1e-4)
+
+
+def groups_in(text):
+    """The groups of devices that talk to each other in a compiled program."""
+    found = set()
+    for written in re.findall(r"replica_groups=(\{\{.*?\}\}|\[[^ ]*)", text):
+        if written.startswith("{"):
+            found |= {tuple(map(int, g.split(","))) for g in re.findall(r"\{([\d,]+)\}", written)}
+        else:
+            rows, columns, flat = re.fullmatch(r"\[(\d+),(\d+)\]<=\[(\d+)\],?", written).groups()
+            held = np.arange(int(flat)).reshape(int(rows), int(columns))
+            found |= set(map(tuple, held.tolist()))
+    return found
+
+
+def test_devices_talk_to_those_of_their_own_cell_alone():
+    text = program(RECIPES["whole"], 2).lower(np.arange(2), (IMAGES, TARGETS)).compile().as_text()
+    assert groups_in(text) == {(0, 1), (2, 3)}
+    pairs = " ".join(re.findall(r"source_target_pairs=(\{.*?\}\})", text))
+    for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs):
+        assert int(a) // 2 == int(b) // 2
+    alone = program(RECIPES["whole"], 1).lower(np.arange(4), (IMAGES, TARGETS)).compile().as_text()
+    assert "all-reduce" not in alone
+    assert "collective" not in alone
+
+
+def test_examples_are_shared_and_not_computed_twice():
+    """The convolution of a device sees half of the batch."""
+    shapes = {}
+    for per_cell in (1, 2):
+        lowered = program(RECIPES["whole"], per_cell, devices=2).lower(
+            np.arange(2), (IMAGES, TARGETS)
+        )
+        shapes[per_cell] = lowered.compile().cost_analysis()["flops"]
+    assert shapes[2] < 0.75 * shapes[1]
+
+
+def test_without_a_mesh_nothing_is_shared_out():
+    x = jnp.ones((5, 2))
+    assert shared_out(x) is x
+    with shared(sweep.make_mesh()):
+        assert shared_out(x) is x
+
+
+@pytest.mark.parametrize(
+    ("devices", "cells", "wanted", "found"),
+    [(4, 1, None, 1), (4, 1, 4, 4), (4, 8, 2, 2), (4, 3, 1, 1), (3, 1, 3, 3)],
+)
+def test_devices_of_a_cell_on_a_cpu(devices, cells, wanted, found):
+    mesh = arranged(sweep.make_mesh(jax.devices()[:devices]), cells, wanted)
+    assert mesh.shape == {"cells": devices // found, "data": found}
+    assert mesh.devices.ravel().tolist() == jax.devices()[:devices]
+
+
+@pytest.mark.parametrize(
+    ("devices", "cells", "found"),
+    [(4, 1, 4), (4, 2, 2), (4, 3, 1), (4, 4, 1), (4, 9, 1), (3, 1, 3), (3, 2, 1), (1, 1, 1)],
+)
+def test_on_an_accelerator_no_device_is_left_without_a_cell(monkeypatch, devices, cells, found):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    mesh = arranged(sweep.make_mesh(jax.devices()[:devices]), cells)
+    assert mesh.shape["data"] == found
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 8])
+def test_devices_that_a_number_does_not_divide(wanted):
+    with pytest.raises(InputError, match=f"devices_per_cell is {wanted}: give .* the 4 devices"):
+        arranged(sweep.make_mesh(), 1, wanted)
+
+
+CONFIG = Sweep(
+    name="shared",
+    tasks=(Task("tiny", "tiny", architecture=Normed, victim=Recipe(epochs=2, batch_size=16)),),
+    defenses=(Defended(NoDefense()), Defended(MAD(layers="last", surrogate_epochs=1), (0.9,))),
+    seeds=(0, 1),
+    attacks=(Knockoff(budget=40, architecture=Normed, recipe=Recipe(epochs=2, batch_size=16)),),
+)
+
+
+def test_a_sweep_whose_cells_are_shared_has_the_rows_of_one_that_shares_none(folder, tmp_path):
+    quiet = {"data_dir": folder, "log": lambda line: None}
+    with pytest.raises(InputError, match="devices_per_cell is 3"):
+        sweep.run(CONFIG, tmp_path / "three", devices_per_cell=3, **quiet)
+    assert not (tmp_path / "three" / "rows.jsonl").exists()
+    plain = sweep.run(CONFIG, tmp_path / "plain", **quiet)
+    together = sweep.run(CONFIG, tmp_path / "together", devices_per_cell=2, **quiet)
+    assert [row["id"] for row in plain] == [row["id"] for row in together]
+    for row, same in zip(plain, together, strict=True):
+        assert row["victim_accuracy"] == same["victim_accuracy"]
+        np.testing.assert_allclose(row["l1_mean"], same["l1_mean"], atol=1e-4)
+        np.testing.assert_allclose(row["attacker_losses"], same["attacker_losses"], rtol=1e-4)

@@ -1,8 +1,10 @@
-"""Convolution in the forms that XLA's CPU backend runs fast.
+"""Convolution in the forms that suit the platform, and cells side by side.
 
 Inside `lax.scan` XLA runs the derivatives of a convolution, and convolutions of few channels,
 several times slower on a CPU than the same arithmetic as a product of patches and a matrix.
-`experiments/bench_training.py` and `experiments/bench_mad.py` measure it.
+`experiments/bench_training.py` and `experiments/bench_mad.py` measure it. And on any platform the
+convolutions of cells side by side, whose kernels differ, are one grouped convolution, where the
+products of patches are one batched product.
 """
 
 from collections.abc import Sequence
@@ -82,19 +84,24 @@ class _ConvOptions(NamedTuple):
     padding: Padding
     dilation: tuple[int, int]
     precision: lax.PrecisionLike
+    own_from: int
+    """Channels from which on XLA's own convolution is taken."""
 
 
 _MANY = 32
 """From so many channels on XLA's own convolution beats patches on a CPU (3 x 3 windows, 2026)."""
+_WIDE = 64
+"""From so many channels on XLA's own convolution is taken on an accelerator: networks that have
+them are large, and trained one after another (`madjax.sweep.mesh.default_mapping`)."""
 
 
 def _evaluate(x: Array, kernel: Array, options: _ConvOptions) -> Array:
-    """The convolution by whichever way is faster on a CPU, which goes by the shapes.
+    """The convolution by whichever way is faster, which goes by the shapes.
 
     XLA's own takes a slow road for images smaller than the window and for few channels.
     """
     h, w, channels, features = kernel.shape
-    if channels >= _MANY and x.shape[1] >= h and x.shape[2] >= w:
+    if channels >= options.own_from and x.shape[1] >= h and x.shape[2] >= w:
         return lax.conv_general_dilated(
             x,
             kernel,
@@ -139,7 +146,7 @@ def _convolve_jvp(
         )
         tangent += product.reshape(out.shape)
     if not isinstance(dx, SymbolicZero):
-        many = kernel.shape[2] >= _MANY and options.strides == (1, 1)
+        many = kernel.shape[2] >= options.own_from and options.strides == (1, 1)
         push = _by_the_flipped_kernel if many else _by_rows
         tangent += push(dx, kernel, out, options)
     return out, tangent
@@ -188,7 +195,7 @@ def _by_rows(dx: Array, kernel: Array, out: Array, options: _ConvOptions) -> Arr
     return total
 
 
-def cpu_convolution(
+def patch_convolution(
     x: Array,
     kernel: Array,
     window_strides: Sequence[int],
@@ -198,12 +205,14 @@ def cpu_convolution(
     dimension_numbers: lax.ConvDimensionNumbers | None = None,
     feature_group_count: int = 1,
     precision: lax.PrecisionLike = None,
+    own_from: int = _MANY,
     **kwargs,
 ) -> Array:
-    """`lax.conv_general_dilated` for NHWC images, in the forms that XLA's CPU backend runs fast.
+    """`lax.conv_general_dilated` for NHWC images, as products of patches and a matrix.
 
-    Takes the arguments that `flax.linen.Conv(conv_general_dilated=...)` passes, so the module and
-    its parameters stay ordinary. Grouped, transposed, or not two-dimensional convolutions, other
+    From `own_from` channels on it is XLA's own; by default where that is faster on a CPU. Takes the
+    arguments that `flax.linen.Conv(conv_general_dilated=...)` passes, so the module and its
+    parameters stay ordinary. Grouped, transposed, or not two-dimensional convolutions, other
     layouts and other options go to `lax.conv_general_dilated` unchanged.
     """
     dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
@@ -222,18 +231,26 @@ def cpu_convolution(
             **kwargs,
         )
     padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
-    options = _ConvOptions(tuple(window_strides), padding, tuple(rhs_dilation or (1, 1)), precision)
+    options = _ConvOptions(
+        tuple(window_strides), padding, tuple(rhs_dilation or (1, 1)), precision, own_from
+    )
     return _convolve(x, kernel, options)
 
 
 def convolution(x: Array, kernel: Array, *args, **kwargs) -> Array:
-    """`cpu_convolution` where the default backend is a CPU, XLA's own elsewhere.
+    """The form of `lax.conv_general_dilated` that suits the default backend.
+
+    That is `patch_convolution`: on a CPU for speed, elsewhere so that small networks side by side
+    are batched products, up to more channels; from there on it is XLA's own convolution.
 
     The choice is made when the program is traced; a model that is lowered for another platform
     names its convolution itself, for instance `LeNet(10, convolution=lax.conv_general_dilated)`.
     """
-    chosen = cpu_convolution if jax.default_backend() == "cpu" else lax.conv_general_dilated
-    return chosen(x, kernel, *args, **kwargs)
+    if jax.default_backend() == "cpu":
+        return patch_convolution(x, kernel, *args, **kwargs)
+    if kernel.shape[-2] < _WIDE:
+        return patch_convolution(x, kernel, *args, own_from=_WIDE, **kwargs)
+    return lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
 
 @jax.custom_jvp

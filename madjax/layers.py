@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from madjax.conv import convolution, cpu_convolution, unfold
+from madjax.conv import convolution, patch_convolution, unfold
 from madjax.errors import InputError
 
 Array = jax.Array
@@ -227,7 +227,7 @@ def _dense_general(call: Call) -> Explained | None:
 def _conv(call: Call) -> Explained | None:
     """A convolution over one or two axes, in groups or not."""
     module, x = call.module, call.inputs
-    own = (None, lax.conv_general_dilated, cpu_convolution, convolution)
+    own = (None, lax.conv_general_dilated, patch_convolution, convolution)
     if (
         call.options
         or x.ndim not in (3, 4)

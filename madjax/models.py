@@ -4,13 +4,14 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from madjax.batching import products_made
 from madjax.conv import convolution, max_pool_2x2
 from madjax.errors import InputError
 
@@ -313,6 +314,13 @@ class Classifier:
             mutable=[name for name in variables if name != "params"],
         )
         return logits, {**variables, **moved}
+
+    @cached_property
+    def products(self) -> int:
+        """How many products of two numbers it adds up for one image, in layers with kernels."""
+        blank = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)
+        variables = jax.eval_shape(self.init, jax.random.key(0))
+        return products_made(self.apply, variables, blank)
 
     def check_learns(self, variables: Params) -> None:
         """Refuse a module that `learn` cannot train; variables may be their shapes."""

@@ -341,7 +341,7 @@ def test_shipped_configs_load_and_say_their_claim_command_and_cost():
 
 @pytest.mark.usefixtures("_weights")
 def test_networks_of_the_imagenet_family_start_from_what_lies_there():
-    """Victims and attackers; another function of the file does without, one is for small machines."""
+    """Victims and attackers; `scratch` does without, and `smoke` is for a small machine."""
     for name in ("cub200", "caltech256"):
         whole, scratch, smoke = map(config.load, (name, f"{name}:scratch", f"{name}:smoke"))
         recipes = [whole.tasks[0].victim, *(attack.recipe for attack in whole.attacks)]

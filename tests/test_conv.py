@@ -1,5 +1,7 @@
 """Patches times a matrix is the convolution; a reshaped maximum is the pooling."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from madjax.conv import cpu_convolution, max_pool_2x2, unfold
+import madjax
+from madjax import sweep
+from madjax.conv import convolution, max_pool_2x2, patch_convolution, unfold
+from madjax.train import one_pass, start
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CASES = [
@@ -36,7 +41,7 @@ def both(case):
             x, k, strides, padding, rhs_dilation=dilation, dimension_numbers=NHWC
         )
 
-    return run(cpu_convolution), run(lax.conv_general_dilated)
+    return run(patch_convolution), run(lax.conv_general_dilated)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -69,7 +74,7 @@ def test_grouped_convolution_is_left_to_xla():
     layer = nn.Conv(4, (3, 3), feature_group_count=2)
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
     params = layer.init(jax.random.key(1), x)
-    ours = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=cpu_convolution)
+    ours = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=patch_convolution)
     np.testing.assert_allclose(ours.apply(params, x), layer.apply(params, x), atol=1e-5)
 
 
@@ -78,11 +83,11 @@ def test_other_layouts_and_options_are_left_to_xla():
     kernel = jax.random.normal(jax.random.key(1), (4, 3, 2, 2))
     for options in ({}, {"dimension_numbers": ("NCHW", "OIHW", "NHWC")}):
         want = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", **options)
-        np.testing.assert_array_equal(cpu_convolution(x, kernel, (1, 1), "SAME", **options), want)
+        np.testing.assert_array_equal(patch_convolution(x, kernel, (1, 1), "SAME", **options), want)
     half = x.transpose(0, 2, 3, 1).astype(jnp.bfloat16)
     options = {"dimension_numbers": NHWC, "preferred_element_type": jnp.float32}
     kernel = kernel.transpose(2, 3, 1, 0).astype(jnp.bfloat16)
-    got = cpu_convolution(half, kernel, (1, 1), "SAME", **options)
+    got = patch_convolution(half, kernel, (1, 1), "SAME", **options)
     assert got.dtype == jnp.float32
 
 
@@ -120,3 +125,83 @@ def test_equal_maxima_share_the_gradient():
         jnp.array([[3.0, 1], [3, 0]])[None, ..., None]
     )
     np.testing.assert_allclose(gradient[0, ..., 0], [[0.5, 0], [0.5, 0]])
+
+
+@pytest.fixture
+def _accelerated(monkeypatch):
+    """Programs are traced as on an accelerator."""
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+
+
+@pytest.mark.usefixtures("_accelerated")
+@pytest.mark.parametrize("channels", [3, 40, 64])
+def test_on_an_accelerator_values_and_gradients_are_those_of_xla(channels):
+    """Of cells side by side, up to the channels from which XLA's own is taken and beyond."""
+    x = jax.random.normal(jax.random.key(0), (2, 2, 7, 6, channels))
+    kernel = jax.random.normal(jax.random.key(1), (2, 3, 3, channels, 4)) / channels**0.5
+
+    def loss(convolve, x, kernel):
+        out = convolve(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+        return jnp.square(out).sum()
+
+    def found(convolve):
+        side_by_side = jax.vmap(jax.value_and_grad(loss, (1, 2)), (None, 0, 0))
+        return side_by_side(convolve, x, kernel)
+
+    for a, b in zip(*map(jax.tree.leaves, map(found, (convolution, own))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def own(x, kernel, *args, **kwargs):
+    return lax.conv_general_dilated(x, kernel, *args, **kwargs)
+
+
+def cuda_program(module, shape, mapping=None):
+    """Eight cells that train a network for an epoch, as they are lowered for CUDA."""
+    network = madjax.Classifier(module, lambda x: x / 255.0, shape)
+    recipe = madjax.Recipe(epochs=1, batch_size=4)
+
+    def train(seed, data):
+        x, y = data
+        state = start(network, recipe, 8, jax.random.key(seed))
+        return one_pass(network, recipe, state, lambda i: (x[i], y[i]), 8).params
+
+    mesh = sweep.make_mesh(jax.devices()[:1])
+    cells = sweep.over_cells(train, mesh=mesh, network=network, mapping=mapping)
+    data = jax.ShapeDtypeStruct((8, *shape), np.uint8), jax.ShapeDtypeStruct((8, 10), np.float32)
+    exported = jax.export.export(cells, platforms=["cuda"])(np.arange(8), data)
+    return exported.mlir_module()
+
+
+@pytest.mark.usefixtures("_accelerated")
+@pytest.mark.parametrize(
+    ("module", "shape", "convolutions"),
+    [
+        (madjax.LeNet(10), (28, 28, 1), 0),
+        (madjax.models.LeNetDouble(10), (28, 28, 1), 0),
+        (madjax.ResNet18(10, stages=(64, 128), blocks=1), (32, 32, 3), 15),
+    ],
+    ids=["LeNet", "twice LeNet", "a network that fills the device alone"],
+)
+def test_no_grouped_convolution_on_an_accelerator(module, shape, convolutions):
+    """Small networks side by side are batched products; large ones go one after another."""
+    text = cuda_program(module, shape)
+    assert len(re.findall(r"stablehlo\.convolution", text)) == convolutions
+    assert set(re.findall(r"feature_group_count = (\d+)", text)) <= {"1"}
+    batched = re.findall(r"dot_general.*batching_dims = \[0\]", text)
+    assert bool(batched) == (not convolutions)
+
+
+@pytest.mark.usefixtures("_accelerated")
+def test_convolutions_side_by_side_would_be_grouped():
+    """What the two rules avoid."""
+    module = madjax.LeNet(10, convolution=lax.conv_general_dilated)
+    assert "feature_group_count = 8" in cuda_program(module, (28, 28, 1), sweep.vmap_cells)
+
+
+def test_products_of_a_network_are_those_counted_by_hand():
+    lenet = madjax.Classifier(madjax.LeNet(10), lambda x: x / 255, (28, 28, 1))
+    by_hand = 24 * 24 * 20 * 25 + 8 * 8 * 50 * 500 + 800 * 500 + 500 * 10
+    assert lenet.products == by_hand
+    own = madjax.LeNet(10, convolution=lax.conv_general_dilated)
+    assert madjax.Classifier(own, lambda x: x / 255, (28, 28, 1)).products == by_hand

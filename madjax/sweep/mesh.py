@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from madjax.errors import InputError
+from madjax.models import Classifier
 from madjax.sharing import SHARED
 
 Mapping = Callable[[Callable[[Any], Any], Any], Any]
@@ -39,9 +40,20 @@ def at_once(function: Callable[[Any], Any], cells: Any) -> Any:
     return function(cells)
 
 
-def default_mapping() -> Mapping:
-    """`map_cells` on a CPU (measured by experiments/bench_training.py), `vmap_cells` elsewhere."""
-    return map_cells if jax.default_backend() == "cpu" else vmap_cells
+_LARGE = 2**24
+"""Products of numbers for one image (`Classifier.products`): 2.3 million of LeNet are fewer, 313 of
+VGG16 more. A step on 64 images then has as many as an accelerator does in some 10 microseconds."""
+
+
+def default_mapping(network: Classifier | None = None) -> Mapping:
+    """`map_cells` on a CPU, `vmap_cells` on an accelerator, unless the cells' network is large.
+
+    On a CPU experiments/bench_training.py has measured it. On an accelerator a small network leaves
+    most of the device idle. A large one fills it alone, and its convolutions side by side would be
+    grouped ones.
+    """
+    large = network is not None and network.products >= _LARGE
+    return map_cells if jax.default_backend() == "cpu" or large else vmap_cells
 
 
 def split_cpu(most: int) -> None:
@@ -105,16 +117,21 @@ def shared(mesh: Mesh) -> Iterator[None]:
 
 
 def over_cells(
-    function: Callable[..., Any], *settings: Any, mesh: Mesh, mapping: Mapping | None = None
+    function: Callable[..., Any],
+    *settings: Any,
+    mesh: Mesh,
+    network: Classifier | None = None,
+    mapping: Mapping | None = None,
 ) -> Callable[[Any, Any], Any]:
     """Compile function(*settings, cell, shared) for cells with a leading axis, over a mesh.
 
     The mesh's axis `cells` divides the number of cells; along it no device talks to another.
-    settings are hashable and no arrays: equal ones share a program. mapping is `default_mapping` by
-    default. `check_vma` must stay off: with it, gradients of parameters that are made inside the
-    mapped function from constants are summed over the mesh.
+    settings are hashable and no arrays: equal ones share a program. mapping is by default what
+    suits the network that the cells train (`default_mapping`). `check_vma` must stay off: with it,
+    gradients of parameters that are made inside the mapped function from constants are summed over
+    the mesh.
     """
-    return _compiled(function, settings, mesh, mapping or default_mapping(), ("cells",))
+    return _compiled(function, settings, mesh, mapping or default_mapping(network), ("cells",))
 
 
 @lru_cache(maxsize=128)

@@ -90,7 +90,7 @@ def _collect(
     them there. Those of others are made anew from the answers, at no cost.
     """
     begin, proceed = (
-        over_cells(stage, group.parties, group.attack, rule, mesh=desk.mesh)
+        over_cells(stage, group.parties, group.attack, rule, **_ways(group, desk))
         for stage in (stages.begin, stages.proceed)
     )
     if rule is None:
@@ -145,6 +145,11 @@ def _ask(
     return transfer._replace(memory=()), watch
 
 
+def _ways(group: Group, desk: Desk) -> dict[str, Any]:
+    """Where the cells of a group are, and what says whether side by side."""
+    return {"mesh": desk.mesh, "network": group.parties.stolen}
+
+
 class _Learned(NamedTuple):
     """What came of a stolen model: queries asked, accuracy and loss of its epochs, fidelity."""
 
@@ -190,7 +195,7 @@ def _without_known(group: Group, stock: Stock, desk: Desk, per_device: int | Non
     made: dict[Place, list[np.ndarray]] = {place: [] for place in group.places}
     if group.drawn is not None:
         told, own = stock.told(group), stock.own(group)
-        begin = over_cells(stages.begin, group.parties, group.attack, None, mesh=desk.mesh)
+        begin = over_cells(stages.begin, group.parties, group.attack, None, **_ways(group, desk))
         size = wave_size(len(group.places), desk.mesh, per_device)
         for at in range(0, len(group.places), size):
             places = group.places[at : at + size]
@@ -258,9 +263,9 @@ def _learn(
     """The wave's stolen models after their last epoch, their fidelity, and the seconds."""
     attack, stolen, name = group.attack, group.parties.stolen, f"{wave.name}-budget-{budget}"
     settings = stolen, attack.recipe, attack.examples(attack.budget)
-    start = over_cells(stages.start, *settings, mesh=desk.mesh)
-    advance = over_cells(stages.advance, *settings, mesh=desk.mesh)
-    fidelity = over_cells(stages.fidelity, stolen, mesh=desk.mesh)
+    start = over_cells(stages.start, *settings, **_ways(group, desk))
+    advance = over_cells(stages.advance, *settings, **_ways(group, desk))
+    fidelity = over_cells(stages.fidelity, stolen, **_ways(group, desk))
     points, count = wave.points._replace(told=None), np.int32(attack.examples(budget))
     cells = sum((place, budget) in group.waiting for place in wave.places)
     initial = everywhere(attack.recipe.initial(stolen), desk.mesh)

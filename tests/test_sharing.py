@@ -171,22 +171,47 @@ def test_devices_that_a_number_does_not_divide(wanted):
         arranged(sweep.make_mesh(), 1, wanted)
 
 
+SEEN = []
+
+
+def noted(key, images):
+    """An augment that changes nothing, and notes how many devices share what is trained."""
+    SEEN.append(jax.sharding.get_abstract_mesh().shape.get("data", 1))
+    return images
+
+
+RECIPE = Recipe(epochs=2, batch_size=16, augment=noted)
 CONFIG = Sweep(
     name="shared",
-    tasks=(Task("tiny", "tiny", architecture=Normed, victim=Recipe(epochs=2, batch_size=16)),),
+    tasks=(Task("tiny", "tiny", architecture=Normed, victim=RECIPE),),
     defenses=(Defended(NoDefense()), Defended(MAD(layers="last", surrogate_epochs=1), (0.9,))),
     seeds=(0, 1),
-    attacks=(Knockoff(budget=40, architecture=Normed, recipe=Recipe(epochs=2, batch_size=16)),),
+    attacks=(Knockoff(budget=40, architecture=Normed, recipe=RECIPE),),
 )
 
 
-def test_a_sweep_whose_cells_are_shared_has_the_rows_of_one_that_shares_none(folder, tmp_path):
-    quiet = {"data_dir": folder, "log": lambda line: None}
+def test_a_sweep_whose_cells_are_shared_has_the_rows_of_one_that_shares_none(
+    folder, tmp_path, monkeypatch
+):
+    """Of the victim, the trained surrogates and the stolen models alike."""
+    networks, quiet = set(), {"data_dir": folder, "log": lambda line: None}
+
+    def mapping(network):
+        networks.add(type(network.module))
+        return sweep.map_cells
+
+    monkeypatch.setattr("madjax.sweep.mesh.default_mapping", mapping)
     with pytest.raises(InputError, match="devices_per_cell is 3"):
         sweep.run(CONFIG, tmp_path / "three", devices_per_cell=3, **quiet)
     assert not (tmp_path / "three" / "rows.jsonl").exists()
     plain = sweep.run(CONFIG, tmp_path / "plain", **quiet)
+    assert set(SEEN) == {1}
+    SEEN.clear()
     together = sweep.run(CONFIG, tmp_path / "together", devices_per_cell=2, **quiet)
+    assert networks == {Normed}
+    # All that is trained is shared; before it the sweep is tried on shapes, which are nobody's.
+    assert set(SEEN) == {1, 2}
+    assert sorted(SEEN) == SEEN
     assert [row["id"] for row in plain] == [row["id"] for row in together]
     for row, same in zip(plain, together, strict=True):
         assert row["victim_accuracy"] == same["victim_accuracy"]

@@ -266,12 +266,21 @@ def max_pool_2x2(x: Array) -> Array:
 
 @max_pool_2x2.defjvp
 def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # JAX's own rule for a maximum counts ties by another reduction; adding four is cheaper.
-    windows, dwindows = _windows(primals[0]), _windows(tangents[0])
-    out = windows.max(axis=(2, 4))
-    ties = sum((windows[:, :, i, :, j] == out).astype(out.dtype) for i in (0, 1) for j in (0, 1))
-    largest = windows == out[:, :, None, :, None]
-    return out, jnp.where(largest, dwindows, 0).sum(axis=(2, 4)) / ties
+    corners = [(i, j) for i in (0, 1) for j in (0, 1)]
+    (a, b, c, d), moves = (
+        [_windows(x)[:, :, i, :, j] for i, j in corners] for x in (primals[0], tangents[0])
+    )
+    # Compared with each other, not with the maximum: XLA may compute what is pooled twice, rounded
+    # in two ways, and then none of the four equals a maximum that was taken elsewhere.
+    largest = (
+        (a >= b) & (a >= c) & (a >= d),
+        (b >= a) & (b >= c) & (b >= d),
+        (c >= a) & (c >= b) & (c >= d),
+        (d >= a) & (d >= b) & (d >= c),
+    )
+    moved = sum(jnp.where(is_it, move, 0) for is_it, move in zip(largest, moves, strict=True))
+    ties = sum(is_it.astype(moved.dtype) for is_it in largest)
+    return max_pool_2x2(primals[0]), moved / ties
 
 
 def _windows(x: Array) -> Array:

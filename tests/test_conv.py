@@ -127,6 +127,23 @@ def test_equal_maxima_share_the_gradient():
     np.testing.assert_allclose(gradient[0, ..., 0], [[0.5, 0], [0.5, 0]])
 
 
+def test_the_gradient_of_what_is_normalised_and_pooled_is_finite():
+    """XLA computed the normalised image twice, and rounded it in two ways: no maximum was found."""
+    x = jax.random.normal(jax.random.key(0), (64, 14, 14, 32))
+    cotangent = jax.random.normal(jax.random.key(1), (64, 7, 7, 32))
+    norm = nn.BatchNorm(use_running_average=False)
+    scale, bias = jax.random.normal(jax.random.key(2), (2, 32))
+    variables = norm.init(jax.random.key(3), x) | {"params": {"scale": scale, "bias": bias}}
+
+    def pooled(x, pool):
+        normed, _ = norm.apply(variables, x, mutable=["batch_stats"])
+        return (cotangent * pool(nn.relu(normed))).sum()
+
+    got = jax.jit(jax.grad(lambda x: pooled(x, max_pool_2x2)))(x)
+    want = jax.jit(jax.grad(lambda x: pooled(x, lambda a: nn.max_pool(a, (2, 2), (2, 2)))))(x)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 @pytest.fixture
 def _accelerated(monkeypatch):
     """Programs are traced as on an accelerator."""

@@ -3,8 +3,8 @@
 Claim: with 50,000 ImageNet queries knockoff reaches 0.81 of the undefended victim's 80.4 %, jbtop3
 0.27, jbda and jbself less than a tenth; MAD lowers every one of them as epsilon grows.
 Command: madjax sweep configs/cub200.py --data-dir DIR
-On less data: madjax sweep cub200:smoke, where DIR or $MADJAX_DATA holds caltech101_mini and
-tinyimagenet_mini
+On less data: madjax sweep cub200:smoke; DIR or $MADJAX_DATA holds caltech101_mini and
+tinyimagenet_mini.
 Cost: COST
 
 As in the paper, victim and attackers start from a network that was trained on ImageNet, but for its
@@ -12,13 +12,14 @@ last layer. It is weights/vgg16_bn.safetensors, below the directory that the com
     from safetensors.torch import save_file; from torchvision.models import vgg16_bn
     save_file(vgg16_bn(weights="IMAGENET1K_V1").state_dict(), "weights/vgg16_bn.safetensors")
 `scratch` starts from random parameters, for a plan without that file. Test images are those of the
-official split. 50,000 queries are drawn from ImageNet's training images; no others are decoded.
+official split. 50,000 queries, the same ones for all seeds, are drawn from ImageNet's training
+images; but for one test image no others are decoded.
 
 Differs from the paper: images are squares of 256, cut from the middle, before they are cropped at
 random. The surrogate is random, as the paper has it; in the authors' code it has ImageNet's weights
-but for the last layer. So are the substitutes that the Jacobian attacks train on the way. The
-victim's weight decay is that of the authors' code. `smoke` has Caltech-101 in place of CUB200 and
-Tiny-ImageNet in place of ImageNet, both scaled up from 64x64.
+but for the last layer. The networks that the Jacobian attacks train on the way start from random
+parameters. The rest is as in configs/cifar10.py. `smoke` has Caltech-101 in place of CUB200 and
+Tiny-ImageNet in place of ImageNet, both scaled up from 64x64, and no weights to start from.
 """
 
 from dataclasses import replace
@@ -36,29 +37,32 @@ def config() -> Sweep:
 
 def scratch() -> Sweep:
     """The same from random parameters."""
-    base = load("cifar10")
+    base, large = load("cifar10"), partial(VGG16, hidden=(4096, 4096))
     victim = replace(base.tasks[0].victim, augment=random_resized_crop)
     task = Task(
         dataset="tfds:caltech_birds2011@256",
-        queryset="tfds:imagenet2012@256[random:50000]",
-        architecture=partial(VGG16, hidden=(4096, 4096)),
+        queryset="tfds:imagenet2012@256[random:50000,:1]",
+        architecture=large,
         victim=victim,
     )
-    return replace(base, name="cub200", tasks=(task,))
+    attacks = tuple(replace(attack, architecture=large) for attack in base.attacks)
+    return replace(base, name="cub200", tasks=(task,), attacks=attacks)
 
 
 def smoke() -> Sweep:
     """Every line of the path in two minutes; its accuracies say nothing."""
     base, recipe = load("cifar10:smoke"), Recipe(epochs=1)
+    small = partial(VGG16, width=1 / 16, hidden=(64, 64))
+    attack = {"budget": 64, "architecture": small, "recipe": recipe}
     task = Task(
         dataset="caltech101_mini@256[random:128]",
         queryset="tinyimagenet_mini@256[random:128]",
-        architecture=partial(VGG16, width=1 / 16, hidden=(64, 64)),
+        architecture=small,
         victim=replace(recipe, augment=random_resized_crop),
     )
     attacks = (
-        Knockoff(budget=64, recipe=recipe),
-        jbtop(budget=64, seeds=16, recipe=recipe, substitute=recipe),
+        Knockoff(**attack),
+        jbtop(seeds=16, substitute=recipe, **attack),
     )
     return replace(base, name="cub200_smoke", tasks=(task,), attacks=attacks)
 

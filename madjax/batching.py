@@ -76,26 +76,6 @@ def bytes_made(function: Callable[..., Any], *args: Any) -> int:
     )
 
 
-def products_made(function: Callable[..., Any], *args: Any) -> int:
-    """How many products of two numbers a function's matrix products and convolutions add up.
-
-    args are arrays or `jax.ShapeDtypeStruct`. It is counted in a trace; a loop's body counts once.
-    """
-    total = 0
-    for jaxpr in nested(jax.make_jaxpr(function)(*args).jaxpr):
-        for equation in jaxpr.eqns:
-            kind, out = equation.primitive.name, equation.outvars[0].aval
-            if kind == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                shape = equation.invars[0].aval.shape
-                total += math.prod(out.shape) * math.prod(shape[axis] for axis in contracted)
-            elif kind == "conv_general_dilated":
-                kernel = equation.invars[1].aval.shape
-                features = equation.params["dimension_numbers"].rhs_spec[0]
-                total += math.prod(out.shape) * math.prod(kernel) // kernel[features]
-    return total
-
-
 def nested(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
     """A program, and those inside its operations: bodies of loops, branches, calls."""
     yield jaxpr

@@ -75,7 +75,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _split_cpu(chosen: config.Sweep, per_cell: int | None) -> None:
     strengths = max(len(each.strengths) for each in chosen.defenses)
-    sweep.split_cpu(len(chosen.tasks) * strengths * len(chosen.seeds) * (per_cell or 1))
+    cells, per_cell = len(chosen.tasks) * strengths * len(chosen.seeds), per_cell or 1
+    sweep.split_cpu(cells * per_cell, per_cell)
 
 
 def _run(
@@ -266,8 +267,8 @@ def _share(command: argparse.ArgumentParser) -> None:
         "--devices-per-cell",
         type=int,
         metavar="N",
-        help="let N devices train each network together (default: 1 on a CPU; on an accelerator as "
-        "many as leave none without a network)",
+        help="let N devices train each network together (default: 1, but for wide networks on an "
+        "accelerator as many as let all cells run at once)",
     )
 
 

@@ -7,6 +7,7 @@ convolutions of cells side by side, whose kernels differ, are one grouped convol
 products of patches are one batched product.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -84,15 +85,15 @@ class _ConvOptions(NamedTuple):
     padding: Padding
     dilation: tuple[int, int]
     precision: lax.PrecisionLike
-    own_from: int
+    own_from: float
     """Channels from which on XLA's own convolution is taken."""
 
 
 _MANY = 32
 """From so many channels on XLA's own convolution beats patches on a CPU (3 x 3 windows, 2026)."""
-_WIDE = 64
-"""From so many channels on XLA's own convolution is taken on an accelerator: networks that have
-them are large, and trained one after another (`madjax.sweep.mesh.default_mapping`)."""
+WIDE = 64
+"""From so many channels on XLA's own convolution is taken on an accelerator. That is a guess. Cells
+whose networks have such layers are trained one after another (`madjax.sweep.mesh.one_by_one`)."""
 
 
 def _evaluate(x: Array, kernel: Array, options: _ConvOptions) -> Array:
@@ -205,7 +206,7 @@ def patch_convolution(
     dimension_numbers: lax.ConvDimensionNumbers | None = None,
     feature_group_count: int = 1,
     precision: lax.PrecisionLike = None,
-    own_from: int = _MANY,
+    own_from: float = _MANY,
     **kwargs,
 ) -> Array:
     """`lax.conv_general_dilated` for NHWC images, as products of patches and a matrix.
@@ -240,16 +241,16 @@ def patch_convolution(
 def convolution(x: Array, kernel: Array, *args, **kwargs) -> Array:
     """The form of `lax.conv_general_dilated` that suits the default backend.
 
-    That is `patch_convolution`: on a CPU for speed, elsewhere so that small networks side by side
-    are batched products, up to more channels; from there on it is XLA's own convolution.
+    On a CPU that is `patch_convolution`, for speed. Elsewhere it is that too below `WIDE` channels,
+    so that small networks side by side are batched products; from `WIDE` on it is XLA's own.
 
     The choice is made when the program is traced; a model that is lowered for another platform
     names its convolution itself, for instance `LeNet(10, convolution=lax.conv_general_dilated)`.
     """
     if jax.default_backend() == "cpu":
         return patch_convolution(x, kernel, *args, **kwargs)
-    if kernel.shape[-2] < _WIDE:
-        return patch_convolution(x, kernel, *args, own_from=_WIDE, **kwargs)
+    if kernel.shape[-2] < WIDE:
+        return patch_convolution(x, kernel, *args, own_from=math.inf, **kwargs)
     return lax.conv_general_dilated(x, kernel, *args, **kwargs)
 
 
@@ -280,7 +281,7 @@ def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
     )
     moved = sum(jnp.where(is_it, move, 0) for is_it, move in zip(largest, moves, strict=True))
     ties = sum(is_it.astype(moved.dtype) for is_it in largest)
-    return max_pool_2x2(primals[0]), moved / ties
+    return max_pool_2x2(primals[0]), moved / jnp.maximum(ties, 1)
 
 
 def _windows(x: Array) -> Array:

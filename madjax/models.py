@@ -10,9 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
 
-from madjax.batching import products_made
-from madjax.conv import convolution, max_pool_2x2
+from madjax.batching import nested
+from madjax.conv import WIDE, convolution, max_pool_2x2
 from madjax.errors import InputError
 
 Array = jax.Array
@@ -267,6 +268,13 @@ LeNetDouble = partial(LeNet, width=2)
 ResNet18Double = partial(ResNet18, stages=(128, 256, 512, 1024))
 
 
+def _channels_read(equation: JaxprEqn) -> int:
+    """How many channels a convolution's kernel reads; 0 for all else."""
+    if equation.primitive.name != "conv_general_dilated":
+        return 0
+    return equation.invars[1].aval.shape[equation.params["dimension_numbers"].rhs_spec[1]]
+
+
 _TRAINING = {"train": True, "training": True, "deterministic": False}
 
 
@@ -316,11 +324,14 @@ class Classifier:
         return logits, {**variables, **moved}
 
     @cached_property
-    def products(self) -> int:
-        """How many products of two numbers it adds up for one image, in layers with kernels."""
+    def is_wide(self) -> bool:
+        """Whether it has XLA's own convolutions, of `madjax.conv.WIDE` channels or more."""
         blank = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)
         variables = jax.eval_shape(self.init, jax.random.key(0))
-        return products_made(self.apply, variables, blank)
+        program = jax.make_jaxpr(self.apply)(variables, blank).jaxpr
+        return any(
+            _channels_read(equation) >= WIDE for jaxpr in nested(program) for equation in jaxpr.eqns
+        )
 
     def check_learns(self, variables: Params) -> None:
         """Refuse a module that `learn` cannot train; variables may be their shapes."""

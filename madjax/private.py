@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.recipe import Lesson, Recipe, Step, augmented, cross_entropy, trainable
+from madjax.sharing import shared_out
 from madjax.streams import stream
 
 Array = jax.Array
@@ -102,7 +103,7 @@ class PrivateGradient:
 
             def add(at: Array, sums: tuple[Any, Array]) -> tuple[Any, Array]:
                 places = at * size + jnp.arange(size)
-                x, targets = lesson.take(chosen[places])
+                x, targets = shared_out(lesson.take(chosen[places]))
                 keys = jax.vmap(partial(jax.random.fold_in, learn_key))(chosen[places])
                 padding = places >= count
                 gradient, seen = clipped(params, x, targets, keys, is_padding_example=padding)

@@ -7,7 +7,7 @@ here holds on one device as on many.
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 SHARED = "data"
 """The axis of a mesh along which devices share the examples of one network."""
@@ -18,9 +18,12 @@ def shared_out(rows: Any) -> Any:
 
     What is computed of them row by row is then computed where a row lies; means over the batch, so
     gradients and the statistics of BatchNorm, are taken over all of these devices and no others.
-    Without a mesh that has more than one along `SHARED`, it does nothing.
+    Without a mesh that has more than one of them, or where that axis is not XLA's to partition, it
+    does nothing.
     """
-    if jax.sharding.get_abstract_mesh().shape.get(SHARED, 1) == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get(SHARED) != AxisType.Auto or mesh.shape[SHARED] == 1:
         return rows
     layout = PartitionSpec(SHARED)
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, layout), rows)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
+from jax.extend.core import get_opaque_trace_state
 
 from madjax.errors import InputError
 
@@ -23,15 +24,18 @@ class _QueryStatistics:
 
     def __call__(self, params: Params, x: Array) -> Array:
         seen: set[tuple[str, ...]] = set()
+        outside = get_opaque_trace_state(convention="flax")
 
         def replace(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
             module = context.module
             if type(module) is not nn.BatchNorm or context.method_name != "__call__":
                 return call(*args, **kwargs)
-            seen.add(module.path)
-            return _by_itself(module, *args, **kwargs)
+            # What jit traces here it would give to calls that want the running statistics.
+            if get_opaque_trace_state(convention="flax") == outside:
+                seen.add(module.path)
+                return _by_itself(module, *args, **kwargs)
+            return call(*args, **kwargs)
 
-        # Inside jit a call may be taken from a cache of the running statistics.
         apply = self.apply
         apply = apply.__wrapped__ if isinstance(apply, jax.stages.Wrapped) else apply
         with nn.intercept_methods(replace):
@@ -39,9 +43,9 @@ class _QueryStatistics:
         if missed := _with_statistics(params) - seen:
             name = "/".join(min(missed))
             raise InputError(
-                f"{name} was not seen as it ran: query_statistics needs a Flax linen model whose "
-                "BatchNorm layers are not inside jit; take the jit away, or leave the statistics "
-                "as they are"
+                f"{name} is no plain flax.linen.BatchNorm outside of jit and other "
+                "transformations, which query_statistics needs: make it one, or leave the "
+                "statistics as they are"
             )
         return logits
 
@@ -58,16 +62,17 @@ def query_statistics(apply: Apply) -> Apply:
         apply: apply(params, x [B, ...]) -> logits [B, K] of a Flax linen model in inference mode.
 
     Returns:
-        Such a function, whose rows are each a function of their own x. Those of equal functions
-        are equal.
+        Such a function, whose rows are each a function of their own x. Of equal functions it makes
+        equal ones, so that programs are compiled once.
 
     Edge cases:
-        no BatchNorm: the logits of apply.
+        no flax.linen.BatchNorm: the logits of apply.
         a query alone: as in any batch.
 
     Raises:
         InputError: when the model runs: a BatchNorm behind a dense layer, or at the one position of
-            a feature map, where a query has a single value of each feature; one inside jit.
+            a feature map, where a query has a single value of each feature; one inside jit or
+            another transformation, or of a subclass.
 
     Example:
         >>> import jax, madjax
@@ -80,9 +85,15 @@ def query_statistics(apply: Apply) -> Apply:
     return _QueryStatistics(apply)
 
 
-def _by_itself(module: nn.BatchNorm, x: Array, *args: Any, **kwargs: Any) -> Array:
+def _by_itself(
+    module: nn.BatchNorm,
+    x: Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: Array | None = None,
+) -> Array:
     """What a BatchNorm makes of x with the statistics of each of its rows."""
-    del args, kwargs  # use_running_average and mask
+    del use_running_average
     axes = {axis % x.ndim for axis in _each(module.axis)}
     if all(size == 1 for axis, size in enumerate(x.shape[1:], 1) if axis not in axes):
         raise InputError(
@@ -96,7 +107,7 @@ def _by_itself(module: nn.BatchNorm, x: Array, *args: Any, **kwargs: Any) -> Arr
     norm = nn.InstanceNorm(
         **{name: getattr(module, name) for name in same}, feature_axes=module.axis, parent=None
     )
-    return norm.apply({"params": module.variables.get("params", {})}, x)
+    return norm.apply({"params": module.variables.get("params", {})}, x, mask=mask)
 
 
 def _each(axes: int | tuple[int, ...]) -> tuple[int, ...]:

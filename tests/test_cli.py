@@ -386,10 +386,22 @@ print(jax.device_count())
     assert done.stdout == "1\n"
 
 
+def test_cores_that_share_a_cell_are_a_multiple_of_its_devices():
+    code = """
+import jax
+from madjax.sweep import mesh
+mesh._cores = lambda: 6
+mesh.split_cpu(20, 4)
+print(jax.device_count())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "4\n"
+
+
 def test_devices_may_share_a_cell(monkeypatch, tmp_path):
     """As many cores become devices as all cells can use, and the number reaches run and plan."""
     split, asked = [], []
-    monkeypatch.setattr("madjax.sweep.split_cpu", split.append)
+    monkeypatch.setattr("madjax.sweep.split_cpu", lambda *given: split.append(given))
 
     def refuse(*args, devices_per_cell, **kwargs):
         asked.append(devices_per_cell)
@@ -400,7 +412,7 @@ def test_devices_may_share_a_cell(monkeypatch, tmp_path):
     few = ["--set", "defenses.strengths=0.5", "--set", "seeds=0", "--out", str(tmp_path)]
     for command in ("sweep", "plan"):
         assert main([command, *few]) == main([command, *few, "--devices-per-cell", "3"]) == 2
-    assert split == [1, 3, 1, 3]
+    assert split == [(1, 1), (3, 3), (1, 1), (3, 3)]
     assert asked == [None, 3, None, 3]
 
 

@@ -20,6 +20,7 @@ from madjax import (
     Defended,
     Defense,
     InputError,
+    JacobianAugmentation,
     Knockoff,
     NoDefense,
     Online,
@@ -352,6 +353,21 @@ def test_networks_of_the_imagenet_family_start_from_what_lies_there():
     Path("weights/vgg16_bn.safetensors").unlink()
     with pytest.raises(InputError, match=r"vgg16_bn\.safetensors is no file"):
         config.load("cub200")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "cub200", "caltech256"])
+@pytest.mark.usefixtures("_weights")
+def test_attackers_have_the_architecture_of_the_victim(name):
+    """As in the paper, in every form of the configs of its VGG16 families."""
+    forms = {"cifar10": ["reduced"], "cifar100": []}.get(name, ["scratch"])
+    for form in ("config", "smoke", *forms):
+        chosen = config.load(f"{name}:{form}")
+        (task,) = chosen.tasks
+        for attack in chosen.attacks:
+            same = map(config.describe, (attack.architecture, task.architecture))
+            assert len(set(map(str, same))) == 1
+            if isinstance(attack, JacobianAugmentation) and form == "config":
+                assert attack.seeds == (1_000 if name == "cifar100" else 500)
 
 
 def test_a_file_may_hold_several_configs(tmp_path):

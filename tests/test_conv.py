@@ -12,6 +12,7 @@ from jax import lax
 import madjax
 from madjax import sweep
 from madjax.conv import convolution, max_pool_2x2, patch_convolution, unfold
+from madjax.sweep.mesh import wave_size
 from madjax.train import one_pass, start
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -184,7 +185,7 @@ def cuda_program(module, shape, mapping=None):
         return one_pass(network, recipe, state, lambda i: (x[i], y[i]), 8).params
 
     mesh = sweep.make_mesh(jax.devices()[:1])
-    cells = sweep.over_cells(train, mesh=mesh, network=network, mapping=mapping)
+    cells = sweep.over_cells(train, mesh=mesh, networks=[network], mapping=mapping)
     data = jax.ShapeDtypeStruct((8, *shape), np.uint8), jax.ShapeDtypeStruct((8, 10), np.float32)
     exported = jax.export.export(cells, platforms=["cuda"])(np.arange(8), data)
     return exported.mlir_module()
@@ -216,9 +217,27 @@ def test_convolutions_side_by_side_would_be_grouped():
     assert "feature_group_count = 8" in cuda_program(module, (28, 28, 1), sweep.vmap_cells)
 
 
-def test_products_of_a_network_are_those_counted_by_hand():
-    lenet = madjax.Classifier(madjax.LeNet(10), lambda x: x / 255, (28, 28, 1))
-    by_hand = 24 * 24 * 20 * 25 + 8 * 8 * 50 * 500 + 800 * 500 + 500 * 10
-    assert lenet.products == by_hand
-    own = madjax.LeNet(10, convolution=lax.conv_general_dilated)
-    assert madjax.Classifier(own, lambda x: x / 255, (28, 28, 1)).products == by_hand
+@pytest.mark.usefixtures("_accelerated")
+@pytest.mark.parametrize(
+    ("module", "shape", "wide"),
+    [
+        (madjax.LeNet(10), (28, 28, 1), False),
+        (madjax.models.LeNetDouble(10), (28, 28, 1), False),
+        (madjax.VGG16(10, width=1 / 16), (32, 32, 3), False),
+        (madjax.VGG16(10, width=1 / 8), (32, 32, 3), True),
+        (madjax.ResNet18(10, stages=(16, 32, 64)), (32, 32, 3), True),
+        (madjax.MLP(10), (28, 28, 1), False),
+    ],
+)
+def test_networks_with_many_channels_are_wide(module, shape, wide):
+    network = madjax.Classifier(module, lambda x: x / 255, shape)
+    assert network.is_wide == wide
+    assert sweep.default_mapping([network]) == (sweep.map_cells if wide else sweep.vmap_cells)
+    mesh = sweep.make_mesh(jax.devices()[:2])
+    assert wave_size(6, mesh, None, [network]) == (2 if wide else 6)
+    assert wave_size(6, mesh, None, [network], together=True) == 6
+
+
+def test_on_a_cpu_no_network_is_looked_at():
+    """Whether one is wide takes a trace."""
+    assert sweep.default_mapping([None]) == sweep.map_cells

@@ -362,7 +362,10 @@ TRIED = {
         "a parameter that no logit depends on": unread,
         "a query with its neighbours exchanged": exchanged,
     },
-    "query_statistics": {"no BatchNorm": no_batch_norm, "a query alone": alone_in_a_batch},
+    "query_statistics": {
+        "no flax.linen.BatchNorm": no_batch_norm,
+        "a query alone": alone_in_a_batch,
+    },
     "solve": {
         "epsilon = 0": no_budget,
         "a budget beyond the farthest answer": any_budget,

@@ -362,7 +362,7 @@ def test_the_grid_is_its_single_cells_on_any_devices(finished, data, tmp_path, d
 @pytest.mark.slow  # a sweep's cells at once are tested elsewhere
 def test_all_cells_of_an_accelerator_at_once_are_the_same(finished, data, tmp_path, monkeypatch):
     _, rows = finished
-    monkeypatch.setattr("madjax.sweep.mesh.default_mapping", lambda network: sweep.vmap_cells)
+    monkeypatch.setattr("madjax.sweep.mesh.default_mapping", lambda networks: sweep.vmap_cells)
     again = sweep.run(STUDY, tmp_path / "run", data_dir=data, log=lambda _: None)
     for row, old in zip(again, rows, strict=True):
         np.testing.assert_allclose(row["angle_means"], old["angle_means"], atol=1e-2)

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import madjax
 from madjax import MAD, Defended, InputError, Knockoff, NoDefense, Recipe, Sweep, Task, sweep
 from madjax.recipe import Lesson, mean_gradient
 from madjax.sharing import shared_out
-from madjax.sweep.mesh import arranged, shared
+from madjax.sweep.mesh import arranged, examples_shared
 from madjax.train import epoch, start
 
 
@@ -96,7 +98,7 @@ def test_one_step_of_vgg16_is_that_of_one_device():
         return value, gradient, moved["batch_stats"]
 
     want = jax.jit(once)(images, TARGETS[:16])
-    with shared(arranged(sweep.make_mesh(), 1, 4)):
+    with examples_shared(arranged(sweep.make_mesh(), 1, 4)):
         text = jax.jit(once).lower(images, TARGETS[:16]).compile().as_text()
         got = jax.jit(once)(images, TARGETS[:16])
     assert "all-reduce" in text
@@ -128,20 +130,21 @@ def test_devices_talk_to_those_of_their_own_cell_alone():
 
 
 def test_examples_are_shared_and_not_computed_twice():
-    """The convolution of a device sees half of the batch."""
-    shapes = {}
+    """Of 16 images in a batch each of two devices has 8 after the first convolution."""
+    found = []
     for per_cell in (1, 2):
         lowered = program(RECIPES["whole"], per_cell, devices=2).lower(
             np.arange(2), (IMAGES, TARGETS)
         )
-        shapes[per_cell] = lowered.compile().cost_analysis()["flops"]
-    assert shapes[2] < 0.75 * shapes[1]
+        text = lowered.compile().as_text()
+        found.append([f"[{n},6,6,6]" in text for n in (16, 8)])
+    assert found == [[True, False], [False, True]]
 
 
 def test_without_a_mesh_nothing_is_shared_out():
     x = jnp.ones((5, 2))
     assert shared_out(x) is x
-    with shared(sweep.make_mesh()):
+    with examples_shared(sweep.make_mesh()):
         assert shared_out(x) is x
 
 
@@ -159,10 +162,26 @@ def test_devices_of_a_cell_on_a_cpu(devices, cells, wanted, found):
     ("devices", "cells", "found"),
     [(4, 1, 4), (4, 2, 2), (4, 3, 1), (4, 4, 1), (4, 9, 1), (3, 1, 3), (3, 2, 1), (1, 1, 1)],
 )
-def test_on_an_accelerator_no_device_is_left_without_a_cell(monkeypatch, devices, cells, found):
+def test_on_an_accelerator_all_cells_of_a_wide_network_run_at_once(
+    monkeypatch, devices, cells, found
+):
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    mesh = arranged(sweep.make_mesh(jax.devices()[:devices]), cells)
-    assert mesh.shape["data"] == found
+    mesh = sweep.make_mesh(jax.devices()[:devices])
+    wide = madjax.Classifier(madjax.VGG16(4, width=1 / 8), lambda x: x / 255, (32, 32, 1))
+    assert arranged(mesh, cells, None, [wide]).shape["data"] == found
+    assert arranged(mesh, cells, None, [CLASSIFIER]).shape["data"] == 1
+
+
+def test_a_users_own_axis_of_that_name_is_left_alone():
+    """Where XLA is not to partition it."""
+    x = jnp.arange(8.0)
+    with jax.set_mesh(jax.make_mesh((4,), ("data",), (AxisType.Explicit,))):
+        assert shared_out(x) is x
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
+    own = jax.shard_map(
+        lambda x: shared_out(x) + 1, mesh=mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    np.testing.assert_array_equal(own(x), x + 1)
 
 
 @pytest.mark.parametrize("wanted", [0, 3, 8])
@@ -196,14 +215,14 @@ def test_a_sweep_whose_cells_are_shared_has_the_rows_of_one_that_shares_none(
     """Of the victim, the trained surrogates and the stolen models alike."""
     networks, quiet = set(), {"data_dir": folder, "log": lambda line: None}
 
-    def mapping(network):
-        networks.add(type(network.module))
+    def mapping(given):
+        networks.update(type(network.module) for network in given)
         return sweep.map_cells
 
     monkeypatch.setattr("madjax.sweep.mesh.default_mapping", mapping)
     with pytest.raises(InputError, match="devices_per_cell is 3"):
         sweep.run(CONFIG, tmp_path / "three", devices_per_cell=3, **quiet)
-    assert not (tmp_path / "three" / "rows.jsonl").exists()
+    assert not (tmp_path / "three").exists()
     SEEN.clear()
     together = sweep.run(CONFIG, tmp_path / "together", devices_per_cell=2, **quiet)
     assert networks == {Normed}

@@ -102,12 +102,43 @@ def test_what_was_compiled_before_is_not_taken():
     np.testing.assert_allclose(got, one_at_a_time(variables, X), rtol=1e-5, atol=1e-5)
 
 
-def test_batch_norm_inside_jit_is_refused():
-    jitted = jax.jit(NETWORK.apply)
-    jitted(drawn(), X)
+@pytest.mark.parametrize("known", [False, True])
+def test_batch_norm_inside_jit_is_refused_and_leaves_no_trace(known):
+    """What jit keeps is what it would have kept."""
+    jitted = jax.jit(lambda variables, x: NETWORK.apply(variables, x))
+    want = NETWORK.apply(drawn(), X)
+    if known:
+        jitted(drawn(), X)
     apply = query_statistics(lambda variables, x: jitted(variables, x))
-    with pytest.raises(InputError, match=r"BatchNorm_0 was not seen as it ran: .* not inside jit"):
-        apply(drawn(), X)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"BatchNorm_0 is no plain flax\.linen\.BatchNorm"):
+            apply(drawn(), X)
+    np.testing.assert_allclose(jitted(drawn(), X), want, rtol=1e-5, atol=1e-5)
+
+
+class Own(nn.BatchNorm):
+    """Of a user's own kind, which might do anything."""
+
+
+def test_a_batch_norm_of_another_kind_is_refused():
+    network = nn.Sequential([Own(use_running_average=True), nn.Conv(2, (2, 2))])
+    variables = network.init(jax.random.key(0), X)
+    with pytest.raises(InputError, match="layers_0 is no plain"):
+        query_statistics(network.apply)(variables, X)
+
+
+def test_a_mask_is_kept():
+    """Of positions that count."""
+    mask = jnp.arange(6)[None, :, None, None] < 4
+    x, norm = X - X[:, :4].mean(), nn.BatchNorm(use_running_average=True)
+    variables = norm.init(jax.random.key(0), x)
+    part = x[:, :4]
+
+    def masked(variables, x):
+        return norm.apply(variables, x, mask=jnp.broadcast_to(mask, x.shape))
+
+    got = query_statistics(masked)(variables, x)[:, :4]
+    np.testing.assert_allclose(got, query_statistics(norm.apply)(variables, part), atol=1e-5)
 
 
 def test_batch_norm_in_training_mode_is_refused_by_gram_as_ever():

@@ -713,7 +713,7 @@ def test_tasks_of_equal_shapes_are_one_axis_of_one_program(tmp_path, monkeypatch
     data = write_data(tmp_path)
     for seed, name in ((1, "other"), (2, "third")):
         write_data(tmp_path, seed=seed, name=name)
-    monkeypatch.setattr("madjax.sweep.mesh.default_mapping", lambda network: mapping)
+    monkeypatch.setattr("madjax.sweep.mesh.default_mapping", lambda networks: mapping)
     known = Defended(MAD(surrogate_epochs=1), (0.0, 0.99))  # from the victim's own data
     grid = replace(CONFIG, tasks=ALIKE, defenses=(known,), attacks=(attack,), seeds=(0, 1))
     waves, written = [], store.append_rows

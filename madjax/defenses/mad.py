@@ -29,7 +29,7 @@ class MAD(Defense):
     where it is given no surrogate: its posterior is y, so that G'y vanishes and nearly every answer
     is y (`undefended_share` in rows). query_statistics: whether the surrogate's BatchNorm layers
     take the statistics of the query alone, as in the authors' code, see `madjax.query_statistics`;
-    a surrogate without any is as it is.
+    a surrogate without any is as it is. (Their dropout, which is alive inside G, is not imitated.)
     """
 
     layers: str = "all"

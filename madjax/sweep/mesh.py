@@ -40,24 +40,25 @@ def at_once(function: Callable[[Any], Any], cells: Any) -> Any:
     return function(cells)
 
 
-_LARGE = 2**24
-"""Products of numbers for one image (`Classifier.products`): 2.3 million of LeNet are fewer, 313 of
-VGG16 more. A step on 64 images then has as many as an accelerator does in some 10 microseconds."""
+def one_by_one(networks: Sequence[Classifier] = ()) -> bool:
+    """Whether the cells of a device, which have these networks, go one after another.
 
-
-def default_mapping(network: Classifier | None = None) -> Mapping:
-    """`map_cells` on a CPU, `vmap_cells` on an accelerator, unless the cells' network is large.
-
-    On a CPU experiments/bench_training.py has measured it. On an accelerator a small network leaves
-    most of the device idle. A large one fills it alone, and its convolutions side by side would be
-    grouped ones.
+    On a CPU they do (measured by experiments/bench_training.py), and on an accelerator if a network
+    is wide: it fills the device better than small ones do, and its convolutions side by side would
+    be grouped ones. (On accelerators that is a guess.)
     """
-    large = network is not None and network.products >= _LARGE
-    return map_cells if jax.default_backend() == "cpu" or large else vmap_cells
+    return jax.default_backend() == "cpu" or any(network.is_wide for network in networks)
 
 
-def split_cpu(most: int) -> None:
+def default_mapping(networks: Sequence[Classifier] = ()) -> Mapping:
+    """`map_cells` where cells go `one_by_one`, else `vmap_cells`."""
+    return map_cells if one_by_one(networks) else vmap_cells
+
+
+def split_cpu(most: int, multiple: int = 1) -> None:
     """Make every core a device of its own, `most` at most, unless the user chose a number.
+
+    Where there are enough, their number is one that `multiple` divides.
 
     Cells side by side keep the cores busier than one cell that uses all of them
     (experiments/bench_training.py). Cores are those that this process may use. Without effect on
@@ -66,7 +67,9 @@ def split_cpu(most: int) -> None:
     if jax.config.jax_num_cpu_devices < 0:
         # Later it cannot be changed: the devices are there.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", max(min(_cores(), most), 1))
+            count = max(min(_cores(), most), 1)
+            count -= count % multiple if count > multiple else 0
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def _cores() -> int:
@@ -83,20 +86,21 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(shape, axes, (AxisType.Auto,) * 2, devices=devices)
 
 
-def arranged(mesh: Mesh, cells: int, per_cell: int | None = None) -> Mesh:
+def arranged(
+    mesh: Mesh, cells: int, per_cell: int | None = None, networks: Sequence[Classifier] = ()
+) -> Mesh:
     """The same devices, `per_cell` of which share each of so many cells.
 
-    By default that is one on a CPU, whose cores one cell can fill; on an accelerator it is as many
-    as leave no device without a cell, so one where there are enough cells.
+    By default that is one, but for wide networks on an accelerator (`Classifier.is_wide`): for
+    these it is as many as let all cells run at once.
 
     Raises:
         InputError: a number that does not divide the devices.
     """
     if per_cell is None:
-        wanted = 1 if jax.default_backend() == "cpu" else mesh.size / cells
-        per_cell = max(
-            n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and n <= max(wanted, 1)
-        )
+        alone = jax.default_backend() == "cpu" or not one_by_one(networks)
+        most = 1 if alone else max(mesh.size // cells, 1)
+        per_cell = max(n for n in range(1, most + 1) if mesh.size % n == 0)
     if per_cell < 1 or mesh.size % per_cell:
         raise InputError(
             f"devices_per_cell is {per_cell}: give a number that divides the {mesh.size} devices"
@@ -107,7 +111,7 @@ def arranged(mesh: Mesh, cells: int, per_cell: int | None = None) -> Mesh:
 
 
 @contextlib.contextmanager
-def shared(mesh: Mesh) -> Iterator[None]:
+def examples_shared(mesh: Mesh) -> Iterator[None]:
     """Inside, networks that are trained one at a time have their examples shared by the devices."""
     if mesh.shape[SHARED] == 1:
         yield
@@ -120,18 +124,18 @@ def over_cells(
     function: Callable[..., Any],
     *settings: Any,
     mesh: Mesh,
-    network: Classifier | None = None,
+    networks: Sequence[Classifier] = (),
     mapping: Mapping | None = None,
 ) -> Callable[[Any, Any], Any]:
     """Compile function(*settings, cell, shared) for cells with a leading axis, over a mesh.
 
     The mesh's axis `cells` divides the number of cells; along it no device talks to another.
     settings are hashable and no arrays: equal ones share a program. mapping is by default what
-    suits the network that the cells train (`default_mapping`). `check_vma` must stay off: with it,
+    suits the networks of the cells (`default_mapping`). `check_vma` must stay off: with it,
     gradients of parameters that are made inside the mapped function from constants are summed over
     the mesh.
     """
-    return _compiled(function, settings, mesh, mapping or default_mapping(network), ("cells",))
+    return _compiled(function, settings, mesh, mapping or default_mapping(networks), ("cells",))
 
 
 @lru_cache(maxsize=128)
@@ -194,16 +198,22 @@ def everywhere(shared: Any, mesh: Mesh) -> Any:
     return jax.device_put(shared, NamedSharding(mesh, P()))
 
 
-def wave_size(cells: int, mesh: Mesh, per_device: int | None, *, together: bool = False) -> int:
+def wave_size(
+    cells: int,
+    mesh: Mesh,
+    per_device: int | None,
+    networks: Sequence[Classifier] = (),
+    *,
+    together: bool = False,
+) -> int:
     """How many cells are trained side by side: so many a device, or as many as there are.
 
-    By default one a device on a CPU, so that rows come early, and all on an accelerator, or where
-    they are to stay together.
+    By default one a device where they go `one_by_one`, so that rows come early and take the memory
+    of one; else all, as where they are to stay together.
     """
     groups = mesh.shape["cells"]
     all_of_them = -(-cells // groups)
-    one_by_one = jax.default_backend() == "cpu" and not together
-    wanted = per_device or (1 if one_by_one else all_of_them)
+    wanted = per_device or (1 if one_by_one(networks) and not together else all_of_them)
     return groups * min(wanted, all_of_them)
 
 

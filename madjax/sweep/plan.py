@@ -218,7 +218,8 @@ def planned(
     for group in groups:
         knows = _count_answers(group, stock, tally, mesh)
         _count_networks(group, stock, tally, knows)
-        own = arranged(mesh, len(group.places), per_cell)
+        networks = group.parties.networks
+        own = arranged(mesh, len(group.places), per_cell, networks)
         _count_cells(group, stock, tally, own, per_device)
     return Plan(
         name,
@@ -317,7 +318,7 @@ def _count_cells(
         held = rule is not None and stock.kept.has(stock.keys.stolen(group, place, budget, ()))
         if tally.need("stolen models", "examples", name, held, kind, amount):
             tally.disk += 4 * (2 * group.epochs + 2)  # accuracies and losses, queries, fidelity
-    size = wave_size(len(group.places), mesh, per_device)
+    size = wave_size(len(group.places), mesh, per_device, parties.networks)
     settings = parties.stolen, attack.recipe, attack.examples(attack.budget)
     tally.programs |= {(f, *settings, size) for f in ("start", "advance")}
     tally.programs.add(("fidelity", parties.stolen, size))

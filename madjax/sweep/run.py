@@ -48,17 +48,19 @@ def run(
     that have their row are left alone and a wave goes on from its last whole epoch or round; the
     config may have more cells than that of the run had. cells_per_device: how many cells of a wave
     a device trains; by default one on a CPU, so that rows come early, and all on an accelerator.
-    devices: those to run on, by default all. devices_per_cell: how many of them train one network
-    together, each on its share of every batch; it divides their number. By default that is one on a
-    CPU, and on an accelerator as many as leave no device without a cell. Shared sums are rounded
-    otherwise.
+    devices: those to run on, by default all. devices_per_cell: how many of them train
+    one network together, each on its share of every batch; it divides their number. By default that
+    is one, but for wide networks on an accelerator as many as let all cells of a group run at once.
+    The results differ by rounding from those of one device. Queries and online attackers are not
+    shared.
 
     Raises:
         InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,
             architectures and budgets that do not fit each other; attackers that would train on the
             images they are judged by.
     """
-    directory = Path(directory)
+    directory, mesh = Path(directory), make_mesh(devices)
+    arranged(mesh, 1, devices_per_cell)  # which may not divide them
     opened = open_tasks(config.tasks, data_dir, cache.folder())
     ahead = tried(config, opened)
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
@@ -67,8 +69,6 @@ def run(
         done = {row["id"] for row in rows}
         missing = {name: cell for name, cell in cells.items() if name not in done}
         if missing:
-            mesh = make_mesh(devices)
-            arranged(mesh, 1, devices_per_cell)  # which may not divide them
             facts = run_facts(config, description, mesh)
             kept = cache.open_cache(made_with(facts))
             for task, each in opened.items():

@@ -28,6 +28,7 @@ from madjax.defenses import Defense, prediction_api
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.recipe import Recipe
+from madjax.sharing import shared_out
 from madjax.streams import stream
 from madjax.train import State, percent
 
@@ -47,6 +48,11 @@ class Parties:
     family: Family
     num_classes: int
     num_labels: int
+
+    @property
+    def networks(self) -> tuple[Classifier, Classifier]:
+        """Both."""
+        return self.network, self.stolen
 
 
 class Point(NamedTuple):
@@ -342,7 +348,7 @@ def fidelity(stolen: Classifier, cell: tuple[Point, State], tests: Tests) -> Arr
     """The share of test images with the victim's own top class, in percent; NaN if diverged."""
     point, state = cell
     judged = entry(tests, point.task)
-    logits = map_chunks(partial(stolen.apply, state.params), judged.images, 250)
+    logits = map_chunks(lambda x: stolen.apply(state.params, shared_out(x)), judged.images, 250)
     agree = percent(logits.argmax(-1) == judged.posteriors.argmax(-1))
     return jnp.where(jnp.isfinite(state.accuracy[-1]), agree, jnp.nan)
 

@@ -39,16 +39,17 @@ class _Wave(NamedTuple):
 
 def steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> None:
     """Collect the transfer sets of a group's cells, train stolen models on them, and judge them."""
-    desk = replace(desk, mesh=arranged(desk.mesh, len(group.places), desk.per_cell))
     group = _without_known(group, stock, desk, per_device)
     if not group.cells:
         return
+    networks = group.parties.networks
+    desk = replace(desk, mesh=arranged(desk.mesh, len(group.places), desk.per_cell, networks))
     useful, own, tests = stock.utility(group), stock.own(group), stock.tests(group)
     if group.drawn is None:
         rule, api, told = group.rule, stock.api(group), {}
     else:  # all answers are made before, and no cell meets the defence
         rule, api, told = None, None, stock.told(group)
-    size = wave_size(len(group.places), desk.mesh, per_device)
+    size = wave_size(len(group.places), desk.mesh, per_device, networks)
     for at in range(0, len(group.places), size):
         places = group.places[at : at + size]
         points = stack([group.point(place, told.get(place)) for place in places], size)
@@ -147,7 +148,7 @@ def _ask(
 
 def _ways(group: Group, desk: Desk) -> dict[str, Any]:
     """Where the cells of a group are, and what says whether side by side."""
-    return {"mesh": desk.mesh, "network": group.parties.stolen}
+    return {"mesh": desk.mesh, "networks": group.parties.networks}
 
 
 class _Learned(NamedTuple):
@@ -196,7 +197,7 @@ def _without_known(group: Group, stock: Stock, desk: Desk, per_device: int | Non
     if group.drawn is not None:
         told, own = stock.told(group), stock.own(group)
         begin = over_cells(stages.begin, group.parties, group.attack, None, **_ways(group, desk))
-        size = wave_size(len(group.places), desk.mesh, per_device)
+        size = wave_size(len(group.places), desk.mesh, per_device, group.parties.networks)
         for at in range(0, len(group.places), size):
             places = group.places[at : at + size]
             points = stack([group.point(place, told[place]) for place in places], size)

@@ -67,7 +67,7 @@ class Stock:
         per_cell: int | None = None,
     ):
         self.opened, self._directory, self._mesh = opened, directory, mesh
-        self._together = arranged(mesh, 1, per_cell)
+        self._per_cell = per_cell
         self.kept, self._log = kept, log
         self.pace = Rates(kept.folder, kept.maker["device"])
         self.keys = Keyring(opened)
@@ -323,7 +323,7 @@ class Stock:
             self.pace,
             self._makers[scope].__setitem__,
             self._log,
-            self._together,
+            arranged(self._mesh, 1, self._per_cell, [opened.network]),
         )
 
     def _of(self, rule: Defense) -> dict[Any, Any]:

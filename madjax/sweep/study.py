@@ -42,7 +42,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
     ground = online.Ground(stock.own(group), stock.api(group), stock.tests(group))
     settings = group.parties, attack, group.rule
     start, advance, judge = (
-        over_cells(stage, *settings, mesh=desk.mesh, network=group.parties.stolen)
+        over_cells(stage, *settings, mesh=desk.mesh, networks=group.parties.networks)
         for stage in (online.start, online.advance, online.judge)
     )
     training = start(cells, ground)

@@ -22,7 +22,7 @@ from madjax.recipe import Recipe
 from madjax.sweep import cache, rates
 from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
-from madjax.sweep.mesh import shared
+from madjax.sweep.mesh import examples_shared
 from madjax.sweep.rates import Rates
 from madjax.train import State, check_converges, start
 from madjax.weights import Trained
@@ -89,7 +89,7 @@ def keeper(
                     total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None
                 ) as bar,
                 Stopwatch() as watch,
-                shared(mesh),
+                examples_shared(mesh),
             ):
                 state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
             state = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state)  # on one device again

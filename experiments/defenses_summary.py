@@ -166,7 +166,7 @@ def paired(rows, curve, other, strength):
 def main():
     """Write the tables beside the rows, and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("DIR", type=Path, nargs="?", default=RESULTS / "mnist_defenses_next")
+    parser.add_argument("DIR", type=Path, nargs="?", default=RESULTS / "mnist_defenses")
     options = parse(parser)
     directory = vars(options)["DIR"]
     rows = read_rows(directory)

@@ -81,7 +81,7 @@ def test_committed_reports_are_made_from_their_rows():
     ("name", "folders", "file"),
     [
         ("table1", ["mnist_attacks"], "table1.md"),
-        ("defenses_summary", ["mnist_defenses_next"], "summary.md"),
+        ("defenses_summary", ["mnist_defenses"], "summary.md"),
         ("angle_summary", ["mnist_angle", "mnist_angle_variants", "mnist_angle_age"], "summary.md"),
     ],
 )

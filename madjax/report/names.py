@@ -7,7 +7,6 @@ from madjax.report.points import DIGESTS, Curve
 NAMES = {"mad": "MAD", "mad_argmax": "MAD-argmax", "none": "undefended"}
 NAMES |= {"reverse_sigmoid": "reverse sigmoid", "random_noise": "random noise"}
 NAMES |= {"dp_sgd": "DP-SGD", "top_k": "top-k", "top_label": "top label"}
-NAMES |= {"top1": "top-1 label"}  # of older rows
 NAMES |= {"last": "last layer", "all": "all parameters", "identity": "G = I"}
 NAMES |= {"random_vertex": "y* = random", "argmin": "y* = argmin"}
 NAMES |= {"extreme_unnormalised": "un-normalised", "extreme_at_budget": "vertices at budget"}

@@ -50,7 +50,7 @@ def scratch() -> Sweep:
 
 
 def smoke() -> Sweep:
-    """Every line of the path in two minutes; its accuracies say nothing."""
+    """The whole path in a few minutes, most of which go to compiling; its accuracies say nothing."""
     base, recipe = load("cifar10:smoke"), Recipe(epochs=1)
     small = partial(VGG16, width=1 / 16, hidden=(64, 64))
     attack = {"budget": 64, "architecture": small, "recipe": recipe}

@@ -31,7 +31,7 @@ def scratch() -> Sweep:
 
 
 def smoke() -> Sweep:
-    """The whole path in a few minutes, most of which go to compiling; its accuracies say nothing."""
+    """The whole path in a few minutes, most of them for compiling; accuracies say nothing."""
     return replace(load("cub200:smoke"), name="caltech256_smoke")
 
 

@@ -85,7 +85,7 @@ def reduced() -> Sweep:
 
 
 def smoke() -> Sweep:
-    """The whole path in a few minutes, most of which go to compiling; its accuracies say nothing."""
+    """The whole path in a few minutes, most of them for compiling; accuracies say nothing."""
     base, recipe = config(), Recipe(epochs=1)
     (task,), small = base.tasks, partial(VGG16, width=1 / 16)
     attack = {"budget": 256, "architecture": small, "recipe": recipe}

@@ -30,7 +30,7 @@ def config() -> Sweep:
 
 
 def smoke() -> Sweep:
-    """The whole path in a few minutes, most of which go to compiling; its accuracies say nothing."""
+    """The whole path in a few minutes, most of them for compiling; accuracies say nothing."""
     base = load("cifar10:smoke")
     task = replace(base.tasks[0], dataset="cifar100[heldout:10,:512]", queryset="cifar10[:512,:1]")
     return replace(base, name="cifar100_smoke", tasks=(task,))

@@ -50,13 +50,13 @@ def scratch() -> Sweep:
 
 
 def smoke() -> Sweep:
-    """The whole path in a few minutes, most of which go to compiling; its accuracies say nothing."""
+    """The whole path in a few minutes, most of them for compiling; accuracies say nothing."""
     base, recipe = load("cifar10:smoke"), Recipe(epochs=1)
     small = partial(VGG16, width=1 / 16, hidden=(64, 64))
     attack = {"budget": 64, "architecture": small, "recipe": recipe}
     task = Task(
-        dataset="caltech101_mini@256[random:128]",
-        queryset="tinyimagenet_mini@256[random:128]",
+        dataset="caltech101_mini@256[random:128,random:64]",
+        queryset="tinyimagenet_mini@256[random:64]",
         architecture=small,
         victim=replace(recipe, augment=random_resized_crop),
     )

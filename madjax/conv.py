@@ -20,6 +20,10 @@ Array = jax.Array
 Padding = str | Sequence[tuple[int, int]]
 
 
+_MANY_COLUMNS = 64
+"""Beyond so many the program of `unfold` would take minutes to compile."""
+
+
 def unfold(
     x: Array,
     window: tuple[int, int],
@@ -37,7 +41,7 @@ def unfold(
     x, (rows, columns) = _pad(x, window, strides, padding, dilation)
     (h, w), (sh, sw), (dh, dw) = window, strides, dilation
     b, height, width, c = x.shape
-    if dw == 1:  # one run of w * C numbers for every output column
+    if dw == 1 and columns <= _MANY_COLUMNS:  # one run of w * C numbers for every output column
         x = x.reshape(b, height, width * c)
         starts = range(0, columns * sw * c, sw * c)
         x = jnp.stack([x[:, :, at : at + w * c] for at in starts], axis=2)

@@ -4,7 +4,8 @@ Claim: at equal L1 distance, and at equal defender accuracy, MAD takes more from
 than reverse sigmoid, random noise, DP-SGD, the top label alone or rounding do; an attacker that
 learns from the top label alone is as good as undefended against the defences that keep it, and not
 against MAD; and what is lost without MAD's Jacobian (G = I), its oracle (a random vertex, the least
-likely class), its normalised objective, or with a surrogate that is trained.
+likely class), its normalised objective, or with a surrogate that is trained. (experiments/README.md
+says what of it the rows bear out.)
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_defenses.py
 Cost: some 4 hours on 2 CPU cores; it may be stopped, and --resume goes on.
 

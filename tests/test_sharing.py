@@ -44,18 +44,15 @@ def darker(key, images):
     return images * jax.random.uniform(key, (len(images), 1, 1, 1))
 
 
-def taught(recipe, seed, images, targets):
+def cell(recipe, seed, data):
     """One epoch from a key, as a cell of a grid."""
+    images, targets = data
 
     def take(i):
         return images[i], targets[i]
 
     state = start(CLASSIFIER, recipe, 64, jax.random.key(seed))
     return epoch(CLASSIFIER, recipe, state, take, 64, images, LABELS)
-
-
-def cell(recipe, seed, data):
-    return taught(recipe, seed, *data)
 
 
 def program(recipe, per_cell, mapping=sweep.map_cells, devices=4):
@@ -77,7 +74,7 @@ def test_devices_that_share_a_cell_train_as_one(name, per_cell, mapping):
     recipe, seeds = RECIPES[name], np.arange(4)
     state = program(recipe, per_cell, mapping)(seeds, (IMAGES, TARGETS))
     for i in (0, 3):
-        want = jax.jit(partial(taught, recipe))(i, IMAGES, TARGETS)
+        want = jax.jit(partial(cell, recipe))(i, (IMAGES, TARGETS))
         got = jax.tree.map(lambda a, i=i: a[i], state)
         chex.assert_trees_all_close(got.params, want.params, atol=1e-5)
         np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)

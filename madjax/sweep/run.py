@@ -47,12 +47,12 @@ def run(
     Everything the user gave is checked before anything is computed or written. With resume, cells
     that have their row are left alone and a wave goes on from its last whole epoch or round; the
     config may have more cells than that of the run had. cells_per_device: how many cells of a wave
-    a device trains; by default one on a CPU, so that rows come early, and all on an accelerator.
-    devices: those to run on, by default all. devices_per_cell: how many of them train
-    one network together, each on its share of every batch; it divides their number. By default that
-    is one, but for wide networks on an accelerator as many as let all cells of a group run at once.
-    The results differ by rounding from those of one device. Queries and online attackers are not
-    shared.
+    a device trains; by default one on a CPU and of wide networks (`Classifier.is_wide`), so that
+    rows come early, else all. devices: those to run on, by default all. devices_per_cell: how many
+    of them train one network together, each on its share of every batch; it divides their number.
+    By default that is one, but for wide networks on an accelerator as many as let all cells of a
+    group run at once. The results differ by rounding from those of one device. Queries and online
+    attackers are not shared.
 
     Raises:
         InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 Array = jax.Array
 
@@ -80,8 +80,13 @@ def nested(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
     """A program, and those inside its operations: bodies of loops, branches, calls."""
     yield jaxpr
     for equation in jaxpr.eqns:
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda a: isinstance(a, ClosedJaxpr | Jaxpr)
-        ):
-            if isinstance(inner, ClosedJaxpr | Jaxpr):
-                yield from nested(getattr(inner, "jaxpr", inner))
+        for inner in inside(equation):
+            yield from nested(inner)
+
+
+def inside(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """The programs in one operation."""
+    values = list(equation.params.values())
+    for inner in jax.tree.leaves(values, is_leaf=lambda a: isinstance(a, ClosedJaxpr | Jaxpr)):
+        if isinstance(inner, ClosedJaxpr | Jaxpr):
+            yield getattr(inner, "jaxpr", inner)

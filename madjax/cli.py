@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from madjax import config, report, serving, sweep
 from madjax.errors import InputError
@@ -58,7 +59,8 @@ def _chosen(options: argparse.Namespace, command: str | None = None) -> tuple[co
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    _run(options, *_chosen(options, "sweep"), devices_per_cell=options.devices_per_cell)
+    ways = {"devices_per_cell": options.devices_per_cell, "memory": _memory(options)}
+    _run(options, *_chosen(options, "sweep"), **ways)
 
 
 def _angle(options: argparse.Namespace) -> None:
@@ -69,8 +71,26 @@ def _plan(options: argparse.Namespace) -> None:
     chosen, out = _chosen(options)
     _split_cpu(chosen, options.devices_per_cell)
     ways = {"data_dir": options.data_dir, "devices_per_cell": options.devices_per_cell}
+    machine = _machine(options)
+    ways |= {"machine": machine} if machine else {"memory": _memory(options)}
     found = sweep.plan(chosen, out, **ways)
     print(found.as_json() if options.json else found.table())
+
+
+def _machine(options: argparse.Namespace) -> sweep.Machine | None:
+    count, tflops = options.accelerators, options.tflops
+    if count is None and tflops is None:
+        return None
+    if None in (count, tflops, options.memory):
+        raise InputError(
+            "a plan for another machine takes --accelerators N, --memory GB and --tflops T: give "
+            "all three, or neither the first nor the last"
+        )
+    return sweep.Machine(count, _memory(options), tflops * 1e12)
+
+
+def _memory(options: argparse.Namespace) -> float | None:
+    return None if options.memory is None else options.memory * 1e9
 
 
 def _split_cpu(chosen: config.Sweep, per_cell: int | None) -> None:
@@ -83,11 +103,10 @@ def _run(
     options: argparse.Namespace,
     chosen: config.Sweep,
     out: Path,
-    devices_per_cell: int | None = None,
+    **ways: Any,
 ) -> None:
-    _split_cpu(chosen, devices_per_cell)
-    ways = {"resume": options.resume, "devices_per_cell": devices_per_cell}
-    sweep.run(chosen, out, data_dir=options.data_dir, **ways)
+    _split_cpu(chosen, ways.get("devices_per_cell"))
+    sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume, **ways)
     print(report.write_report(out))
     print(f"rows, table and figures: {out}/{', '.join(report.files(out))}")
 
@@ -162,6 +181,19 @@ def _at_least_zero(what: str) -> Callable[[str], float]:
     return read
 
 
+def _above_zero(what: str) -> Callable[[str], float]:
+    """The type of an option that is a number above 0, and finite."""
+
+    def read(text: str) -> float:
+        value = float(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a {what}: give a number above 0")
+        return value
+
+    read.__name__ = what  # as argparse calls what is no number
+    return read
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="madjax",
@@ -185,6 +217,18 @@ def _parser() -> argparse.ArgumentParser:
     _name_a_run(command)
     _share(command)
     command.add_argument("--json", action="store_true", help="as one JSON object")
+    command.add_argument(
+        "--accelerators",
+        type=int,
+        metavar="N",
+        help="plan for so many accelerators in place of what is here, with --memory and --tflops",
+    )
+    command.add_argument(
+        "--tflops",
+        type=_above_zero("rate in TFLOP/s"),
+        metavar="T",
+        help="that training reaches on each of them, a share of what its maker states",
+    )
     command.set_defaults(command=_plan)
 
     command = commands.add_parser(
@@ -269,6 +313,13 @@ def _share(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="let N devices train each network together (default: 1, but for wide networks on an "
         "accelerator as many as let all cells run at once)",
+    )
+    command.add_argument(
+        "--memory",
+        type=_above_zero("size in GB"),
+        metavar="GB",
+        help="that each device may take (default: all it has); images that have no room there stay "
+        "on the host and come in parts",
     )
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from madjax import backend
+
 Array = jax.Array
 Padding = str | Sequence[tuple[int, int]]
 
@@ -252,7 +254,7 @@ def convolution(x: Array, kernel: Array, *args, **kwargs) -> Array:
     The choice is made when the program is traced; a model that is lowered for another platform
     names its convolution itself, for instance `LeNet(10, convolution=lax.conv_general_dilated)`.
     """
-    if jax.default_backend() == "cpu":
+    if backend.platform() == "cpu":
         return patch_convolution(x, kernel, *args, **kwargs)
     if kernel.shape[-2] < WIDE:
         return patch_convolution(x, kernel, *args, own_from=math.inf, **kwargs)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from madjax import backend
 from madjax.batching import nested
 from madjax.conv import WIDE, convolution, max_pool_2x2
 from madjax.errors import InputError
@@ -58,7 +59,7 @@ def computed_in(dtype: Any) -> Any:
     """
     if dtype is not None:
         return dtype
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if backend.platform() == "cpu" else jnp.bfloat16
 
 
 _TORCH_LENET = ("conv1", "conv2", "fc1", "fc2")

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from madjax import backend
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.recipe import Lesson, Recipe, Step, augmented, cross_entropy, trainable
@@ -80,7 +81,7 @@ class PrivateGradient:
         from jax_privacy import clipped_grad, noise_addition
 
         n, expected = lesson.num_examples, lesson.batch_size
-        size = self.microbatch or (1 if jax.default_backend() == "cpu" else 50)
+        size = self.microbatch or (1 if backend.platform() == "cpu" else 50)
         key = stream(jax.random.fold_in(lesson.key, lesson.epoch), "private steps")
 
         def loss(params: Any, x: Array, target: Array, key: Array) -> Array:

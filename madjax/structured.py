@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Var
 
+from madjax import backend
 from madjax.batching import MEMORY, map_chunks
 from madjax.errors import InputError
 from madjax.layers import Call, GramTerm, terms
@@ -26,7 +27,7 @@ def _comfortable() -> int:
 
     A CPU is fastest while a chunk stays near its caches; an accelerator wants to be filled.
     """
-    return 2**25 if jax.default_backend() == "cpu" else 2**30
+    return 2**25 if backend.platform() == "cpu" else 2**30
 
 
 class GramShare(NamedTuple):

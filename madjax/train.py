@@ -4,7 +4,7 @@
 over keys, labels or data with `vmap` or `lax.map`. `fit` is the loop around them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from madjax.batching import map_chunks
 from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.recipe import Lesson, Recipe, Take, trainable
+from madjax.recipe import Lesson, Recipe, Take, mean_gradient, order, trainable
 from madjax.sharing import shared_out
 
 Array = jax.Array
@@ -36,7 +36,8 @@ class State(NamedTuple):
     """Percent on the test set after each epoch, float32 [recipe.epochs]: NaN from the epoch on in
     which training diverged, -inf where not yet run."""
     loss: Array
-    """Mean training loss of each epoch, float32 [recipe.epochs], -inf where not yet run."""
+    """Mean training loss of each epoch, float32 [recipe.epochs], -inf where not yet run; of one
+    that is under way (`part_of_pass`) the sum over its steps so far."""
 
 
 def start(
@@ -72,11 +73,13 @@ def one_pass(
     take: Take,
     num_examples: int,
     count: Array | None = None,
+    window: tuple[Array, Array] | None = None,
 ) -> State:
     """One epoch: a step of the optimiser for each gradient that the recipe makes of it.
 
     count: how many of the examples there are so far, when that is traced; num_examples then is the
-    most there can be.
+    most there can be. window: the first of its steps that are taken and the one after the last, by
+    default all; an epoch in several windows, in order, is done after the last.
     """
     key = jax.random.wrap_key_data(state.key)
     drawn = recipe.batch_size, key, state.epoch, recipe.augment
@@ -91,14 +94,96 @@ def one_pass(
         updates, opt_state = optimizer.update(gradient, opt_state, trained)
         return params | optax.apply_updates(trained, updates), opt_state, total + value
 
-    begin = (state.params, state.opt_state, jnp.zeros((), jnp.float32))
-    params, opt_state, total = jax.lax.fori_loop(0, steps, step, begin)
+    first, stop = (0, steps) if window is None else window
+    so_far = jnp.zeros((), jnp.float32)
+    if window is not None:
+        so_far = jnp.where(first == 0, so_far, state.loss[state.epoch])
+    begin = (state.params, state.opt_state, so_far)
+    params, opt_state, total = jax.lax.fori_loop(first, stop, step, begin)
+    loss, done = total / steps, 1
+    if window is not None:
+        loss, done = jnp.where(stop == steps, loss, total), jnp.int32(stop == steps)
     return state._replace(
         params=params,
         opt_state=opt_state,
-        epoch=state.epoch + 1,
-        loss=state.loss.at[state.epoch].set(total / steps),
+        epoch=state.epoch + done,
+        loss=state.loss.at[state.epoch].set(loss),
     )
+
+
+class Part(NamedTuple):
+    """Some steps of an epoch, and the images for them: what a device holds of a large set."""
+
+    images: Array
+    """[R, H, W, C], in the order of the epoch, from the first that these steps take."""
+    first: Array
+    """Of the steps, int32."""
+    stop: Array
+    """The step after the last, int32."""
+
+
+def part_of_pass(
+    classifier: Classifier,
+    recipe: Recipe,
+    state: State,
+    part: Part,
+    targets: Array,
+    count: Array | None = None,
+) -> State:
+    """The steps of one part of `one_pass`, of a recipe with `mean_gradient`; targets [N, K]."""
+    num_examples = len(targets)
+    visit = order(jax.random.wrap_key_data(state.key), state.epoch, num_examples, count)
+    rank, size = jnp.argsort(visit), num_examples if count is None else count
+
+    def take(i: Array) -> tuple[Array, Array]:
+        # After the last image of an epoch its first follow, by which a last batch is filled up.
+        return part.images[(rank[i] - part.first * recipe.batch_size) % size], targets[i]
+
+    window = part.first, part.stop
+    return one_pass(classifier, recipe, state, take, num_examples, count, window)
+
+
+def parts(
+    images: Callable[[np.ndarray], Any],
+    visit: np.ndarray,
+    batch_size: int,
+    at_once: int,
+) -> Iterator[Part]:
+    """The parts of an epoch that visits images in an order, each of `at_once` of them.
+
+    images(numbers [R]) puts these on the device, where two parts are at a time: the next one is
+    fetched as soon as steps of this one have been asked for. at_once is rounded to whole batches.
+    """
+    size = max(at_once // batch_size, 1) * batch_size
+    steps = -(-len(visit) // batch_size)
+
+    def fetch(first: int) -> Part:
+        numbers = visit[(first * batch_size + np.arange(size)) % len(visit)]
+        stop = min(first + size // batch_size, steps)
+        return Part(images(numbers), np.int32(first), np.int32(stop))
+
+    following = fetch(0)
+    while following.stop < steps:
+        yield following
+        following = fetch(int(following.stop))
+    yield following
+
+
+def check_parts(recipe: Recipe, at_once: int, num_images: int) -> None:
+    """Refuse what cannot be trained on parts of a set.
+
+    Raises:
+        InputError: a gradient that does not visit images in the order of `madjax.recipe.order`; no
+            number of images.
+    """
+    if type(at_once) is not int or at_once < 1:
+        raise InputError(f"at_once is {at_once!r}: give a whole number of images >= 1, or None")
+    if at_once < num_images and recipe.gradient is not mean_gradient:
+        raise InputError(
+            f"a device has room for {at_once} of the {num_images} images, and the gradient "
+            f"{recipe.gradient!r} may draw any of them at each step: give fewer images, or a "
+            "device with more memory"
+        )
 
 
 def epoch(
@@ -200,6 +285,7 @@ def fit(
     *,
     state: State | None = None,
     after_epoch: Callable[[State], None] = lambda state: None,
+    at_once: int | None = None,
 ) -> State:
     """Train a network from a key, or go on from a state.
 
@@ -215,6 +301,8 @@ def fit(
         test: (images uint8 [T, H, W, C], labels [T]), on which it is judged after every epoch.
         state: where an earlier call stopped; without one training starts.
         after_epoch: called with the state after every epoch.
+        at_once: how many of the images the device holds at a time, twice, as the next are fetched
+            meanwhile; None: all of them, once. It changes no result.
 
     Returns:
         The last state: its params, accuracy and loss float32 [epochs], in percent and in nats. The
@@ -229,7 +317,7 @@ def fit(
 
     Raises:
         InputError: targets that do not fit the images or the network; what `recipe.gradient`
-            cannot train.
+            cannot train, or not on parts of the images.
 
     Example:
         >>> import jax, jax.numpy as jnp, madjax
@@ -240,9 +328,12 @@ def fit(
     """
     recipe.check(classifier, len(data[0]))
     images, targets = data[0], jnp.asarray(data[1])
+    shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
     n, classes = jax.eval_shape(
-        lambda k, x: classifier.apply(classifier.init(k), x), key, jnp.asarray(images)
+        lambda k, x: classifier.apply(classifier.init(k), x), key, shape
     ).shape
+    at_once = n if at_once is None else at_once
+    check_parts(recipe, at_once, n)
     if targets.shape not in ((n,), (n, classes)):
         raise InputError(
             f"{n} images have targets of shape {targets.shape}: give labels [{n}] or posteriors "
@@ -258,15 +349,29 @@ def fit(
     targets = targets.astype(jnp.float32)
     if state is None:
         state = _start(classifier, recipe, n, key, recipe.initial(classifier))
-    images, test = jnp.asarray(images), tuple(map(jnp.asarray, test))
+    test = tuple(map(jnp.asarray, test))
+    if at_once >= n:
+        images = jnp.asarray(images)
     for _ in range(int(state.epoch), recipe.epochs):
-        state = _advance(classifier, recipe, state, images, targets, *test)
+        if at_once >= n:
+            state = _advance(classifier, recipe, state, images, targets, *test)
+        else:
+            visit = np.asarray(_order(jax.random.wrap_key_data(state.key), state.epoch, n))
+            some = parts(lambda i: jnp.asarray(images[i]), visit, recipe.batch_size, at_once)
+            for part in some:
+                # The part before is done and let go, while the next one was fetched.
+                jax.block_until_ready(state)
+                state = _advance_part(classifier, recipe, state, part, targets)
+            state = _judge(classifier, state, *test)
         after_epoch(jax.block_until_ready(state))
     return state
 
 
 # Compiled once for all runs of one network, recipe and size.
 _start = jax.jit(start, static_argnums=(0, 1, 2))
+_advance_part = jax.jit(part_of_pass, static_argnums=(0, 1))
+_judge = jax.jit(judge, static_argnums=0)
+_order = jax.jit(order, static_argnums=2)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -305,6 +305,23 @@ def test_augmentation_is_a_plain_loop_over_images(name, sense, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["jbda", "jbself", "jbtop2", "reservoir"])
+def test_images_are_perturbed_in_parts_where_they_have_no_room_at_once(name, monkeypatch):
+    whole = collect(ATTACKS[name])
+    monkeypatch.setattr(jacobian, "MEMORY", 1)
+    at_once = []
+    perturb = ATTACKS[name].perturb
+
+    def noted(logits, z, *rest):
+        at_once.append(len(z))
+        return perturb(logits, z, *rest)
+
+    apart = collect(replace(ATTACKS[name], perturb=noted))
+    assert set(at_once) == {1}
+    np.testing.assert_allclose(apart.x, whole.x, atol=1e-3)
+    np.testing.assert_allclose(apart.targets, whole.targets, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["jbda", "jbself", "jbtop2", "reservoir"])
 def test_new_images_stay_within_the_range_of_pixels_and_near_their_origin(name):
     transfer = collect(ATTACKS[name])
     assert np.all((transfer.x >= 0) & (transfer.x <= 255))

@@ -42,7 +42,7 @@ def functions(monkeypatch):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_runs_through_at_its_smallest_size(run, name, tmp_path, capsys):
     """PyTorch is left out where it is not installed. CI runs these too."""
-    words = ("--out", "out/it") if name.startswith("bench_") else ()
+    words = ("--out", "out/it") if name.startswith(("bench_", "plan_")) else ()
     run(name, "--smoke", *words)
     assert capsys.readouterr().out.strip()
     if words:

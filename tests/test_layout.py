@@ -11,7 +11,7 @@ pytestmark = pytest.mark.smoke
 
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "backend"},
     {"files", "conv", "batching", "linear", "streams", "augment", "statistics", "sharing"},
     {"layers"},
     {"taps"},

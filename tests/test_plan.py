@@ -1,6 +1,7 @@
 """What a plan says is what the sweep then does."""
 
 import json
+import time
 from dataclasses import replace
 
 import jax
@@ -9,11 +10,13 @@ import pytest
 
 from madjax import (
     MAD,
+    VGG16,
     AdaptiveKnockoff,
     Classifier,
     Defended,
     InputError,
     Knockoff,
+    LeNet,
     Online,
     Recipe,
     Sweep,
@@ -24,7 +27,8 @@ from madjax import (
 )
 from madjax.cli import main
 from madjax.datasets import MNIST_FAMILY
-from madjax.sweep import cache
+from madjax.sweep import cache, load, rates
+from madjax.sweep.load import held
 from madjax.sweep.rates import Rates
 from madjax.train import start
 from tests.networks import Linear
@@ -156,11 +160,14 @@ def test_a_device_holds_more_for_each_cell_by_its_transfer_set_and_its_model(fol
     network = Classifier(Linear(4), MNIST_FAMILY.preprocess, (6, 6, 1))
     state = jax.eval_shape(lambda: start(network, RECIPE, 30, jax.random.key(0)))
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    assert two - one == model + 4 * 30 * (6 * 6 + 4)
+    assert two - one == 2 * model + 4 * 30 * (6 * 6 + 4)  # a model before a step, and after it
     data = open_dataset("tiny", folder)
     images = data.x_train.nbytes + data.y_train.nbytes
     tests = data.x_test.nbytes + 30 * 4 * (1 + 4)
-    assert one - (two - one) == images + 2 * tests  # of two tasks that share their images
+    # Of two tasks that share their images: two victims, and a surrogate for each with each seed.
+    weights = 4 * (36 * 4 + 4) * (2 + 2 * 2)
+    # Cells take their steps one after another.
+    assert one - (two - one) == images + 2 * tests + weights + held(network, RECIPE.batch_size)
 
 
 def test_a_plan_knows_what_is_there(made, kept, folder, tmp_path):
@@ -249,6 +256,125 @@ def test_time_is_the_median_of_what_this_device_took(tmp_path):
     assert Rates(None, "this").seconds("stolen LeNet", 10) is None
 
 
+MACHINE = sweep.Machine(count=4, memory=1e9, flops=1e6)
+
+
+def test_a_plan_for_another_machine_goes_by_operations(folder, tmp_path):
+    """Each stage as a closed form of its work, and of the devices that are busy with it."""
+    ways = {"data_dir": folder, "machine": MACHINE}
+    config = replace(CONFIG, budgets=(), defenses=(Defended(MAD(), (0.5, 0.9)),))
+    plan = sweep.plan(config, tmp_path / "out", **ways)
+    assert plan.device == "4 x accelerator at 1e-06 TFLOP/s"
+    network = Classifier(Linear(4), MNIST_FAMILY.preprocess, (6, 6, 1))
+    forward, backward = load.knowing(network), load.learning(network)
+    knows = load.answering(MAD(), network, jax.eval_shape(network.init, jax.random.key(0)))
+    amounts = {stage.name: stage.amount for stage in plan.stages}
+    jacobian = CONFIG.attacks[2]
+    wanted = {
+        "networks": amounts["networks"] * backward / 1,  # small networks are trained on one device
+        "posteriors": amounts["posteriors"] * forward / 4,
+        # Once for both strengths, and for images that are sent twice.
+        "answers": 2 * 2 * (30 + 40 + 40 / 2) * knows / 4,
+        # Eight cells of each attack, two a device.
+        "transfer sets": 8 * (30 * (forward + knows) + jacobian.passes * forward) / 4,
+        "stolen models": amounts["stolen models"] * backward / 4,
+    }
+    assert jacobian.passes == 3 * 2 * (10 + 20) + 2 * 20
+    for stage in plan.stages:
+        assert stage.seconds == pytest.approx(wanted[stage.name] / 1e6), stage.name
+    assert plan.seconds == pytest.approx(sum(wanted.values()) / 1e6)
+    with pytest.raises(InputError, match="memory is 5: the machine says its own"):
+        sweep.plan(config, tmp_path / "out", **ways, memory=5)
+    few = replace(config, seeds=(0,), tasks=(TASK,), attacks=(KNOCKOFF,))
+    (stolen,) = (s for s in sweep.plan(few, tmp_path / "out", **ways).stages if "model" in s.name)
+    assert stolen.seconds == pytest.approx(stolen.amount * backward / 1e6 / 2)  # two are idle
+    online = replace(few, attacks=(Online(budget=32, images=20, every=1, **SETTINGS),))
+    assert sweep.plan(online, tmp_path / "out", **ways).stages[-1].seconds is None
+
+
+def test_devices_that_share_a_network_are_busy_with_it(folder, tmp_path):
+    config = replace(CONFIG, attacks=(KNOCKOFF,), budgets=())
+    ways = {"data_dir": folder, "machine": MACHINE}
+
+    def networks(**more):
+        return sweep.plan(config, tmp_path / "out", **ways, **more).stages[0].seconds
+
+    assert networks() == pytest.approx(4 * networks(devices_per_cell=4))
+
+
+@pytest.mark.parametrize("name", ["count", "memory", "flops"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_a_machine_without_size_is_refused(name, value):
+    with pytest.raises(InputError, match=f"{name} of the machine is {value}: give a number >= 1"):
+        replace(MACHINE, **{name: value})
+
+
+def test_a_plan_says_where_a_device_has_no_room(folder, tmp_path):
+    ways = {"data_dir": folder, "cells_per_device": 1}
+    plan = sweep.plan(CONFIG, tmp_path / "out", **ways)
+    assert " on a device, " in plan.summary()
+    less = sweep.plan(CONFIG, tmp_path / "out", **ways, memory=plan.device_bytes - 1)
+    assert " on a device (which has 0.0 MB), " in less.summary()
+
+
+def test_the_machine_has_nothing_of_this_ones_cache(made, kept, folder, tmp_path):
+    held = sweep.plan(CONFIG, tmp_path / "out", data_dir=folder)
+    assert sum(stage.held for stage in held.stages) > 0
+    there = sweep.plan(CONFIG, tmp_path / "out", data_dir=folder, machine=MACHINE)
+    assert sum(stage.held for stage in there.stages) == 0
+
+
+def test_data_sets_that_are_at_hand_are_not_looked_for(folder, tmp_path):
+    config = replace(CONFIG, attacks=(KNOCKOFF,), budgets=(), seeds=(0,))
+    called = tuple(replace(task, dataset="mine", queryset="mine") for task in config.tasks)
+    mine = replace(config, tasks=called)
+    datasets = {"mine": open_dataset("tiny", folder)}
+    with pytest.raises(InputError, match="mine"):
+        sweep.plan(mine, tmp_path / "out", data_dir=folder)
+    plan = sweep.plan(mine, tmp_path / "out", datasets=datasets)
+    assert plan.missing == plan.cells == 4
+    rows = sweep.run(mine, tmp_path / "mine", datasets=datasets, log=lambda line: None)
+    named, _ = run(config, tmp_path / "named", folder)
+    results = "attacker_accuracy", "defender_accuracy", "l1_mean", "dataset_checksum"
+    assert len(rows) == len(named) == 4
+    for name in results:
+        assert [row.get(name) for row in rows] == [row.get(name) for row in named], name
+
+
+@pytest.mark.smoke
+def test_a_stopwatch_tells_compiling_from_running():
+    """Traces inside others are not counted twice."""
+
+    @jax.jit
+    def inner(x):
+        time.sleep(0.2)
+        return x + 1
+
+    @jax.jit
+    def outer(x):
+        time.sleep(0.2)
+        return inner(x)
+
+    watch = sweep.Stopwatch()
+    with watch:
+        outer(1.0)
+        time.sleep(0.2)
+    assert watch.compiling >= 0.4
+    assert watch.running >= 0.2
+
+
+@pytest.mark.smoke
+def test_networks_of_other_widths_have_rates_of_their_own():
+    def of(module, shape=(32, 32, 3)):
+        return rates.knowing(Classifier(module, MNIST_FAMILY.preprocess, shape))
+
+    assert of(VGG16(10)) == of(VGG16(100)) == "posteriors of VGG16 on 32x32x3"
+    assert of(VGG16(10, width=0.25)) == "posteriors of VGG16(width=0.25) on 32x32x3"
+    own = LeNet(10, convolution=jax.lax.conv_general_dilated)
+    said = "posteriors of LeNet(convolution=conv_general_dilated) on 28x28x1"
+    assert of(own, (28, 28, 1)) == said
+
+
 def test_a_plan_refuses_what_the_sweep_would(folder, tmp_path):
     config = replace(CONFIG, attacks=(replace(KNOCKOFF, budget=61),))
     with pytest.raises(InputError, match="budget is 61"):
@@ -280,3 +406,17 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
     assert (found["cells"], found["missing"], found["seconds"]) == (12, 12, None)
     assert found["stages"][0]["unit"] == "examples"
     assert not (tmp_path / "runs").exists()
+    other = "--accelerators", "8", "--memory", "80", "--tflops", "80"
+    assert main(["plan", *other, *words]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "on 8 x accelerator at 80 TFLOP/s" in said
+    assert "about 0 s and compiling" in said
+    assert main(["plan", *other[:4], *words]) == 2
+    assert "--tflops T: give all three" in capsys.readouterr().err
+    for option in ("--memory", "--tflops"):
+        for value in ("0", "-1", "inf", "nan"):
+            with pytest.raises(SystemExit):
+                main(["plan", option, value, *words])
+            assert f"argument {option}: {value} is not a" in capsys.readouterr().err
+    assert main(["plan", "--memory", "1e-4", *words]) == 0
+    assert "on a device (which has 0.1 MB)" in capsys.readouterr().out

@@ -26,6 +26,7 @@ from madjax.datasets import MNIST_FAMILY
 from madjax.defenses import as_function
 from madjax.evaluate import utility
 from madjax.sweep import stages
+from madjax.sweep.foresight import foreseen
 from madjax.sweep.mesh import over_rows
 from tests.networks import Linear
 
@@ -162,7 +163,7 @@ def numbers(y):
 def test_what_an_attack_says_that_it_sends_is_tried(attack, told):
     parties = sweep.Parties(NETWORK, NETWORK, MNIST_FAMILY, 4, 3)
     for seed in (5, 2**32 - 1):
-        drawn = stages.foreseen(parties, attack, seed, IMAGES, LABELS)
+        drawn = foreseen(parties, attack, seed, IMAGES, LABELS)
         assert (drawn is not None) == told
         if told:
             np.testing.assert_array_equal(drawn, attack.foreseen(keys(seed)["draw"], 37))

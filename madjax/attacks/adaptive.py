@@ -88,6 +88,11 @@ class AdaptiveKnockoff(Attack):
         if not self.rewards:
             raise InputError("rewards is empty: give madjax.attacks.certainty or another")
 
+    @property
+    def passes(self) -> float:
+        """See `Attack.passes`: the scratch network rates each answer, and learns from it."""
+        return 4.0 * self.budget
+
     def check(self, num_images: int, num_classes: int, image_shape: tuple[int, ...]) -> None:
         """See `Attack.check`: no image is sent twice."""
         del num_classes, image_shape

@@ -55,8 +55,10 @@ class World:
 
     images uint8 [N, H, W, C] are its own, labels int32 [N] in [0, num_labels) their classes, which
     need not be the victim's. classifier is the stolen model's network, with num_classes outputs;
-    family says how pixels are normalised. told, where it is given, answers queries for own images
-    in place of the victim: (numbers [B], indices of the images [B]) -> y_tilde [B, K], made before.
+    family says how pixels are normalised. An attack that does well without the images is given
+    their shape in their place (`jax.ShapeDtypeStruct`) in a sweep. told, where it is given, answers
+    queries for own images in place of the victim: (numbers [B], indices of the images [B]) ->
+    y_tilde [B, K], made before.
     """
 
     respond: Respond
@@ -163,6 +165,14 @@ class Attack:
     def rounds(self) -> int:
         """How often `proceed` is called after `begin`."""
         return 0
+
+    @property
+    def passes(self) -> float:
+        """How often it sends an image through its own network before it trains the stolen model.
+
+        For plans of how long it takes: all of it together, a step of training counting as three.
+        """
+        return 0.0
 
     def check(self, num_images: int, num_classes: int, image_shape: tuple[int, ...]) -> None:
         """Refuse, before any work, settings that these images and classes do not allow.

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madjax.attacks.attack import Attack, Transfer, World, draw
+from madjax.batching import MEMORY, map_within
 from madjax.datasets import Family
 from madjax.errors import InputError
 from madjax.recipe import Recipe, check_bare, cross_entropy, order
@@ -192,6 +193,13 @@ class JacobianAugmentation(Attack):
         """Rounds of augmentation after the seeds."""
         return len(self._plan())
 
+    @property
+    def passes(self) -> float:
+        """See `Attack.passes`: to train the substitutes, and to perturb images."""
+        learnt = self.substitute.epochs * sum(r.known for r in self._plan())
+        perturbed = sum(r.new for r in self._plan())
+        return 3.0 * learnt + (17.0 if self.perturb is towards_next else 2.0) * perturbed
+
     def check(self, num_images: int, num_classes: int, image_shape: tuple[int, ...]) -> None:
         """See `Attack.check`: the seeds must be there, and classes for every copy."""
         del image_shape
@@ -246,7 +254,11 @@ class JacobianAugmentation(Attack):
             wanted = j < now.new
             base = bases[j // self.copies % self.budget]
             z = world.family.preprocess(transfer.x[base])
-            delta = self.perturb(logits, z, transfer.targets[base], j % self.copies, now.step)
+            delta = map_within(
+                lambda rows: self.perturb(logits, *rows, now.step),
+                (z, transfer.targets[base], j % self.copies),
+                MEMORY,
+            )
             asking, training = self._images(z, delta, now.step, world.family)
             answers, asked = world.ask(so_far.asked, asking, wanted)
             rows = training, self.targets(answers)

@@ -35,7 +35,7 @@ MAX_STRENGTH = 1e6
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """What is trained, and by what recipe: called as train(state=, after_epoch=) -> State."""
+    """What is trained, and by what recipe: called with options of `madjax.fit`, as one function."""
 
     classifier: Classifier
     recipe: Recipe

@@ -18,15 +18,18 @@
 made once (stock.py), and kept on disk (cache.py) under a key of all that determines it
 (keyring.py). Cells of one defence and attack, on tasks of equal shapes, are a group (work.py), and
 go through the last stages together, in waves spread over the devices (mesh.py), of which several
-may share a cell. Online attackers, who leave no transfer set, have stages and a loop of their own
-(online.py, study.py), beside that of the others (steal.py). `plan` (plan.py) counts what `run`
-would do, in the time that earlier work took (rates.py).
+may share a cell. Images that have no room there stay on the host, and a cell is sent its own in
+parts of an epoch. Online attackers, who leave no transfer set, have stages and a loop of their own
+(online.py, study.py), beside that of the others (steal.py). `plan` (plan.py, tally.py) counts what
+`run` would do, in the time that earlier work took (rates.py), or that its operations take on a
+machine that is not here; load.py has these, and how many cells fit on a device.
 """
 
 from madjax.sweep.clock import Stopwatch, programs
 from madjax.sweep.defended import defended
 from madjax.sweep.grid import Cell, cell_id, expand
 from madjax.sweep.mesh import (
+    Machine,
     default_mapping,
     device_name,
     make_mesh,
@@ -45,6 +48,7 @@ from madjax.sweep.study import direction_kept
 __all__ = [
     "Api",
     "Cell",
+    "Machine",
     "Own",
     "Parties",
     "Plan",

@@ -1,20 +1,30 @@
 """Seconds of work, with what compiling takes apart, and which programs were compiled."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_COMPILING = (_COMPILED, "/jax/core/compile/jaxpr_to_mlir_module_duration")
+_COMPILING = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    _COMPILED,
+)
 
 programs: Counter[str] = Counter()
 """How often this process has compiled a program, by the name of its function."""
 _spent = Counter(seconds=0.0)
+_spans: deque[tuple[float, float]] = deque(maxlen=1000)
+"""When the latest of what was spent began, and how long it took."""
 
 
 def _listen(event: str, seconds: float, **said: str) -> None:
     if event in _COMPILING:
+        began = time.perf_counter() - seconds
+        while _spans and _spans[-1][0] >= began:  # a trace inside this one, which has its seconds
+            _spent["seconds"] -= _spans.pop()[1]
+        _spans.append((began, seconds))
         _spent["seconds"] += seconds
     if event == _COMPILED:
         programs[str(said.get("fun_name", "")).removeprefix("jit(").removesuffix(")")] += 1
@@ -26,7 +36,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 class Stopwatch:
     """Adds up the seconds of its `with` blocks: `running`, and `compiling` beside it.
 
-    Compiling is what JAX reports of lowering and of XLA; tracing counts as running.
+    Compiling is what JAX reports of tracing, of lowering and of XLA.
     """
 
     def __init__(self, running: float = 0.0):

@@ -8,15 +8,17 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from madjax import backend
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.sharing import SHARED
@@ -47,7 +49,7 @@ def one_by_one(networks: Sequence[Classifier] = ()) -> bool:
     is wide: it fills the device better than small ones do, and its convolutions side by side would
     be grouped ones. (On accelerators that is a guess.)
     """
-    return jax.default_backend() == "cpu" or any(network.is_wide for network in networks)
+    return backend.platform() == "cpu" or any(network.is_wide for network in networks)
 
 
 def default_mapping(networks: Sequence[Classifier] = ()) -> Mapping:
@@ -82,8 +84,67 @@ def _cores() -> int:
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Devices (by default all), each with cells of its own."""
     devices = jax.devices() if devices is None else devices
-    shape, axes = (len(devices), 1), ("cells", SHARED)
-    return jax.make_mesh(shape, axes, (AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((len(devices), 1), _AXES, _TYPES, devices=devices)
+
+
+_AXES, _TYPES = ("cells", SHARED), (AxisType.Auto,) * 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices that a plan is made for (`madjax.sweep.plan`); they need not be here.
+
+    count: how many there are. memory: bytes of each. flops: floating-point operations a second
+    that training reaches on each, which is a share of what the maker states: it goes by the size
+    of the network and of the batch.
+    """
+
+    count: int
+    memory: float
+    flops: float
+    platform: str = "gpu"
+    name: str = "accelerator"
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 1), ("memory", 1), ("flops", 1)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise InputError(
+                    f"{name} of the machine is {getattr(self, name)}: give a number >= {least}"
+                )
+
+    @property
+    def label(self) -> str:
+        """What it is called in a plan."""
+        return f"{self.count} x {self.name} at {self.flops / 1e12:g} TFLOP/s"
+
+    @property
+    def mesh(self) -> Mesh:
+        """As of `make_mesh`, without devices."""
+        return AbstractMesh((self.count, 1), _AXES, axis_types=_TYPES)
+
+
+def memory_of(mesh: Mesh, given: float | None = None, *, alone: bool = False) -> float | None:
+    """Bytes that each device of a mesh may take, those given or all; None: it does not say.
+
+    Devices of a CPU share the machine's memory. alone: of one that works while the others rest.
+
+    Raises:
+        InputError: given bytes that are no number above 0.
+    """
+    if given is not None:
+        if not 0 < given < float("inf"):
+            raise InputError(
+                f"memory is {given}: give the bytes that each device may take, above 0"
+            )
+        return given
+    device = mesh.devices.flat[0]
+    said = device.memory_stats()
+    if said and "bytes_limit" in said:
+        return said["bytes_limit"]
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return whole if alone else whole // mesh.size
+    return None
 
 
 def arranged(
@@ -98,16 +159,17 @@ def arranged(
         InputError: a number that does not divide the devices.
     """
     if per_cell is None:
-        alone = jax.default_backend() == "cpu" or not one_by_one(networks)
+        alone = backend.platform() == "cpu" or not one_by_one(networks)
         most = 1 if alone else max(mesh.size // cells, 1)
         per_cell = max(n for n in range(1, most + 1) if mesh.size % n == 0)
     if per_cell < 1 or mesh.size % per_cell:
         raise InputError(
             f"devices_per_cell is {per_cell}: give a number that divides the {mesh.size} devices"
         )
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh((mesh.size // per_cell, per_cell), _AXES, axis_types=_TYPES)
     # In the same order, so that what lies on all devices of one lies there on the other.
-    devices = mesh.devices.reshape(-1, per_cell)
-    return Mesh(devices, ("cells", SHARED), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(mesh.devices.reshape(-1, per_cell), _AXES, axis_types=_TYPES)
 
 
 @contextlib.contextmanager
@@ -126,16 +188,19 @@ def over_cells(
     mesh: Mesh,
     networks: Sequence[Classifier] = (),
     mapping: Mapping | None = None,
+    in_place: bool = False,
 ) -> Callable[[Any, Any], Any]:
     """Compile function(*settings, cell, shared) for cells with a leading axis, over a mesh.
 
     The mesh's axis `cells` divides the number of cells; along it no device talks to another.
     settings are hashable and no arrays: equal ones share a program. mapping is by default what
-    suits the networks of the cells (`default_mapping`). `check_vma` must stay off: with it,
-    gradients of parameters that are made inside the mapped function from constants are summed over
-    the mesh.
+    suits the networks of the cells (`default_mapping`). in_place: cells are pairs, of which the
+    second has the shapes of the result, which takes its memory: it cannot be read any more.
+    `check_vma` must stay off: with it, gradients of parameters that are made inside the mapped
+    function from constants are summed over the mesh.
     """
-    return _compiled(function, settings, mesh, mapping or default_mapping(networks), ("cells",))
+    mapping = mapping or default_mapping(networks)
+    return _compiled(function, settings, mesh, mapping, ("cells",), in_place)
 
 
 @lru_cache(maxsize=128)
@@ -145,21 +210,29 @@ def _compiled(
     mesh: Mesh,
     mapping: Mapping,
     axes: tuple[str, ...],
+    in_place: bool = False,
 ) -> Callable[[Any, Any], Any]:
     def local(cells: Any, shared: Any) -> Any:
         return mapping(lambda cell: function(*settings, cell, shared), cells)
 
     local.__name__ = getattr(function, "__name__", local.__name__)  # as the compiler's log says
-    return jax.jit(
-        jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(P(axes), P()),
-            out_specs=P(axes),
-            axis_names=set(axes),  # the others are XLA's to partition
-            check_vma=False,
-        )
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(axes), P()),
+        out_specs=P(axes),
+        axis_names=set(axes),  # the others are XLA's to partition
+        check_vma=False,
     )
+    if not in_place:
+        return jax.jit(mapped)
+
+    def apart(fixed: Any, changing: Any, shared: Any) -> Any:
+        return mapped((fixed, changing), shared)
+
+    apart.__name__ = local.__name__
+    compiled = jax.jit(apart, donate_argnums=1)
+    return lambda cells, shared: compiled(*cells, shared)
 
 
 def over_rows(mesh: Mesh) -> Callable[..., Callable[[Any, Any], Any]]:

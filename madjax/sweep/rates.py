@@ -4,7 +4,7 @@ import contextlib
 import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,5 +120,17 @@ def _means(recipe: Recipe) -> str:
 
 
 def _named(network: Classifier) -> str:
+    """The network's module, its settings that are not the usual ones, and its images."""
+    module = network.module
+    values = {
+        each.name: (getattr(module, each.name), each.default)
+        for each in fields(module)
+        if each.name not in ("parent", "name", "num_classes")  # flax's own, and one of the data
+    }
+    settings = ", ".join(
+        f"{name}={name_of(value) if callable(value) else value}"
+        for name, (value, usual) in values.items()
+        if value != usual
+    )
     shape = "x".join(map(str, network.image_shape))
-    return f"{type(network.module).__name__} on {shape}"
+    return f"{type(module).__name__}{settings and f'({settings})'} on {shape}"

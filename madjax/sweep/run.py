@@ -4,7 +4,7 @@ What cells share is made once (stock.py), by the first stages of stages.py. Then
 each of one defence and attack, go through the stages that are a cell's own (steal.py, study.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from tqdm import tqdm
 from madjax import store
 from madjax.attacks import Online
 from madjax.config import Sweep, describe
+from madjax.datasets import Dataset
 from madjax.sweep import cache
 from madjax.sweep.grid import cell_id, expand
-from madjax.sweep.mesh import arranged, make_mesh
+from madjax.sweep.load import check_fits, check_fits_alone
+from madjax.sweep.mesh import arranged, make_mesh, memory_of
 from madjax.sweep.plan import planned
 from madjax.sweep.rows import made_with, run_facts
 from madjax.sweep.steal import steal
@@ -40,6 +42,8 @@ def run(
     cells_per_device: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     devices_per_cell: int | None = None,
+    datasets: Mapping[str, Dataset] | None = None,
+    memory: float | None = None,
     log: Log = tqdm.write,
 ) -> list[dict[str, Any]]:
     """Run a sweep into a directory and return its rows, one dict a cell.
@@ -48,22 +52,32 @@ def run(
     that have their row are left alone and a wave goes on from its last whole epoch or round; the
     config may have more cells than that of the run had. cells_per_device: how many cells of a wave
     a device trains; by default one on a CPU and of wide networks (`Classifier.is_wide`), so that
-    rows come early, else all. devices: those to run on, by default all. devices_per_cell: how many
-    of them train one network together, each on its share of every batch; it divides their number.
-    By default that is one, but for wide networks on an accelerator as many as let all cells of a
-    group run at once. The results differ by rounding from those of one device. Queries and online
-    attackers are not shared.
+    rows come early, else as many as fit. devices: those to run on, by default all.
+    devices_per_cell: how many of them train one network together, each on its share of every batch;
+    it divides their number. By default that is one, but for wide networks on an accelerator as many
+    as let all cells of a group run at once. The results differ by rounding from those of one
+    device. Queries and online attackers are not shared. datasets: data sets that are at hand, by
+    the names that tasks have for them; others are opened by name, as all are to export a run.
+    memory: bytes that each device may take, by default all it says it has. Images that have no room
+    there stay on the host, and go to the device in parts of an epoch.
 
     Raises:
         InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,
             architectures and budgets that do not fit each other; attackers that would train on the
-            images they are judged by.
+            images they are judged by; cells of which not one fits on a device.
     """
     directory, mesh = Path(directory), make_mesh(devices)
     arranged(mesh, 1, devices_per_cell)  # which may not divide them
-    opened = open_tasks(config.tasks, data_dir, cache.folder())
+    opened = open_tasks(config.tasks, data_dir, cache.folder(), datasets)
     ahead = tried(config, opened)
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
+    found = store.ids(directory) if resume else {}
+    for group in grouped({i: c for i, c in cells.items() if i not in found}, config, ahead):
+        own = arranged(mesh, len(group.places), devices_per_cell, group.parties.networks)
+        check_fits(group, opened, own, memory_of(mesh, memory))
+    for task, each in opened.items():
+        own = arranged(mesh, 1, devices_per_cell, [each.network])
+        check_fits_alone(task, config.defenses, each, own, memory_of(mesh, memory, alone=True))
     description = describe(config) | {"data": [each.checksums for each in opened.values()]}
     with store.open_run(directory, description, list(cells), resume=resume) as rows:
         done = {row["id"] for row in rows}
@@ -75,7 +89,7 @@ def run(
                 if not agrees(directory, task, each.network, each.data, kept):
                     log(f"{task.label}: the cache has another victim than {directory}: not used")
                     kept = replace(kept, folder=None)
-            stock = Stock(opened, directory, mesh, kept, log, devices_per_cell)
+            stock = Stock(opened, directory, mesh, kept, log, memory, devices_per_cell)
             groups = grouped(missing, config, ahead)
             ways = stock, directory, mesh, cells_per_device, devices_per_cell
             log(planned(config.name, len(cells), groups, *ways).summary())

@@ -10,8 +10,8 @@ cell: `begin` and `proceed` make its transfer set, `start` and `advance` its sto
 `mesh.over_cells` compiles each for a wave of cells.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -21,13 +21,12 @@ import numpy as np
 
 from madjax import defenses, evaluate
 from madjax import train as training
-from madjax.attacks import Attack, Transfer, World, keys, posteriors
+from madjax.attacks import Attack, Transfer, World, keys
 from madjax.batching import QUERIES, map_chunks
 from madjax.datasets import Family
 from madjax.defenses import Defense, prediction_api
-from madjax.errors import InputError
 from madjax.models import Classifier
-from madjax.recipe import Recipe
+from madjax.recipe import Recipe, order
 from madjax.sharing import shared_out
 from madjax.streams import stream
 from madjax.train import State, percent
@@ -78,10 +77,18 @@ class Api(NamedTuple):
     """What the defence has prepared (for MAD: surrogates), with one of tasks and seeds."""
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Unseen:
+    """Images that stay on the host; an attack that looks at one of them fails as it is traced."""
+
+    shape: tuple[int, ...]
+
+
 class Own(NamedTuple):
     """The attackers' own images [T, N, H, W, C] of T tasks, and their classes [T, N]."""
 
-    images: Array
+    images: Array | Unseen
     labels: Array
 
 
@@ -123,9 +130,19 @@ def victim_posteriors(
     images: np.ndarray,
     *,
     over: Over = on_one_device,
+    chunk: int = QUERIES,
 ) -> np.ndarray:
-    """The victim's posteriors y [N, K] of images [N, H, W, C]."""
-    return np.asarray(over(posterior, network)(images, params))
+    """The victim's posteriors y [N, K] of images [N, H, W, C], made for `chunk` at a time."""
+    ask, count = over(posterior, network), len(images)
+    found = [np.asarray(ask(images[some], params)) for some in _chunks(count, chunk)]
+    return np.concatenate(found)[:count]
+
+
+def _chunks(count: int, size: int) -> Iterator[np.ndarray]:
+    """Rows in chunks; the last is filled up with copies, so that one program serves all."""
+    size = min(count, size)
+    for at in range(0, count, size):
+        yield np.minimum(np.arange(at, at + size), count - 1)
 
 
 def posterior(network: Classifier, images: Array, params: Any) -> Array:
@@ -156,11 +173,8 @@ def answers(
     count = len(y)
     numbers = _senders(np.arange(count) if sent is None else sent)
     told = np.empty((len(strengths), int(numbers.max()) + 1, y.shape[1]), np.float32)
-    size = min(count, chunk)
     answer = over(at_strengths, rule, network)
-    for at in range(0, count, size):
-        # The last chunk is filled up with copies, so that one program serves all.
-        some = np.minimum(np.arange(at, at + size), count - 1)
+    for some in _chunks(count, chunk):
         rows = numbers[some], images[some], y[some]
         found = np.asarray(answer(rows, (known, key, np.float32(strengths))))
         asked = numbers[some] >= 0
@@ -239,25 +253,6 @@ def proceed(
     return attack.proceed(r, transfer, _world(parties, attack, rule, point, own, api))
 
 
-def rehearse(
-    parties: Parties, attack: Attack, rule: Defense, cell: Point, own: Own, api: Api
-) -> None:
-    """Trace all queries of a cell.
-
-    Raises:
-        InputError: an attack that makes another transfer set than it says.
-    """
-    transfer = begin(parties, attack, rule, cell, (own, api))
-    if attack.rounds:
-        transfer = proceed(parties, attack, rule, (cell, transfer), (own, api, jnp.int32(0)))
-    wanted = attack.examples(attack.budget), parties.num_classes
-    if transfer.targets.shape != wanted:
-        raise InputError(
-            f"the attack {attack.label} makes targets of shape {transfer.targets.shape}: return "
-            f"{wanted}, one row for each example"
-        )
-
-
 def _world(
     parties: Parties,
     attack: Attack,
@@ -275,16 +270,21 @@ def _world(
         )
         told = None
     else:
-        respond = _unanswered(parties.num_classes)
+        respond = unanswered(parties.num_classes)
 
         def told(numbers: Array, index: Array) -> Array:
             del index  # those of the queries of these numbers, which was tried (`foreseen`)
             return cell.told[numbers]
 
+    if isinstance(own.images, Unseen):
+        images = jax.ShapeDtypeStruct(own.images.shape[1:], jnp.uint8)
+    else:
+        images = entry(own.images, cell.task)
     return World(
         respond,
         attack.budget,
-        *entry(own, cell.task),
+        images,
+        entry(own.labels, cell.task),
         parties.num_labels,
         parties.num_classes,
         parties.stolen,
@@ -294,7 +294,7 @@ def _world(
     )
 
 
-def _unanswered(num_classes: int) -> Callable[[Array, Array], Array]:
+def unanswered(num_classes: int) -> Callable[[Array, Array], Array]:
     """A victim that answers NaN: for attacks whose every answer is known before."""
 
     def respond(numbers: Array, images: Array) -> Array:
@@ -344,6 +344,37 @@ def advance(
     )
 
 
+def visited(size: int, cell: State, count: Array) -> Array:
+    """The order in which the next epoch of `advance` visits a transfer set, int32 [size].
+
+    Its first `count` are all examples that are trained on.
+    """
+    return order(jax.random.wrap_key_data(cell.key), cell.epoch, size, count)
+
+
+def advance_part(
+    stolen: Classifier,
+    recipe: Recipe,
+    cell: tuple[Transfer, State, Array],
+    shared: tuple[Array, Array, Array],
+) -> State:
+    """Some steps of `advance` on images of the cell's own [R, H, W, C] (`madjax.train.Part`).
+
+    shared = (count, first, stop). `judged` follows the last steps of an epoch.
+    """
+    transfer, state, images = cell
+    count, first, stop = shared
+    part = training.Part(images, first, stop)
+    return training.part_of_pass(stolen, recipe, state, part, transfer.targets, count)
+
+
+def judged(stolen: Classifier, cell: tuple[Point, State], tests: Tests) -> State:
+    """The state after an epoch, with the accuracy on the test set."""
+    point, state = cell
+    own = entry(tests, point.task)
+    return training.judge(stolen, state, own.images, own.labels)
+
+
 def fidelity(stolen: Classifier, cell: tuple[Point, State], tests: Tests) -> Array:
     """The share of test images with the victim's own top class, in percent; NaN if diverged."""
     point, state = cell
@@ -351,41 +382,3 @@ def fidelity(stolen: Classifier, cell: tuple[Point, State], tests: Tests) -> Arr
     logits = map_chunks(lambda x: stolen.apply(state.params, shared_out(x)), judged.images, 250)
     agree = percent(logits.argmax(-1) == judged.posteriors.argmax(-1))
     return jnp.where(jnp.isfinite(state.accuracy[-1]), agree, jnp.nan)
-
-
-def foreseen(
-    parties: Parties, attack: Attack, seed: int, images: np.ndarray, labels: np.ndarray
-) -> np.ndarray | None:
-    """The own images that an attack sends, in order, int32 [budget]; None where it cannot be told.
-
-    What `Attack.foreseen` says is tried: an attack that does not ask for these images by their
-    index, in this order, is one that cannot be told.
-    """
-    tried = _tried(parties, attack, np.uint32(seed), images, labels)
-    return None if tried is None or not tried[1] else np.asarray(tried[0])
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _tried(
-    parties: Parties, attack: Attack, seed: Array, images: Array, labels: Array
-) -> tuple[Array, Array] | None:
-    """What an attack says it will send, and whether it is what it asks for."""
-    key = keys(seed)["draw"]
-    drawn = attack.foreseen(key, len(images))
-    if drawn is None:
-        return None
-
-    def told(numbers: Array, index: Array) -> Array:
-        right = (drawn[numbers] == index)[:, None]
-        return jnp.where(
-            right, jnp.full((1, parties.num_classes), 1 / parties.num_classes), jnp.nan
-        )
-
-    never = _unanswered(parties.num_classes)
-    own = images, labels, parties.num_labels, parties.num_classes
-    world = World(never, attack.budget, *own, parties.stolen, parties.family, key, told)
-    attack = replace(attack, targets=posteriors)  # which say whether answers are numbers
-    transfer = attack.begin(world)
-    for r in range(attack.rounds):
-        transfer = attack.proceed(jnp.int32(r), transfer, world)
-    return drawn, jnp.isfinite(transfer.targets).all()

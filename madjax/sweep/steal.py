@@ -19,12 +19,13 @@ from madjax.defenses import Defense
 from madjax.sweep import rates, stages
 from madjax.sweep.cache import Maker
 from madjax.sweep.clock import Stopwatch
-from madjax.sweep.mesh import arranged, everywhere, over_cells, spread, stack, wave_size
+from madjax.sweep.load import at_once, sends_numbers, wave_of
+from madjax.sweep.mesh import arranged, everywhere, over_cells, spread, stack
 from madjax.sweep.rows import measured
 from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.stock import Stock
 from madjax.sweep.work import Desk, Group, Place
-from madjax.train import State
+from madjax.train import State, parts
 
 Array = jax.Array
 
@@ -44,12 +45,17 @@ def steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> Non
         return
     networks = group.parties.networks
     desk = replace(desk, mesh=arranged(desk.mesh, len(group.places), desk.per_cell, networks))
-    useful, own, tests = stock.utility(group), stock.own(group), stock.tests(group)
+    useful, tests = stock.utility(group), stock.tests(group)
+    size = wave_of(group, stock.opened, desk.mesh, per_device, stock.memory)
+    cells = size // desk.mesh.shape["cells"]
+    part = at_once(group, stock.opened, desk.mesh, cells, stock.memory)
+    whole = stock.own(group) if part is None else None
+    own = stock.own(group, unseen=True) if sends_numbers(group, stock.opened) else whole
+    images = None if whole is None else whole.images
     if group.drawn is None:
         rule, api, told = group.rule, stock.api(group), {}
     else:  # all answers are made before, and no cell meets the defence
         rule, api, told = None, None, stock.told(group)
-    size = wave_size(len(group.places), desk.mesh, per_device, networks)
     for at in range(0, len(group.places), size):
         places = group.places[at : at + size]
         points = stack([group.point(place, told.get(place)) for place in places], size)
@@ -59,7 +65,9 @@ def steal(group: Group, stock: Stock, desk: Desk, per_device: int | None) -> Non
             waiting = {i: p for i, p in enumerate(places) if (p, budget) in group.waiting}
             if not waiting:
                 continue
-            stolen, learning = _stolen(wave, group, budget, transfer, own, tests, stock, desk)
+            stolen, learning = _stolen(
+                wave, group, budget, transfer, images, tests, part, stock, desk
+            )
             took = {
                 "seconds": collecting.running + learning.running,
                 "seconds_collecting": collecting.running,
@@ -90,10 +98,9 @@ def _collect(
     Cells that meet the defence find theirs in the cache, where it has all of the wave's, and leave
     them there. Those of others are made anew from the answers, at no cost.
     """
-    begin, proceed = (
-        over_cells(stage, group.parties, group.attack, rule, **_ways(group, desk))
-        for stage in (stages.begin, stages.proceed)
-    )
+    settings, ways = (group.parties, group.attack, rule), _ways(group, desk)
+    begin = over_cells(stages.begin, *settings, **ways)
+    proceed = over_cells(stages.proceed, *settings, **ways, in_place=True)  # sets may be large
     if rule is None:
         return _ask(wave, group, begin, proceed, (own, api), desk)
     like = jax.eval_shape(begin, wave.points, (own, api))._replace(memory=())
@@ -195,9 +202,10 @@ def _without_known(group: Group, stock: Stock, desk: Desk, per_device: int | Non
         return group
     made: dict[Place, list[np.ndarray]] = {place: [] for place in group.places}
     if group.drawn is not None:
-        told, own = stock.told(group), stock.own(group)
+        told = stock.told(group)
+        own = stock.own(group, unseen=sends_numbers(group, stock.opened))
         begin = over_cells(stages.begin, group.parties, group.attack, None, **_ways(group, desk))
-        size = wave_size(len(group.places), desk.mesh, per_device, group.parties.networks)
+        size = wave_of(group, stock.opened, desk.mesh, per_device, stock.memory)
         for at in range(0, len(group.places), size):
             places = group.places[at : at + size]
             points = stack([group.point(place, told[place]) for place in places], size)
@@ -225,8 +233,9 @@ def _stolen(
     group: Group,
     budget: int,
     transfer: Transfer,
-    own: Own,
+    images: Array | None,
     tests: Tests,
+    part: int | None,
     stock: Stock,
     desk: Desk,
 ) -> tuple[list[_Stolen], Stopwatch]:
@@ -241,7 +250,9 @@ def _stolen(
         if held is not None:
             desk.bar.update(group.epochs * sum((p, budget) in group.waiting for p in wave.places))
             return [_Stolen(*each) for each in held], Stopwatch()
-        state, agreed, watch = _learn(wave, group, budget, transfer, own, tests, desk)
+        state, agreed, watch = _learn(
+            wave, group, budget, transfer, images, tests, part, stock, desk
+        )
         found = jax.device_get((transfer.asked, state.accuracy, state.loss, agreed))
         learned = [_Learned(*(each[i] for each in found)) for i in range(len(keys))]
         for key, each in zip(keys, learned, strict=True):
@@ -257,15 +268,20 @@ def _learn(
     group: Group,
     budget: int,
     transfer: Transfer,
-    own: Own,
+    images: Array | None,
     tests: Tests,
+    part: int | None,
+    stock: Stock,
     desk: Desk,
 ) -> tuple[State, Array, Stopwatch]:
-    """The wave's stolen models after their last epoch, their fidelity, and the seconds."""
+    """The wave's stolen models after their last epoch, their fidelity, and the seconds.
+
+    images: the attackers' own, on the devices; where they are on the host, part says how many a
+    cell is sent at a time.
+    """
     attack, stolen, name = group.attack, group.parties.stolen, f"{wave.name}-budget-{budget}"
     settings = stolen, attack.recipe, attack.examples(attack.budget)
     start = over_cells(stages.start, *settings, **_ways(group, desk))
-    advance = over_cells(stages.advance, *settings, **_ways(group, desk))
     fidelity = over_cells(stages.fidelity, stolen, **_ways(group, desk))
     points, count = wave.points._replace(told=None), np.int32(attack.examples(budget))
     cells = sum((place, budget) in group.waiting for place in wave.places)
@@ -278,12 +294,53 @@ def _learn(
         state, watch.running = spread(saved[0], desk.mesh), float(saved[1])
     finished = int(state.epoch[0])
     desk.bar.update(cells * finished)
+    if images is not None:
+        whole = over_cells(stages.advance, *settings, **_ways(group, desk))
+
+        def advance(state: State) -> State:
+            return whole((points, transfer, state), (images, tests, count))
+    else:
+        advance = _in_parts(wave, group, budget, transfer, tests, part, stock, desk)
     for e in range(finished, group.epochs):
         with watch:
-            shared = own.images, tests, count
-            state = jax.block_until_ready(advance((points, transfer, state), shared))
+            state = jax.block_until_ready(advance(state))
         store.save(desk.directory, name, e + 1, (state, np.asarray(watch.running)))
         desk.bar.update(cells)
     with watch:
         agreed = jax.block_until_ready(fidelity((points, state), tests))
     return state, agreed, watch
+
+
+def _in_parts(
+    wave: _Wave,
+    group: Group,
+    budget: int,
+    transfer: Transfer,
+    tests: Tests,
+    part: int,
+    stock: Stock,
+    desk: Desk,
+) -> Callable[[State], State]:
+    """An epoch of the wave's stolen models, whose images are on the host and come in parts."""
+    attack, stolen = group.attack, group.parties.stolen
+    size, count = attack.examples(attack.budget), np.int32(attack.examples(budget))
+    visited = over_cells(stages.visited, size, **_ways(group, desk))
+    some = over_cells(stages.advance_part, stolen, attack.recipe, **_ways(group, desk))
+    judged = over_cells(stages.judged, stolen, **_ways(group, desk))
+    points, sent = wave.points._replace(told=None), np.asarray(transfer.x)
+    images = [stock.opened[task].sources[attack.source].images for task in group.tasks]
+
+    def fetch(orders: np.ndarray) -> Array:
+        """Of each cell those at the same places of its order."""
+        cells = zip(points.task, sent, orders, strict=True)
+        return spread(np.stack([images[t][own[numbers]] for t, own, numbers in cells]), desk.mesh)
+
+    def advance(state: State) -> State:
+        orders = np.asarray(visited(state, count))[:, :count]
+        batch = attack.recipe.batch_size
+        for each in parts(lambda at: fetch(orders[:, at]), np.arange(count), batch, part):
+            jax.block_until_ready(state)
+            state = some((transfer, state, each.images), (count, each.first, each.stop))
+        return judged((points, state), tests)
+
+    return advance

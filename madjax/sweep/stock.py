@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ from madjax.sweep import rates, stages
 from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.keyring import Asked, Keyring
-from madjax.sweep.mesh import arranged, everywhere, over_rows
+from madjax.sweep.load import at_once_alone
+from madjax.sweep.mesh import arranged, everywhere, memory_of, over_rows
 from madjax.sweep.rates import Rates
 from madjax.sweep.rows import task_facts
-from madjax.sweep.stages import Api, Own, Tests
+from madjax.sweep.stages import Api, Own, Tests, Unseen
 from madjax.sweep.tasks import Opened
 from madjax.sweep.victim import (
     Keep,
@@ -64,9 +66,11 @@ class Stock:
         mesh: Mesh,
         kept: Cache,
         log: Log,
+        memory: float | None = None,
         per_cell: int | None = None,
     ):
         self.opened, self._directory, self._mesh = opened, directory, mesh
+        self.memory, self._alone = memory_of(mesh, memory), memory_of(mesh, memory, alone=True)
         self._per_cell = per_cell
         self.kept, self._log = kept, log
         self.pace = Rates(kept.folder, kept.maker["device"])
@@ -91,12 +95,19 @@ class Stock:
         known = task_facts(self.opened[place.task].data, self._victim(place.task).state)
         return known | {"made_elsewhere": elsewhere}
 
-    def own(self, group: Group) -> Own:
-        """The attackers' images, on every device: one table where all tasks share it."""
+    def own(self, group: Group, *, unseen: bool = False) -> Own:
+        """The attackers' images, on every device: one table where all tasks share it.
+
+        unseen: only their classes, and how many images there are.
+        """
         found = [self.opened[task].sources[group.attack.source] for task in group.tasks]
         if all(each is found[0] for each in found):
             found = found[:1]
-        images, labels = (np.stack([each[i] for each in found]) for i in range(2))
+        labels = np.stack([each.labels for each in found])
+        if unseen:
+            images = Unseen((len(found), *found[0].images.shape))
+        else:
+            images = np.stack([each.images for each in found])
         return everywhere(Own(images, labels), self._mesh)
 
     def tests(self, group: Group) -> Tests:
@@ -181,17 +192,18 @@ class Stock:
             if _is_kept(mine):
                 self.kept.put(self.keys.transfer(group, place), mine)
 
-    def networks(self, group: Group, task: Task, seed: int | None) -> list[Planned]:
-        """The networks that a defence would train for a victim and a seed; for None, the victim."""
+    def foreseen(self, group: Group, task: Task, seed: int | None) -> tuple[list[Planned], Any]:
+        """The networks that a defence would train for a victim and a seed, and what it would know.
+
+        That as shapes. For None it is the victim that would be trained.
+        """
         each = self.opened[task]
         keep, found = planner(self._directory, task, each.network, each.data, self.kept)
         owner = owner_of(task, each.network, each.data, keep)
         if seed is None:
-            jax.eval_shape(owner.train_victim)
-        else:
-            key = keys(seed)["surrogate"]
-            jax.eval_shape(lambda: group.rule.prepare(owner, key, group.strengths))
-        return found
+            return found, jax.eval_shape(owner.train_victim)
+        key = keys(seed)["surrogate"]
+        return found, jax.eval_shape(lambda: group.rule.prepare(owner, key, group.strengths))
 
     def _at_places(
         self,
@@ -287,7 +299,8 @@ class Stock:
             params, over = self._victim(task).state.params, over_rows(self._mesh)
             watch = Stopwatch()
             with watch:
-                y = stages.victim_posteriors(opened.network, params, asked.images, over=over)
+                spread = {"over": over, "chunk": QUERIES * self._mesh.size}
+                y = stages.victim_posteriors(opened.network, params, asked.images, **spread)
             self.pace.note(rates.knowing(opened.network), len(y), watch.running)
             self.kept.put(name, y)
         return y
@@ -314,6 +327,7 @@ class Stock:
     def _keeper(self, task: Task, scope: Hashable) -> Keep:
         """Trains networks; what made one that the cache had is noted under a scope."""
         opened = self.opened[task]
+        mesh = arranged(self._mesh, 1, self._per_cell, [opened.network])
         return keeper(
             self._directory,
             task,
@@ -323,7 +337,8 @@ class Stock:
             self.pace,
             self._makers[scope].__setitem__,
             self._log,
-            arranged(self._mesh, 1, self._per_cell, [opened.network]),
+            mesh,
+            partial(at_once_alone, data=opened.data, mesh=mesh, memory=self._alone),
         )
 
     def _of(self, rule: Defense) -> dict[Any, Any]:

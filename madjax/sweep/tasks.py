@@ -1,8 +1,8 @@
 """Tasks opened: the images behind their names and the networks that take them, checked."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,17 +56,25 @@ class Opened:
 
 
 def open_tasks(
-    tasks: Iterable[Task], data_dir: str | Path | None, folder: Path | None
+    tasks: Iterable[Task],
+    data_dir: str | Path | None,
+    folder: Path | None,
+    datasets: Mapping[str, Dataset] | None = None,
 ) -> dict[Task, Opened]:
     """Open the data of tasks, each set once, and check that victims and attackers can use it.
 
-    folder: where images that have to be decoded are kept for the next time.
+    folder: where images that have to be decoded are kept for the next time. datasets: those that
+    are at hand, by the whole names that tasks have for them.
 
     Raises:
         InputError: see `open_dataset`; sets, architectures and given victims that do not fit each
             other, and attackers that would train on the images they are judged by.
     """
-    opened = cache(partial(open_dataset, data_dir=data_dir, folder=folder))
+    given = datasets or {}
+
+    @cache
+    def opened(name: str) -> Dataset:
+        return given[name] if name in given else open_dataset(name, data_dir, folder=folder)
 
     @cache
     def drawn_from(queryset: str, splits: tuple[str, ...]) -> tuple[Source, int]:

@@ -16,6 +16,7 @@ from madjax.defenses.defense import Training
 from madjax.errors import InputError, in_one_line
 from madjax.recipe import Recipe
 from madjax.sweep import online, stages
+from madjax.sweep.foresight import foreseen
 from madjax.sweep.rows import plain
 from madjax.sweep.stages import Api, Own, Parties, Point, Tests
 from madjax.sweep.tasks import Opened
@@ -67,8 +68,7 @@ def _look_ahead(opened: Opened, attack: Attack, config: Sweep) -> Prospect:
     attack.recipe.check(parties.stolen, min(map(attack.examples, config.budgets_of(attack))))
     try:
         found = {
-            seed: stages.foreseen(parties, attack, seed, own.images, own.labels)
-            for seed in config.seeds
+            seed: foreseen(parties, attack, seed, own.images, own.labels) for seed in config.seeds
         }
     except Exception:  # which `_try_attack` meets again, and tells in one line
         found = {0: None}
@@ -118,12 +118,31 @@ def _try_attack(opened: Opened, attack: Attack, ahead: Prospect, rule: Defense, 
         if isinstance(attack, Online):
             online.rehearse(parties, attack, rule, point, own, api, judged)
         else:
-            stages.rehearse(parties, attack, rule, point, own, api)
+            _rehearse(parties, attack, rule, point, own, api)
 
     sizes = len(opened.sources[attack.source].images), len(opened.data.x_test)
     with _in_one_line(f"the attack {attack.label}"):
         blanks = (_blank(opened, size) for size in sizes)
         jax.eval_shape(cell, jax.random.key(0), *blanks, known)
+
+
+def _rehearse(
+    parties: Parties, attack: Attack, rule: Defense, cell: Point, own: Own, api: Api
+) -> None:
+    """Trace all queries of a cell.
+
+    Raises:
+        InputError: an attack that makes another transfer set than it says.
+    """
+    transfer = stages.begin(parties, attack, rule, cell, (own, api))
+    if attack.rounds:
+        transfer = stages.proceed(parties, attack, rule, (cell, transfer), (own, api, jnp.int32(0)))
+    wanted = attack.examples(attack.budget), parties.num_classes
+    if transfer.targets.shape != wanted:
+        raise InputError(
+            f"the attack {attack.label} makes targets of shape {transfer.targets.shape}: return "
+            f"{wanted}, one row for each example"
+        )
 
 
 def _blank(opened: Opened, count: int) -> jax.ShapeDtypeStruct:

@@ -53,13 +53,14 @@ def keeper(
     found: Callable[[str, Maker], None],
     log: Log,
     mesh: Mesh,
+    at_once: Callable[[Classifier, Recipe, np.ndarray], int | None],
 ) -> Keep:
     """The `Owner.keep` of a run: training goes on from the checkpoint in its directory.
 
     A finished network lies there, and in the cache for other runs, with what made it, of which
     found(name, maker) is told; pace is told how long training took. Victims that several tasks
-    share are trained once, each by the devices of the mesh that share a cell. It raises InputError
-    as soon as training diverges, and keeps no checkpoint of that.
+    share are trained once, each by the devices of the mesh that share a cell, on `at_once` images
+    at a time. It raises InputError as soon as training diverges, and keeps no checkpoint of that.
     """
     num_examples = len(data.x_train)
 
@@ -91,7 +92,11 @@ def keeper(
                 Stopwatch() as watch,
                 examples_shared(mesh),
             ):
-                state = train(state=jax.tree.map(jnp.asarray, saved), after_epoch=after_epoch)
+                state = train(
+                    state=jax.tree.map(jnp.asarray, saved),
+                    after_epoch=after_epoch,
+                    at_once=at_once(victim, recipe, train.data[0]),
+                )
             state = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state)  # on one device again
             if done < recipe.epochs:
                 store.sign(directory, folder, kept.maker)

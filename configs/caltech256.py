@@ -5,7 +5,8 @@ Claim: with 50,000 ImageNet queries knockoff reaches 0.93 of the undefended vict
 Command: madjax sweep configs/caltech256.py --data-dir DIR
 On less data: madjax sweep caltech256:smoke, where DIR or $MADJAX_DATA holds caltech101_mini and
 tinyimagenet_mini
-Cost: not known for the whole, which is for accelerators; smoke takes 5 minutes and 7 GB on 2 cores.
+Cost: 11 days on an accelerator that reaches 80 TFLOP/s, 38 hours on eight, 63 GB of each (by
+experiments/plan_paper.py; not measured); smoke takes 5 minutes and 7 GB on 2 CPU cores.
 
 DIR/caltech256 is the folder of 256_ObjectCategories.tar without 257.clutter. ImageNet and the
 weights to start from are as for configs/cub200.py.

@@ -5,7 +5,8 @@ jbda and jbself less than a third; MAD lowers every one of them as epsilon grows
 Command: madjax sweep configs/cifar10.py --data-dir DIR
 On less data: madjax sweep cifar10:smoke, or cifar10:reduced, which is knockoff with a quarter of
 the network's width; DIR or $MADJAX_DATA holds cifar10 and cifar100.
-Cost: not known for the whole, which is for accelerators; smoke takes 3 minutes on 2 CPU cores.
+Cost: 5 hours on an accelerator that reaches 80 TFLOP/s, 47 minutes on eight, 2 GB of each (by
+experiments/plan_paper.py; not measured); smoke takes 3 minutes on 2 CPU cores.
 
 Differs from the paper: victim and attackers start from random parameters. The paper's start from a
 TinyImageNet network; with one, add --set tasks.victim.start=PATH --set attacks.recipe.start=PATH.

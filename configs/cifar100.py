@@ -4,7 +4,8 @@ Claim: with 50,000 queries knockoff reaches 0.72 of the undefended victim's 72.2
 jbda and jbself less than a tenth; MAD lowers every one of them as epsilon grows.
 Command: madjax sweep configs/cifar100.py --data-dir DIR
 On less data: madjax sweep cifar100:smoke, where DIR or $MADJAX_DATA holds cifar10 and cifar100
-Cost: not known for the whole, which is for accelerators; smoke takes 3 minutes on 2 CPU cores.
+Cost: 5 hours on an accelerator that reaches 80 TFLOP/s, 46 minutes on eight, 2 GB of each (by
+experiments/plan_paper.py; not measured); smoke takes 3 minutes on 2 CPU cores.
 
 Differs from the paper as configs/cifar10.py does. Queries are CIFAR10's, and the Jacobian attacks
 begin with 1,000 images. `smoke` has no test images of CIFAR100: ten of each class of the train

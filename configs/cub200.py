@@ -5,7 +5,8 @@ Claim: with 50,000 ImageNet queries knockoff reaches 0.81 of the undefended vict
 Command: madjax sweep configs/cub200.py --data-dir DIR
 On less data: madjax sweep cub200:smoke; DIR or $MADJAX_DATA holds caltech101_mini and
 tinyimagenet_mini.
-Cost: not known for the whole, which is for accelerators; smoke takes 5 minutes and 7 GB on 2 cores.
+Cost: 11 days on an accelerator that reaches 80 TFLOP/s, 38 hours on eight, 59 GB of each (by
+experiments/plan_paper.py; not measured); smoke takes 5 minutes and 7 GB on 2 CPU cores.
 
 As in the paper, victim and attackers start from a network that was trained on ImageNet, but for its
 last layer. It is weights/vgg16_bn.safetensors, below the directory that the command runs in:

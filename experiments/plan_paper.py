@@ -4,7 +4,7 @@ Claim: time and memory for configs cifar10, cifar100, cub200 and caltech256 as `
 them, for accelerators that are not here. Times are operations at a supposed rate, so they are as
 good as that rate: at half of it everything takes twice as long.
 Command: python experiments/plan_paper.py --out OUT
-Cost: 3 minutes and 4 GB on 2 CPU cores, and 13 GB of holes in a file for a while.
+Cost: 10 minutes on a CPU core; it reads 13 GB of holes in a file.
 
 Blank images stand in for the data sets, in the paper's numbers and sizes: nothing is downloaded.
 By default an accelerator has 80 GB, as an H100, and reaches 80 TFLOP/s, a twelfth of what its maker

@@ -96,7 +96,9 @@ def test_a_summary_is_made_from_its_rows_and_quoted(run, tmp_path, name, folders
         assert made.strip() in TABLES
 
 
-@pytest.mark.parametrize("name", ["bench_angle", "bench_jbda", "bench_training"])
+@pytest.mark.parametrize(
+    "name", ["bench_angle", "bench_jbda", "bench_plan", "bench_training", "plan_paper"]
+)
 def test_the_table_of_a_benchmark_is_made_from_its_figures_and_quoted(functions, name):
     facts = json.loads((RESULTS / f"{name}.json").read_text())
     made = functions(name)["table"](facts["results"])
@@ -120,7 +122,7 @@ def test_the_table_of_a_study_is_made_from_its_rows_and_quoted(functions, name):
     assert made.strip() in TABLES
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("bench_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_committed_benchmark_says_where_it_ran(path):
     facts = json.loads(path.read_text())
     assert facts["device"]

@@ -325,7 +325,16 @@ class Weighs(Knockoff):
         return made._replace(targets=made.targets * shade[:, None])
 
 
-@pytest.mark.parametrize("kind", [Knockoff, Sends, Weighs])
+class Draws(Knockoff):
+    """Its transfer set has images of its own making, whatever it has sent."""
+
+    def begin(self, world):
+        made = super().begin(world)
+        shape = (self.budget, *world.images.shape[1:])
+        return made._replace(x=255 * jax.random.uniform(world.key, shape))
+
+
+@pytest.mark.parametrize("kind", [Knockoff, Sends, Weighs, Draws])
 def test_a_foreseen_attack_that_looks_at_images_is_given_them(
     datasets, tmp_path, monkeypatch, kind
 ):

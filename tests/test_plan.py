@@ -27,7 +27,7 @@ from madjax import (
 )
 from madjax.cli import main
 from madjax.datasets import MNIST_FAMILY
-from madjax.sweep import cache, load, rates
+from madjax.sweep import cache, clock, load, rates
 from madjax.sweep.load import held
 from madjax.sweep.rates import Rates
 from madjax.train import start
@@ -343,8 +343,6 @@ def test_data_sets_that_are_at_hand_are_not_looked_for(folder, tmp_path):
 
 @pytest.mark.smoke
 def test_a_stopwatch_tells_compiling_from_running():
-    """Traces inside others are not counted twice."""
-
     @jax.jit
     def inner(x):
         time.sleep(0.2)
@@ -361,6 +359,15 @@ def test_a_stopwatch_tells_compiling_from_running():
         time.sleep(0.2)
     assert watch.compiling >= 0.4
     assert watch.running >= 0.2
+
+
+@pytest.mark.smoke
+def test_a_trace_inside_another_counts_once():
+    event, before = clock._COMPILING[0], clock._spent["seconds"]
+    time.sleep(0.06)
+    clock._listen(event, 0.02)
+    clock._listen(event, 0.05)
+    assert clock._spent["seconds"] - before == pytest.approx(0.05)
 
 
 @pytest.mark.smoke

@@ -22,7 +22,7 @@ _spans: deque[tuple[float, float]] = deque(maxlen=1000)
 def _listen(event: str, seconds: float, **said: str) -> None:
     if event in _COMPILING:
         began = time.perf_counter() - seconds
-        while _spans and _spans[-1][0] >= began:  # a trace inside this one, which has its seconds
+        while _spans and _spans[-1][0] >= began:  # a trace inside this one: JAX < 0.10
             _spent["seconds"] -= _spans.pop()[1]
         _spans.append((began, seconds))
         _spent["seconds"] += seconds

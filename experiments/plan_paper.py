@@ -8,7 +8,7 @@ Cost: 10 minutes on a CPU core; it reads 13 GB of holes in a file.
 
 Blank images stand in for the data sets, in the paper's numbers and sizes: nothing is downloaded.
 By default an accelerator has 80 GB, as an H100, and reaches 80 TFLOP/s, a twelfth of what its maker
-states for bfloat16: an epoch of 50,000 32x32 images in one second. 224x224 images of cub200 and
+states for bfloat16: an epoch of 50,000 32x32 images in one second. Networks of cub200 and
 caltech256 start from random parameters here; with ImageNet's weights they take as long.
 """
 

@@ -170,24 +170,19 @@ def _total(entries: list[cache.Entry]) -> str:
 
 def _at_least_zero(what: str) -> Callable[[str], float]:
     """The type of an option that is a number from 0."""
-
-    def read(text: str) -> float:
-        value = float(text)
-        if not value >= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not a {what}: give a number >= 0")
-        return value
-
-    read.__name__ = what  # as argparse calls what is no number
-    return read
+    return _number(what, lambda value: value >= 0, "a number >= 0")
 
 
 def _above_zero(what: str) -> Callable[[str], float]:
     """The type of an option that is a number above 0, and finite."""
+    return _number(what, lambda value: 0 < value < float("inf"), "a number above 0")
 
+
+def _number(what: str, fits: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = float(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a {what}: give a number above 0")
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a {what}: give {wanted}")
         return value
 
     read.__name__ = what  # as argparse calls what is no number

@@ -332,8 +332,9 @@ def fit(
     n, classes = jax.eval_shape(
         lambda k, x: classifier.apply(classifier.init(k), x), key, shape
     ).shape
-    at_once = n if at_once is None else at_once
-    check_parts(recipe, at_once, n)
+    if at_once is not None:
+        check_parts(recipe, at_once, n)
+    whole = at_once is None or at_once >= n
     if targets.shape not in ((n,), (n, classes)):
         raise InputError(
             f"{n} images have targets of shape {targets.shape}: give labels [{n}] or posteriors "
@@ -350,10 +351,10 @@ def fit(
     if state is None:
         state = _start(classifier, recipe, n, key, recipe.initial(classifier))
     test = tuple(map(jnp.asarray, test))
-    if at_once >= n:
+    if whole:
         images = jnp.asarray(images)
     for _ in range(int(state.epoch), recipe.epochs):
-        if at_once >= n:
+        if whole:
             state = _advance(classifier, recipe, state, images, targets, *test)
         else:
             visit = np.asarray(_order(jax.random.wrap_key_data(state.key), state.epoch, n))

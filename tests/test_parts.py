@@ -147,6 +147,13 @@ def test_a_private_victim_whose_images_have_no_room_is_refused_before_any_work(f
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("at_once", [0, -16, 16.0, True])
+def test_what_is_no_number_of_images_is_refused(at_once):
+    data = CLASSIFIER, RECIPE, jax.random.key(5), (IMAGES, TARGETS), TESTS
+    with pytest.raises(InputError, match=f"at_once is {at_once}: give a whole number of images"):
+        fit(*data, at_once=at_once)
+
+
 # --- in a sweep -----------------------------------------------------------------------------------
 
 
@@ -278,6 +285,10 @@ def test_cells_have_parts_of_as_many_images_as_fit_twice(datasets):
     assert load.at_once(group, opened, mesh, 1, None) is None
 
 
+PRIVATE = Recipe(epochs=1, batch_size=16, gradient=PrivateGradient(1.0))
+"""It draws any of the images at each step."""
+
+
 def looks(world):
     """Sends its darkest images."""
     shade = world.images.astype(jnp.float32).mean((1, 2, 3))
@@ -291,10 +302,11 @@ def looks(world):
     [
         jbda(budget=30, seeds=10, substitute=replace(RECIPE, augment=None), architecture=Linear),
         madjax.attacks.Custom(budget=30, collect=looks, architecture=Linear),
+        Knockoff(budget=40, architecture=Linear, recipe=PRIVATE),
     ],
-    ids=["jbda", "custom"],
+    ids=["jbda", "custom", "private"],
 )
-def test_an_attack_that_looks_at_images_has_them_all_or_is_refused(datasets, tmp_path, attack):
+def test_an_attack_that_needs_all_images_has_them_or_is_refused(datasets, tmp_path, attack):
     config = replace(CONFIG, tasks=(TASK,), attacks=(attack,), budgets=(), seeds=(0,))
     group, opened = group_of(config, datasets)
     mesh = sweep.make_mesh(jax.devices()[:1])
@@ -356,19 +368,6 @@ def test_a_foreseen_attack_that_looks_at_images_is_given_them(
         plain = replace(config, attacks=(Knockoff(**vars(attack)),))
         others = sweep.run(plain, tmp_path / "plain", **ways)
         assert others[0]["attacker_losses"][0] > 1.2 * rows[0]["attacker_losses"][0] > 0
-
-
-def test_an_attack_that_learns_in_another_order_has_all_images_or_is_refused(datasets, tmp_path):
-    recipe = Recipe(epochs=1, batch_size=16, gradient=PrivateGradient(1.0))
-    attack = Knockoff(budget=40, architecture=Linear, recipe=recipe)
-    config = replace(CONFIG, tasks=(TASK,), attacks=(attack,), budgets=(), seeds=(0,))
-    group, opened = group_of(config, datasets)
-    mesh = sweep.make_mesh(jax.devices()[:1])
-    takes = load.space(group, opened, mesh)
-    enough = takes.images + takes.shared + takes.each
-    assert load.at_once(group, opened, mesh, 1, enough) is None
-    with pytest.raises(InputError, match=r"images and what else .* on a device"):
-        sweep.run(config, tmp_path / "out", datasets=datasets, memory=enough - 1)
 
 
 def test_small_images_are_all_there_whatever_has_no_room(datasets):

@@ -106,6 +106,7 @@ def _products(equation: JaxprEqn) -> float:
     return 0.0
 
 
+@lru_cache(maxsize=128)
 def _shapes(network: Classifier) -> Any:
     return jax.eval_shape(network.init, jax.random.key(0))
 

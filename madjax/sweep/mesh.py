@@ -106,10 +106,10 @@ class Machine:
     name: str = "accelerator"
 
     def __post_init__(self) -> None:
-        for name, least in (("count", 1), ("memory", 1), ("flops", 1)):
-            if not least <= getattr(self, name) < float("inf"):
+        for name in ("count", "memory", "flops"):
+            if not 1 <= getattr(self, name) < float("inf"):
                 raise InputError(
-                    f"{name} of the machine is {getattr(self, name)}: give a number >= {least}"
+                    f"{name} of the machine is {getattr(self, name)}: give a number >= 1"
                 )
 
     @property

@@ -1,5 +1,6 @@
 """What a plan says is what the sweep then does."""
 
+import contextlib
 import json
 import time
 from dataclasses import replace
@@ -19,10 +20,12 @@ from madjax import (
     LeNet,
     Online,
     Recipe,
+    ReverseSigmoid,
     Sweep,
     Task,
     jbda,
     open_dataset,
+    store,
     sweep,
 )
 from madjax.cli import main
@@ -256,6 +259,24 @@ def test_time_is_the_median_of_what_this_device_took(tmp_path):
     assert Rates(None, "this").seconds("stolen LeNet", 10) is None
 
 
+def test_writing_checkpoints_is_no_training(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "cache"))
+    save = store.save
+
+    def slow(*args):
+        time.sleep(1)
+        save(*args)
+
+    monkeypatch.setattr("madjax.store.save", slow)
+    config = replace(CONFIG, attacks=(KNOCKOFF,), budgets=(), tasks=(TASK,), seeds=(0,))
+    run(replace(config, defenses=(Defended(ReverseSigmoid(), (0.5,)),)), tmp_path / "out", folder)
+    text = (tmp_path / "cache" / rates.FILE).read_text()
+    notes = [json.loads(line) for line in text.splitlines()]
+    took = {note["kind"].partition(" ")[0]: note["seconds"] for note in notes}
+    assert took["training"] < 2  # of three epochs
+    assert took["stolen"] < 2  # of two
+
+
 MACHINE = sweep.Machine(count=4, memory=1e9, flops=1e6)
 
 
@@ -359,6 +380,19 @@ def test_a_stopwatch_tells_compiling_from_running():
         time.sleep(0.2)
     assert watch.compiling >= 0.4
     assert watch.running >= 0.2
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("ends", [contextlib.nullcontext(), pytest.raises(OSError, match="full")])
+def test_a_stopwatch_can_pause(ends):
+    watch = sweep.Stopwatch()
+    with ends as error, watch:
+        time.sleep(0.1)
+        with watch.paused():
+            time.sleep(1)
+            if error:
+                raise OSError("full")
+    assert 0.1 <= watch.running < 0.6
 
 
 @pytest.mark.smoke

@@ -1,7 +1,9 @@
 """Seconds of work, with what compiling takes apart, and which programs were compiled."""
 
+import contextlib
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 
 import jax
 
@@ -50,3 +52,12 @@ class Stopwatch:
         compiling = _spent["seconds"] - self._compiled
         self.compiling += compiling
         self.running += time.perf_counter() - self._began - compiling
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside a block that is timed, one that is not."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()

@@ -72,8 +72,9 @@ def keeper(
         done = int(saved.epoch) if saved else 0
 
         def after_epoch(state: State) -> None:
-            check_converges(name, recipe, state)
-            store.save(directory, folder, int(state.epoch), state)
+            check_converges(name, recipe, state)  # waits for the epoch's last step
+            with watch.paused():
+                store.save(directory, folder, int(state.epoch), state)
             bar.update()
 
         with kept.alone(whole, log):

@@ -85,10 +85,7 @@ def _rows(directory: Path, description: dict[str, Any], resume: bool) -> list[di
             raise InputError(
                 f"{directory} already holds a run: add --resume to finish it, or give another --out"
             )
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}): give another --out") from error
+        old = read_config(directory)
         _check_contains(directory, old, description)
         rows = _repair(directory / ROWS)
         if old == description:
@@ -96,6 +93,21 @@ def _rows(directory: Path, description: dict[str, Any], resume: bool) -> list[di
     text = json.dumps(description, indent=2) + "\n"
     write_atomically(path, lambda draft: draft.write_text(text))
     return rows
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config of a run, as JSON has it.
+
+    Raises:
+        InputError: its file is damaged.
+    """
+    path = directory / CONFIG
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}): make the run anew in another --out"
+        ) from error
 
 
 def _has_content(directory: Path) -> bool:

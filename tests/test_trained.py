@@ -179,6 +179,9 @@ def test_it_is_exported_behind_its_defence(trained, data_dir, tmp_path):
     np.testing.assert_array_equal(*told)
     with pytest.raises(InputError, match=r"the victim in .* is not that of the run in .*: give"):
         sweep.defended(given, checkpoint.parents[1], strength=0.9, defense="0", data_dir=data_dir)
+    (tmp_path / "out" / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is damaged .*: make the run anew"):
+        sweep.defended(given, tmp_path / "out", strength=0.9, defense="0", data_dir=data_dir)
 
 
 def test_a_run_goes_on_with_it(trained, data_dir, tmp_path):

@@ -1,6 +1,5 @@
 """A run's victim behind its defence, as one function: what `madjax export` writes to a file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,8 @@ def defended(
 
 def _check_same(directory: Path, victim: Trained) -> None:
     """Refuse a victim that is given, of which the run's rows are not."""
-    run = json.loads((directory / store.CONFIG).read_text())
-    if describe(victim) not in [task["victim"] for task in run.get("tasks", [])]:
+    tasks = store.read_config(directory).get("tasks", [])
+    if describe(victim) not in [task["victim"] for task in tasks]:
         raise InputError(
             f"the victim in {victim.path} is not that of the run in {directory}: give the run's, "
             "or the directory of a run of this one"

@@ -253,10 +253,10 @@ class JacobianAugmentation(Attack):
             j = b * BLOCK + jnp.arange(BLOCK)
             wanted = j < now.new
             base = bases[j // self.copies % self.budget]
-            z = world.family.preprocess(transfer.x[base])
+            z = world.family.preprocess(so_far.x[base])
             delta = map_within(
                 lambda rows: self.perturb(logits, *rows, now.step),
-                (z, transfer.targets[base], j % self.copies),
+                (z, so_far.targets[base], j % self.copies),
                 MEMORY,
             )
             asking, training = self._images(z, delta, now.step, world.family)

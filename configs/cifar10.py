@@ -10,10 +10,14 @@ experiments/plan_paper.py; not measured); smoke takes 3 minutes on 2 CPU cores.
 
 Differs from the paper: victim and attackers start from random parameters. The paper's start from a
 TinyImageNet network; with one, add --set tasks.victim.start=PATH --set attacks.recipe.start=PATH.
-The victim's weight decay and its crops and flips are those of the authors' code. The Jacobian
-attacks are without that code's defects, on which Table 1 may rest (as_published_code=True has
-them). The surrogate's BatchNorm is in inference mode (--set defenses.rule.query_statistics=true is
-the code's).
+The networks that the Jacobian attacks train on the way start from random parameters in any case.
+Gradients are those of the last layer, as in the authors' code; Eq. 5 has all parameters (--set
+defenses.rule.layers=all). The victim is that of its last epoch, where the code keeps the epoch that
+is best on the test images. The victim's weight decay and its crops and flips are the code's. jbda
+steps away from the top class as in the code, where appendix C of the paper steps towards it. The
+Jacobian attacks are without the code's defects, on which Table 1 may rest (as_published_code=True
+has them). The surrogate's BatchNorm is in inference mode (--set
+defenses.rule.query_statistics=true is the code's).
 """
 
 from dataclasses import replace

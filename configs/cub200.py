@@ -18,9 +18,9 @@ images; but for one test image no others are decoded.
 
 Differs from the paper: images are squares of 256, cut from the middle, before they are cropped at
 random. The surrogate is random, as the paper has it; in the authors' code it has ImageNet's weights
-but for the last layer. The networks that the Jacobian attacks train on the way start from random
-parameters. The rest is as in configs/cifar10.py. `smoke` has Caltech-101 in place of CUB200 and
-Tiny-ImageNet in place of ImageNet, both scaled up from 64x64, and no weights to start from.
+but for the last layer. The rest is as in configs/cifar10.py. `smoke` has Caltech-101 in place of
+CUB200 and Tiny-ImageNet in place of ImageNet, both scaled up from 64x64, and no weights to start
+from.
 """
 
 from dataclasses import replace

@@ -1,5 +1,6 @@
 """madjax: prediction poisoning (MAD), a defence of prediction APIs against model stealing."""
 
+from madjax import augment
 from madjax.ascend import Ascend
 from madjax.attacks import (
     AdaptiveKnockoff,
@@ -79,6 +80,7 @@ __all__ = [
     "angle",
     "argmax_bound",
     "argmax_preserving",
+    "augment",
     "coverage",
     "defend",
     "deviation",

@@ -309,7 +309,7 @@ class Classifier:
 
         Raises:
             InputError: a module with the statistics of BatchNorm and none of these arguments: they
-                would stay as they are at first.
+                would stay as they are at first; a module that pools images away.
         """
         self.check_learns(variables)
         flags = self._flags()
@@ -342,6 +342,15 @@ class Classifier:
                 "trained: give its __call__ an argument train, and BatchNorm "
                 "use_running_average=not train"
             )
+        for path, leaf in jax.tree.leaves_with_path(variables):
+            if not leaf.size:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                shape = "x".join(map(str, self.image_shape))
+                raise InputError(
+                    f"{type(self.module).__name__} leaves nothing of images of {shape}: its {name} "
+                    f"is of shape {leaf.shape}, and its outputs are the same for all images; give "
+                    "larger images (NAME@32) or another architecture"
+                )
 
     def _flags(self) -> dict[str, bool]:
         """The arguments that put the module in training mode, by the names that it has for them."""

@@ -863,8 +863,11 @@ def test_rules_work_on_embedded_and_bare_names(tmp_path):
 # TensorFlow, so this reads what TFDS really wrote.
 
 
-def make_builder(name, image_feature, splits, encode, supervised=True):
-    """A builder class outside TFDS's registry, so that reading must go by the files alone."""
+def make_builder(name, image_feature, splits, encode, supervised=True, unknown=None):
+    """A builder class outside TFDS's registry, so that reading must go by the files alone.
+
+    unknown: a split whose classes are not known.
+    """
 
     def info(self):
         features = {
@@ -877,16 +880,16 @@ def make_builder(name, image_feature, splits, encode, supervised=True):
             supervised_keys=("image", "label") if supervised else None,
         )
 
-    def examples(self, count):
+    def examples(self, split, count):
         for i in range(count):
-            yield i, {"image": encode(i), "label": i % 3}
+            yield i, {"image": encode(i), "label": -1 if split == unknown else i % 3}
 
     body = {
         "__module__": __name__,
         "VERSION": tfds.core.Version("1.2.0"),
         "_info": info,
         "_split_generators": lambda self, dl: {
-            s: self._generate_examples(n) for s, n in splits.items()
+            s: self._generate_examples(s, n) for s, n in splits.items()
         },
         "_generate_examples": examples,
     }
@@ -920,6 +923,9 @@ def prepared(tmp_path_factory):
     ):
         cls = make_builder(name, feature, splits, encode, supervised)
         cls(data_dir=root, file_format="array_record").download_and_prepare()
+    splits = {"train": 5, "test": 4, "validation": 3}
+    cls = make_builder("TinySecret", as_tensor, splits, grey, unknown="test")
+    cls(data_dir=root, file_format="array_record").download_and_prepare()
     return root
 
 
@@ -969,6 +975,12 @@ def test_tfds_validation_stands_in_for_test(prepared):
     assert len(open_dataset("tfds:tiny_val", prepared).y_test) == 2
 
 
+def test_tfds_a_test_split_without_classes_is_no_test_part(prepared):
+    """ImageNet's, where its archive was there as the set was prepared."""
+    assert sorted(open_dataset("tfds:tiny_secret", prepared).y_test) == [0, 1, 2]
+    assert len(open_dataset("tfds:tiny_secret[random:2,:1]", prepared).y_test) == 1
+
+
 def test_tfds_default_directory(prepared, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(prepared))
     assert len(open_dataset("tfds:tiny_png").y_train) == 11
@@ -981,7 +993,8 @@ def test_tfds_images_of_several_sizes(prepared):
     assert open_dataset("tfds:tiny_ragged@3", prepared).x_train.shape == (3, 3, 3, 3)
 
 
-def test_tfds_rules_and_corrupt_images(prepared, monkeypatch):
+@pytest.mark.parametrize("error", [UnidentifiedImageError, AttributeError])
+def test_tfds_rules_and_corrupt_images(prepared, monkeypatch, error):
     """Labels are read without the images, and a corrupt one may be left out."""
     data = open_dataset("tfds:tiny_tensor[heldout:1]", prepared)
     assert np.bincount(data.y_test).tolist() == [1, 1, 1]
@@ -992,7 +1005,7 @@ def test_tfds_rules_and_corrupt_images(prepared, monkeypatch):
     def damaged(self, example):
         image = decode(self, example)
         if image.tobytes() == whole.x_train[2].tobytes():
-            raise UnidentifiedImageError("cannot identify image file")
+            raise error("not an image")
         return image
 
     monkeypatch.setattr(tfds.features.Image, "decode_example_np", damaged)

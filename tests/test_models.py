@@ -11,9 +11,10 @@ import pytest
 from jax import lax
 
 import madjax
-from madjax import MLP, VGG16, Classifier, InputError, LeNet, Recipe, ResNet18, fit
+from madjax import MLP, VGG16, Classifier, InputError, LeNet, Recipe, ResNet18, Task, fit
 from madjax.datasets import MNIST_FAMILY
 from madjax.models import computed_in
+from madjax.sweep.tasks import open_tasks
 
 TINY = Classifier(ResNet18(3, stages=(4, 6), blocks=1), lambda x: x / 255, (8, 8, 2))
 
@@ -237,6 +238,17 @@ def test_a_module_is_trained_by_any_of_three_flags():
         found.append((logits, moved))
     chex.assert_trees_all_equal(found[0], found[1])
     chex.assert_trees_all_equal(found[0], found[2])
+
+
+def test_a_network_that_pools_images_away_is_refused():
+    """Five poolings of VGG16 leave nothing of MNIST's 28 pixels: its logits would be constant."""
+    classifier = Classifier(VGG16(10, width=1 / 64), MNIST_FAMILY.preprocess, (28, 28, 1))
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0))
+    with pytest.raises(InputError, match="VGG16 leaves nothing of images of 28x28x1: its"):
+        classifier.check_learns(shapes)
+    task = Task("embedded:mnist[:20]", "embedded:mnist[:20]", architecture=VGG16)
+    with pytest.raises(InputError, match=r"shape \(0, 10\), .* give larger images \(NAME@32\)"):
+        open_tasks((task,), None, None)
 
 
 def test_statistics_that_nothing_could_move_are_refused():

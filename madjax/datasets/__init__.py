@@ -21,8 +21,8 @@ which images are taken:
 ``[random:50000]``          50,000 train images drawn at random, the same ones every time
 ``[heldout:25]``            25 images of each class, drawn from train, are the test part
 ``[heldout:25,:5000]``      of what is left for train the first 5,000
-``[skip_corrupt]``          images that cannot be decoded are left out, with a warning that counts
-                            them; before other rules
+``[skip_corrupt,:5000]``    of the first 5,000 those that can be decoded, with a warning that counts
+                            the others; written before other rules
 ==========================  =======================================================================
 
 Images that no rule takes are not decoded. Those that are taken stay uint8 until

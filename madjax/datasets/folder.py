@@ -130,7 +130,7 @@ def _is_image(name: str) -> bool:
 def _corrupt(where: str, error: BaseException) -> CorruptImageError:
     return CorruptImageError(
         f"image {where} is corrupt ({first_line(error)}): replace or remove it, or write "
-        "[skip_corrupt] after the data set's name"
+        "skip_corrupt first in the brackets after the data set's name"
     )
 
 

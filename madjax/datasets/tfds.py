@@ -16,6 +16,8 @@ from madjax.errors import InputError
 
 _TRANSPOSED = {"emnist"}
 """Sets that TFDS gives with rows and columns exchanged, as its catalogue says."""
+_DAMAGED = (*DAMAGED, AttributeError)
+"""The last is of OpenCV, by which TFDS decodes where it is installed, and which gives None."""
 
 
 def _prepare_command(name: str, data_dir: str | Path | None) -> str:
@@ -41,7 +43,7 @@ def _quiet_absl() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_tfds(rest: str, data_dir: str | Path | None) -> Iterator[Listing]:
-    """Opens `tfds:NAME`; the test part is its split `test`, else `validation`, else empty."""
+    """Opens `tfds:NAME`; the test part is `test`, else `validation`, else empty."""
     import tensorflow_datasets as tfds
 
     command = _prepare_command(rest, data_dir)
@@ -67,13 +69,14 @@ def open_tfds(rest: str, data_dir: str | Path | None) -> Iterator[Listing]:
                 f"TFDS data set {rest!r} has no train split to read ({first_line(error)}): "
                 "choose another"
             ) from error
-        splits = {"train": "train", "test": _held_out(builder)}
+        keys = _tfds_keys(source, rest)
+        splits = {"train": "train", "test": _held_out(builder, keys[1])}
         parts = {
-            part: _images(builder, split, rest)
+            part: _images(builder, split, rest, keys)
             for part, split in splits.items()
             if split is not None
         }
-        names = getattr(source.dataset_info.features[_tfds_keys(source, rest)[1]], "names", None)
+        names = getattr(source.dataset_info.features[keys[1]], "names", None)
         yield Listing(parts, tuple(names) if names else None)
 
 
@@ -89,15 +92,23 @@ def _cannot_open(name: str, data_dir: str | None, error: BaseException) -> str:
     return f"TFDS cannot open {name!r} ({first_line(error)}): check name, config and version"
 
 
-def _held_out(builder: Any) -> str | None:
+def _held_out(builder: Any, label_key: str) -> str | None:
+    """The split to test on: not one without classes, as ImageNet's `test`, whose labels are -1."""
     for split in ("test", "validation"):
-        with contextlib.suppress(ValueError):  # what TFDS raises for a split that a set lacks
-            builder.as_data_source(split=split)
+        try:
+            examples = builder.as_data_source(split=split)
+        except ValueError:  # what TFDS raises for a split that a set lacks
+            continue
+        label = 0
+        with contextlib.suppress(*_DAMAGED):
+            label = examples[0][label_key] if len(examples) else 0
+        if label != -1:
             return split
     return None
 
 
 def _tfds_keys(source: Any, name: str) -> tuple[str, str]:
+    """The names of image and label."""
     info = source.dataset_info
     keys = info.supervised_keys or ("image", "label")
     if len(keys) != 2 or not all(isinstance(k, str) and k in info.features for k in keys):
@@ -108,12 +119,11 @@ def _tfds_keys(source: Any, name: str) -> tuple[str, str]:
     return tuple(keys)
 
 
-def _images(builder: Any, split: str, name: str) -> Images:
+def _images(builder: Any, split: str, name: str, keys: tuple[str, str]) -> Images:
     """A split, by its data source."""
     import tensorflow_datasets as tfds
 
-    source = builder.as_data_source(split=split)
-    image_key, label_key = _tfds_keys(source, name)
+    source, (image_key, label_key) = builder.as_data_source(split=split), keys
     size, where = len(source), f"{{}} of {split} of {builder.info.full_name}"
     if not size:
         raise InputError(f"a split of TFDS data set {name!r} is empty: prepare it again")
@@ -121,10 +131,10 @@ def _images(builder: Any, split: str, name: str) -> Images:
     def read(i: int) -> tuple[np.ndarray, int]:
         try:
             example = source[i]
-        except DAMAGED as error:
+        except _DAMAGED as error:
             raise CorruptImageError(
                 f"image {where.format(i)} is corrupt ({first_line(error)}): prepare the set again, "
-                "or write [skip_corrupt] after its name"
+                "or write skip_corrupt first in the brackets after its name"
             ) from error
         image = np.asarray(example[image_key])
         return image.swapaxes(0, 1) if builder.name in _TRANSPOSED else image, example[label_key]

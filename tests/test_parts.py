@@ -21,6 +21,7 @@ from madjax import (
     Task,
     jbda,
     open_dataset,
+    store,
     sweep,
 )
 from madjax.datasets import Dataset
@@ -397,6 +398,30 @@ def test_a_transfer_set_is_made_in_place():
     given = sweep.mesh.spread(values, mesh)
     sweep.over_cells(grown, mesh=mesh)((steps, given), np.float32(3))
     assert not given.is_deleted()
+
+
+def test_rounds_of_large_transfer_sets_are_not_checkpointed(datasets, tmp_path, monkeypatch):
+    attack = jbda(
+        budget=30, seeds=10, substitute=replace(RECIPE, augment=None), architecture=Linear
+    )
+    config = replace(CONFIG, tasks=(TASK,), attacks=(attack,), budgets=(), seeds=(0,))
+    config = replace(config, defenses=CONFIG.defenses[:1])
+    saved, save = [], store.save
+
+    def noting(directory, name, *args):
+        saved.append(name)
+        save(directory, name, *args)
+
+    monkeypatch.setattr("madjax.store.save", noting)
+    rows = [sweep.run(config, tmp_path / "small", datasets=datasets)]
+    of_rounds = [name for name in saved if name.endswith("-transfer")]
+    assert len(of_rounds) == 1 + attack.rounds
+    saved.clear()
+    monkeypatch.setattr("madjax.sweep.steal.LARGEST_ROUND", 4 * 30 * (36 + 4) - 1)
+    rows.append(sweep.run(config, tmp_path / "large", datasets=datasets))
+    assert saved
+    assert not [name for name in saved if name.endswith("-transfer")]
+    check_same(*rows)
 
 
 @pytest.mark.parametrize("memory", [0, -1, float("nan"), float("inf")])

@@ -3,7 +3,7 @@
 What came of a stolen model is kept in the cache by its transfer set and its training, so that cells
 of equal sets are trained once, whatever the defence was. The others go wave by wave through the
 stages that are a cell's own; a wave's rows are written when it ends, and a checkpoint after each of
-its rounds and epochs.
+its epochs, and of its rounds where they are small.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from madjax.defenses import Defense
 from madjax.sweep import rates, stages
 from madjax.sweep.cache import Maker
 from madjax.sweep.clock import Stopwatch
-from madjax.sweep.load import at_once, sends_numbers, wave_of
+from madjax.sweep.load import at_once, sends_numbers, transfer_bytes, wave_of
 from madjax.sweep.mesh import arranged, everywhere, over_cells, spread, stack
 from madjax.sweep.rows import measured
 from madjax.sweep.stages import Api, Own, Point, Tests
@@ -28,6 +28,9 @@ from madjax.sweep.work import Desk, Group, Place
 from madjax.train import State, parts
 
 Array = jax.Array
+
+LARGEST_ROUND = 2**31
+"""Bytes of a transfer set whose rounds are checkpointed: 39 GB at 224x224 are sooner made anew."""
 
 
 class _Wave(NamedTuple):
@@ -123,9 +126,11 @@ def _ask(
     desk: Desk,
 ) -> tuple[Transfer, Stopwatch]:
     """Ask all queries, round by round; a checkpoint spares the rounds it holds."""
-    name = f"{wave.name}-transfer"
+    name, small = f"{wave.name}-transfer", transfer_bytes(group) <= LARGEST_ROUND
 
     def keep(done: int) -> None:
+        if not small:
+            return
         state = transfer, np.asarray(watch.running), np.asarray(done)
         store.save(desk.directory, name, done, state)
 

@@ -107,7 +107,8 @@ class Stock:
         if unseen:
             images = Unseen((len(found), *found[0].images.shape))
         else:
-            images = np.stack([each.images for each in found])
+            tables = [each.images for each in found]  # no copy of one that is mapped from a file
+            images = tables[0][None] if len(tables) == 1 else np.stack(tables)
         return everywhere(Own(images, labels), self._mesh)
 
     def tests(self, group: Group) -> Tests:

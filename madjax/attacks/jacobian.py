@@ -37,7 +37,7 @@ asked for of one image, from 0; step is lambda_r, in normalised pixels, negative
 """
 
 BLOCK = 250
-"""New queries that are made and asked at once."""
+"""New queries that are made and asked at once, at most."""
 
 _PUBLISHED_TAU = 5
 
@@ -249,8 +249,10 @@ class JacobianAugmentation(Attack):
         if self.as_published_code:
             bases = jnp.where(now.from_all, jnp.arange(self.budget), bases)
 
+        size = min(BLOCK, max(each.new for each in plan))  # of a block, all of which is worked out
+
         def block(b: Array, so_far: Transfer) -> Transfer:
-            j = b * BLOCK + jnp.arange(BLOCK)
+            j = b * size + jnp.arange(size)
             wanted = j < now.new
             base = bases[j // self.copies % self.budget]
             z = world.family.preprocess(so_far.x[base])
@@ -261,12 +263,12 @@ class JacobianAugmentation(Attack):
             )
             asking, training = self._images(z, delta, now.step, world.family)
             answers, asked = world.ask(so_far.asked, asking, wanted)
-            rows = training, self.targets(answers)
+            made = training, self.targets(answers)
 
             def write(into: Transfer, at: Array, mask: Array) -> Transfer:
                 at = jnp.where(mask, at, self.budget)  # which is dropped
                 x, targets = (
-                    a.at[at].set(new, mode="drop") for a, new in zip(into[:2], rows, strict=True)
+                    a.at[at].set(new, mode="drop") for a, new in zip(into[:2], made, strict=True)
                 )
                 return Transfer(x, targets, asked)
 
@@ -275,7 +277,7 @@ class JacobianAugmentation(Attack):
                 so_far = write(so_far, base, wanted & now.from_all)
             return so_far
 
-        return jax.lax.fori_loop(0, -(-now.new // BLOCK), block, transfer)
+        return jax.lax.fori_loop(0, -(-now.new // size), block, transfer)
 
     def _images(self, z: Array, delta: Array, step: Array, family: Family) -> tuple[Array, Array]:
         """The new images, in pixels: as they are sent, and as they are trained on."""

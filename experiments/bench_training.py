@@ -33,6 +33,7 @@ from measuring import HAS_TORCH, in_turns, parse, ratios, spread, use_devices, w
 from madjax import VGG16, Classifier, LeNet, Recipe, sweep
 from madjax.attacks import Transfer
 from madjax.datasets import CIFAR_FAMILY, MNIST_FAMILY, Family
+from madjax.models import scaled
 from madjax.sweep import stages
 from madjax.train import epoch, start
 
@@ -84,7 +85,7 @@ def vgg16(width):
     layers, before = [], 3
     for block in ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3):
         for features in block:
-            now = max(1, round(width * features))
+            now = scaled(width, features)
             layers += [tnn.Conv2d(before, now, 3, padding=1), tnn.BatchNorm2d(now), tnn.ReLU()]
             before = now
         layers.append(tnn.MaxPool2d(2))

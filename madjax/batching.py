@@ -61,6 +61,11 @@ def map_within(function: Callable[[Any], Any], x: Any, memory: int | None = None
     return map_chunks(function, x, min(max(fit, 1), QUERIES))
 
 
+def bytes_of(tree: Any) -> int:
+    """Bytes of the arrays of a pytree, or of those of these shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def bytes_made(function: Callable[..., Any], *args: Any) -> int:
     """Bytes of all that a function computes on the way, counted in a trace.
 

@@ -345,11 +345,10 @@ class Classifier:
         for path, leaf in jax.tree.leaves_with_path(variables):
             if not leaf.size:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                shape = "x".join(map(str, self.image_shape))
                 raise InputError(
-                    f"{type(self.module).__name__} leaves nothing of images of {shape}: its {name} "
-                    f"is of shape {leaf.shape}, and its outputs are the same for all images; give "
-                    "larger images (NAME@32) or another architecture"
+                    f"{type(self.module).__name__} leaves nothing of images of shape "
+                    f"{self.image_shape}: its {name} is of shape {leaf.shape}, and its outputs are "
+                    "the same for all images; give larger images (NAME@32) or another architecture"
                 )
 
     def _flags(self) -> dict[str, bool]:

@@ -348,16 +348,28 @@ def test_a_round_needs_no_second_copy_of_the_transfer_set(make, published):
         attack = make(budget=budget, seeds=50, substitute=SUBSTITUTE, as_published_code=published)
         world = replace(make_world(attack, flat), images=images, classifier=network)
 
-        def proceed(transfer, world=world, attack=attack):
-            return attack.proceed(jnp.int32(1), transfer, world)
+        def proceed(r, transfer, world=world, attack=attack):
+            return attack.proceed(r, transfer, world)
 
         transfer = jax.eval_shape(partial(attack.begin, world))
-        took = jax.jit(proceed, donate_argnums=0).lower(transfer).compile().memory_analysis()
+        program = jax.jit(proceed, donate_argnums=1).lower(np.int32(0), transfer)
+        took = program.compile().memory_analysis()
         beside.append(
             took.temp_size_in_bytes + took.output_size_in_bytes - took.alias_size_in_bytes
         )
         size.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(transfer)))
     assert beside[1] - beside[0] < 0.1 * (size[1] - size[0])
+
+
+def test_no_more_images_are_worked_out_than_the_largest_round_asks_for():
+    asked = []
+
+    def counting(numbers, images):
+        asked.append(len(images))
+        return respond(numbers, images)
+
+    collect(jbda(budget=40, seeds=30, substitute=SUBSTITUTE), counting)
+    assert sorted(set(asked)) == [10, 30]
 
 
 def test_the_published_code_loses_its_seeds_and_asks_for_few_images():

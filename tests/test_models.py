@@ -244,7 +244,7 @@ def test_a_network_that_pools_images_away_is_refused():
     """Five poolings of VGG16 leave nothing of MNIST's 28 pixels: its logits would be constant."""
     classifier = Classifier(VGG16(10, width=1 / 64), MNIST_FAMILY.preprocess, (28, 28, 1))
     shapes = jax.eval_shape(classifier.init, jax.random.key(0))
-    with pytest.raises(InputError, match="VGG16 leaves nothing of images of 28x28x1: its"):
+    with pytest.raises(InputError, match=r"VGG16 leaves nothing of images of shape \(28, "):
         classifier.check_learns(shapes)
     task = Task("embedded:mnist[:20]", "embedded:mnist[:20]", architecture=VGG16)
     with pytest.raises(InputError, match=r"shape \(0, 10\), .* give larger images \(NAME@32\)"):

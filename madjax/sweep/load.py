@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from madjax import backend
 from madjax.attacks import Attack, Online
-from madjax.batching import inside
+from madjax.batching import bytes_of, inside
 from madjax.config import Defended, Task
 from madjax.datasets import Dataset
 from madjax.defenses import Defense
@@ -133,17 +133,13 @@ def _held(network: Classifier, batch: int, platform: str) -> int:
 
     with backend.traced_for(platform):
         kept = jax.eval_shape(forward, _shapes(network), _images(network, batch))
-    return _bytes(kept)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return bytes_of(kept)
 
 
 @lru_cache(maxsize=128)
 def _state(network: Classifier, recipe: Recipe, size: int) -> int:
     """Bytes of a training's state."""
-    return _bytes(jax.eval_shape(partial(start, network, recipe, size), jax.random.key(0)))
+    return bytes_of(jax.eval_shape(partial(start, network, recipe, size), jax.random.key(0)))
 
 
 class Space(NamedTuple):
@@ -175,7 +171,7 @@ def space(group: Group, opened: Mapping[Task, Opened], mesh: Mesh) -> Space:
     images = sum(each.images.nbytes + each.labels.nbytes for each in tables)
     shared = sum(_tests(opened[task].data) for task in group.tasks)
     if group.drawn is None:
-        shared += _bytes(_shapes(parties.network)) * (len(group.tasks) + len(group.owners))
+        shared += bytes_of(_shapes(parties.network)) * (len(group.tasks) + len(group.owners))
     size = attack.examples(attack.budget)
     each = transfer_bytes(group) + 2 * _state(parties.stolen, attack.recipe, size)
     share = -(-attack.recipe.batch_size // mesh.shape["data"])

@@ -49,8 +49,9 @@ def run(
     """Run a sweep into a directory and return its rows, one dict a cell.
 
     Everything the user gave is checked before anything is computed or written. With resume, cells
-    that have their row are left alone and a wave goes on from its last whole epoch or round; the
-    config may have more cells than that of the run had. cells_per_device: how many cells of a wave
+    that have their row are left alone and a wave goes on from its last whole epoch or round, but
+    that it asks anew for transfer sets beyond 2 GB; the config may have more cells than that of the
+    run had. cells_per_device: how many cells of a wave
     a device trains; by default one on a CPU and of wide networks (`Classifier.is_wide`), so that
     rows come early, else as many as fit. devices: those to run on, by default all.
     devices_per_cell: how many of them train one network together, each on its share of every batch;

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from madjax.attacks import keys
-from madjax.batching import QUERIES
+from madjax.batching import QUERIES, bytes_of
 from madjax.config import Task
 from madjax.defenses import Defense, Owner
 from madjax.errors import InputError
@@ -368,8 +368,7 @@ def _sent(group: Group, task: Task, seed: int) -> Hashable:
 
 def _is_kept(transfer: Any) -> bool:
     """Whether the cache keeps a transfer set of these shapes."""
-    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(transfer))
-    return sum(sizes) <= LARGEST_TRANSFER
+    return bytes_of(transfer) <= LARGEST_TRANSFER
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from madjax import store
+from madjax.batching import bytes_of
 from madjax.config import Task, describe, digest, name_of
 from madjax.datasets import Dataset
 from madjax.defenses import Owner
@@ -164,7 +165,7 @@ def planner(
             held = kept.has(whole) or store.holds(directory, folder, recipe.epochs)
         kind = rates.training(victim, recipe)
         state = start(victim, recipe, len(data.x_train), train.key)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        size = bytes_of(state)
         found.append(Planned(folder, held, kind, recipe.epochs * len(data.x_train), size))
         return state
 

@@ -7,17 +7,17 @@
                         and what is under way
     DIR/.lock           held by the command that is at work there
 
-No array in a checkpoint belongs to a device: a run may go on on another machine.
+No array in a checkpoint belongs to a device: a run may go on on another machine. Of several
+processes (`madjax.processes`) the first alone reads and writes here, and tells the others.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
+from madjax import processes
 from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
 
@@ -35,8 +36,12 @@ ROWS = "rows.jsonl"
 TRACES = "traces"
 LOCK = ".lock"
 MAKER = "made.json"
-_ONE_AT_A_TIME = threading.Lock()
+_ITEM = "state"
+"""What Orbax calls the one thing that a checkpoint holds."""
+_WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
 """Threads that use Orbax at once take each other's drafts for their own (0.12.8)."""
+_writing: dict[Path, concurrent.futures.Future[None]] = {}
+"""The last write of each directory that nobody has waited for."""
 
 
 @contextlib.contextmanager
@@ -54,6 +59,20 @@ def open_run(
             was not asked for, holds a run with cells that are not among these, or another command
             is at work there.
     """
+    with contextlib.ExitStack() as stack:
+
+        @processes.by_first
+        def enter() -> list[dict[str, Any]]:
+            stack.enter_context(_alone(directory))
+            # As JSON has it, so that what is read can be compared.
+            return _rows(directory, json.loads(json.dumps(description | {"cells": cells})), resume)
+
+        yield enter()
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory, which is made, against other commands."""
     if not (directory / CONFIG).is_file() and _has_content(directory):
         raise InputError(f"{directory} exists and holds no run: give another --out")
     lock = FileLock(directory / LOCK)
@@ -70,8 +89,9 @@ def open_run(
             f"{directory} cannot be written ({error.strerror}): give another --out"
         ) from error
     try:
-        # As JSON has it, so that what is read can be compared.
-        yield _rows(directory, json.loads(json.dumps(description | {"cells": cells})), resume)
+        with contextlib.ExitStack() as stack:
+            stack.callback(wait, directory)
+            yield
     finally:
         lock.release()
 
@@ -175,6 +195,7 @@ def _whole(path: Path, data: bytes) -> list[dict[str, Any]]:
     return rows
 
 
+@processes.by_first
 def append_rows(directory: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows: a single write of whole lines, on disk when this returns."""
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
@@ -189,6 +210,7 @@ def append_rows(directory: Path, rows: list[dict[str, Any]]) -> None:
         os.close(handle)
 
 
+@processes.by_first
 def save_trace(directory: Path, name: str, columns: dict[str, np.ndarray]) -> None:
     """Write the arrays of a trace as `traces/NAME.npz`, whole or not at all."""
     folder = directory / TRACES
@@ -201,37 +223,41 @@ def save_trace(directory: Path, name: str, columns: dict[str, np.ndarray]) -> No
     write_atomically(folder / f"{name}.npz", write)
 
 
+@processes.by_first
 def save(directory: Path, name: str, step: int, tree: Any) -> None:
     """Checkpoint a pytree of arrays as `name` at `step`; older steps of that name are removed.
 
-    An interrupt waits until that is done.
+    They are copied, and written while the program goes on. One write of a directory waits for
+    the one before, and whatever reads here waits for all. A write that fails raises then.
     """
-    from orbax.checkpoint import v1 as ocp
+    wait(directory)
+    copy = jax.tree.map(np.array, tree)  # of arrays whose memory others may be given meanwhile
+    _writing[directory] = _WRITER.submit(_write, directory, name, step, copy)
 
+
+def _write(directory: Path, name: str, step: int, tree: Any) -> None:
     folder = (directory / "checkpoints" / name).resolve()
-    with _uninterrupted(), _ONE_AT_A_TIME:
-        ocp.save(folder / str(step), jax.tree.map(np.asarray, tree), overwrite=True)
-        for old in _steps(folder):
-            if old != step:
-                shutil.rmtree(folder / str(old))
+    with _checkpointer() as checkpointer:
+        checkpointer.save(folder / str(step), args=_item("PyTreeSave", tree), force=True)
+    for old in _steps(folder):
+        if old != step:
+            shutil.rmtree(folder / str(old))
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C takes effect at the end: in the middle, Orbax's threads would print pages."""
-    if threading.current_thread() is not threading.main_thread():  # which alone has signals
-        yield
-        return
-    asked: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *signal_and_frame: asked.append(signal_and_frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        raise KeyboardInterrupt
+def wait(directory: Path) -> None:
+    """Until nothing is being written in a directory.
+
+    Raises:
+        OSError: it could not be.
+    """
+    under_way = _writing.get(directory)
+    if under_way is not None:
+        concurrent.futures.wait([under_way])
+        _writing.pop(directory, None)
+        under_way.result()
 
 
+@processes.by_first
 def restore(directory: Path, name: str, like: Any) -> Any | None:
     """The newest checkpoint of that name, with the structure of `like`, or None if there is none.
 
@@ -239,34 +265,71 @@ def restore(directory: Path, name: str, like: Any) -> Any | None:
     that cannot be read, as its files are damaged, is passed over with a warning: the one before
     it is taken, or None, and what it held is computed again.
     """
-    from orbax.checkpoint import v1 as ocp
-
+    wait(directory)
     folder = (directory / "checkpoints" / name).resolve()
-    blank = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
     for step in sorted(_steps(folder), reverse=True):
         try:
-            with _ONE_AT_A_TIME:
-                return ocp.load(folder / str(step), blank)
+            return _WRITER.submit(_read, folder / str(step), like).result()
         except Exception as error:  # of many kinds, by what is damaged
             warnings.warn(
                 f"checkpoint {folder / str(step)} is damaged ({in_one_line(error)}): what it held "
                 "is computed again",
-                stacklevel=2,
+                stacklevel=3,
             )
     return None
 
 
+def _read(path: Path, like: Any) -> Any:
+    from orbax.checkpoint import checkpoint_utils
+
+    blank = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
+    ways = checkpoint_utils.construct_restore_args(blank)
+    with _checkpointer() as checkpointer:
+        found = checkpointer.restore(path, args=_item("PyTreeRestore", blank, restore_args=ways))
+    return found[_ITEM]
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[Any]:
+    """Orbax, of which other processes need not know.
+
+    By its older interface: the newer one waits for all of them (0.12.8).
+    """
+    import orbax.checkpoint as ocp
+
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        **{_ITEM: ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)},
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        yield checkpointer
+
+
+def _item(kind: str, *values: Any, **options: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.args.Composite(**{_ITEM: getattr(ocp.args, kind)(*values, **options)})
+
+
+@processes.by_first
 def holds(directory: Path, name: str, step: int) -> bool:
     """Whether there is a checkpoint of that name at that step."""
+    wait(directory)
     return step in _steps(directory / "checkpoints" / name)
 
 
+@processes.by_first
 def sign(directory: Path, name: str, maker: dict[str, Any]) -> None:
     """Write down what made the checkpoint of that name, for `maker_of`."""
+    wait(directory)
     text = json.dumps(maker)
     write_atomically(directory / "checkpoints" / name / MAKER, lambda draft: draft.write_text(text))
 
 
+@processes.by_first
 def maker_of(directory: Path, name: str) -> dict[str, Any] | None:
     """What made the checkpoint of that name; None where that is not known."""
     try:
@@ -275,6 +338,7 @@ def maker_of(directory: Path, name: str) -> dict[str, Any] | None:
         return None
 
 
+@processes.by_first
 def ids(directory: Path) -> set[str]:
     """The ids of the rows of a run, which another command may be writing; nothing where none is."""
     path = directory / ROWS
@@ -282,11 +346,13 @@ def ids(directory: Path) -> set[str]:
     return {row["id"] for row in _whole(path, data) if "id" in row}
 
 
+@processes.by_first
 def discard(directory: Path, name: str) -> None:
     """Remove the checkpoints whose names match; nothing happens where there is none.
 
     name may hold wildcards: "attack-0-*".
     """
+    wait(directory)
     for folder in (directory / "checkpoints").glob(name):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,13 +3,16 @@
 import json
 import re
 import runpy
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
 
+from madjax.cli.parser import make_parser
 from madjax.report import read_rows, table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -127,3 +130,14 @@ def test_a_committed_benchmark_says_where_it_ran(path):
     facts = json.loads(path.read_text())
     assert facts["device"]
     assert re.fullmatch(r"[0-9a-f]{7,40}", facts["commit"])
+
+
+@pytest.mark.parametrize("name", ["slurm", "tpu_pod"])
+def test_the_examples_for_clusters_are_commands(name):
+    """As far as can be told without a cluster: bash and madjax understand them."""
+    file = EXPERIMENTS / "launch" / f"{name}.sh"
+    subprocess.run(["bash", "-n", file], check=True)
+    (command,) = re.findall(r"madjax (sweep .* --resume)", file.read_text())
+    options = make_parser().parse_args(shlex.split(command))
+    assert options.distributed
+    assert options.resume

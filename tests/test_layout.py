@@ -12,6 +12,8 @@ pytestmark = pytest.mark.smoke
 PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors", "backend"},
+    {"processes"},
+    {"stopping"},
     {"files", "conv", "batching", "linear", "streams", "augment", "statistics", "sharing"},
     {"layers"},
     {"taps"},
@@ -151,7 +153,8 @@ def test_devices_are_found_by_import_and_attribute(source):
 def test_only_the_sweep_knows_devices():
     """But for the one function by which training says what may be shared out."""
     found = {path: devices_in(path.read_text()) for path in FILES}
-    assert {unit(path) for path, held in found.items() if held} == {"sweep", "sharing"}
+    knowing = {"sweep", "sharing", "processes"}
+    assert {unit(path) for path, held in found.items() if held} == knowing
 
 
 def test_files_stay_readable():

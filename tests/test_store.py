@@ -1,10 +1,12 @@
 """What a run leaves on disk survives a crash, and is never overwritten."""
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -169,8 +171,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     """A shard cut short, as a full disk leaves it: the step before, else the stage runs again."""
     tree = {"w": jnp.arange(1000.0)}
     store.save(tmp_path, "victim", 2, tree)
+    store.wait(tmp_path)
     (tmp_path / "checkpoints" / "victim" / "2").rename(tmp_path / "kept")
     store.save(tmp_path, "victim", 3, {"w": tree["w"] + 1})
+    store.wait(tmp_path)
     cut_short(tmp_path / "checkpoints" / "victim" / "3")
     with pytest.warns(UserWarning, match=r"victim/3 is damaged \(.*\): what it held is computed"):
         assert store.restore(tmp_path, "victim", tree) is None
@@ -190,30 +194,71 @@ def cut_short(folder):
             os.truncate(path, size // 2)
 
 
-def test_an_interrupt_waits_for_the_checkpoint(tmp_path, monkeypatch):
-    """Ctrl-C in the middle of a save ends in KeyboardInterrupt, and in a whole checkpoint."""
-    from orbax.checkpoint import v1 as ocp
+def slow(monkeypatch, meanwhile=lambda: None):
+    """Let the writing of checkpoints take a while."""
+    write = store._write
 
-    assert threading.current_thread() is threading.main_thread(), "signals are for that one alone"
-    tree, handler, save = {"w": np.arange(6.0)}, signal.getsignal(signal.SIGINT), ocp.save
-    store.save(tmp_path, "wave", 1, tree)
-    reached = []
+    def take_a_while(*args):
+        meanwhile()
+        time.sleep(0.2)
+        write(*args)
 
-    def interrupted(*args, **options):
-        signal.raise_signal(signal.SIGINT)
-        save(*args, **options)
-        signal.raise_signal(signal.SIGINT)
-        reached.append("the end")
+    monkeypatch.setattr(store, "_write", take_a_while)
 
-    monkeypatch.setattr(ocp, "save", interrupted)
+
+def test_a_run_that_is_stopped_leaves_its_last_checkpoint_whole(tmp_path, monkeypatch):
+    slow(monkeypatch)
+    tree = {"w": np.arange(6.0)}
+
+    def run():
+        with store.open_run(tmp_path, CONFIG, CELLS, resume=False):
+            store.save(tmp_path, "wave", 1, tree)
+            store.save(tmp_path, "wave", 2, {"w": tree["w"] + 1})
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        store.save(tmp_path, "wave", 2, {"w": tree["w"] + 1})
-    assert reached == ["the end"]
-    assert signal.getsignal(signal.SIGINT) is handler
+        run()
     assert [p.name for p in (tmp_path / "checkpoints" / "wave").iterdir()] == ["2"]
     np.testing.assert_array_equal(store.restore(tmp_path, "wave", tree)["w"], tree["w"] + 1)
-    monkeypatch.undo()
-    store.save(tmp_path, "wave", 3, tree)  # the interrupt is not remembered
+
+
+def test_what_is_written_is_what_was_there_when_it_was_saved(tmp_path, monkeypatch):
+    """And nobody waits for it but who reads."""
+    slow(monkeypatch)
+    tree = {"w": np.arange(6.0)}
+    began = time.monotonic()
+    store.save(tmp_path, "wave", 1, tree)
+    assert time.monotonic() - began < 0.1
+    tree["w"][:] = 7
+    assert store.holds(tmp_path, "wave", 1)
+    np.testing.assert_array_equal(store.restore(tmp_path, "wave", tree)["w"], np.arange(6.0))
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda run: store.save(run, "wave", 2, {"w": np.arange(6.0)}),
+        lambda run: store.restore(run, "wave", {"w": np.arange(6.0)}),
+        lambda run: store.discard(run, "wave"),
+        lambda run: None,
+    ],
+    ids=["save", "restore", "discard", "end"],
+)
+def test_a_checkpoint_that_cannot_be_written_is_said_by_what_comes_next(
+    tmp_path, monkeypatch, then
+):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run():
+        with store.open_run(tmp_path, CONFIG, CELLS, resume=False):
+            store.save(tmp_path, "wave", 1, {"w": np.arange(6.0)})
+            then(tmp_path)
+
+    slow(monkeypatch, fail)
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    store.wait(tmp_path)  # it is said once
 
 
 def test_what_a_crash_left_of_the_first_file_blocks_nothing(tmp_path):

@@ -25,6 +25,7 @@ import numpy as np
 import platformdirs
 from filelock import FileLock, Timeout
 
+from madjax import processes
 from madjax.config import digest
 from madjax.datasets.listing import FACTS, KIND, lock_of
 from madjax.errors import InputError, in_one_line
@@ -110,6 +111,7 @@ class Cache:
     folder: Path | None = None
     maker: Maker = field(default_factory=dict)
 
+    @processes.by_first
     def get(self, key: Key, like: Any) -> tuple[Any, Maker] | None:
         """A result with the structure and shapes of `like`, and what made it, or None.
 
@@ -136,11 +138,13 @@ class Cache:
             os.utime(path)
         return jax.tree.unflatten(structure, found), facts["maker"]
 
+    @processes.by_first
     def has(self, key: Key) -> bool:
         """Whether there is a result, which may be damaged."""
         path = self._path(key)
         return path is not None and path.is_file()
 
+    @processes.by_first
     def put(self, key: Key, tree: Any, maker: Maker | None = None) -> None:
         """Keep a result, of this run's maker by default.
 
@@ -169,10 +173,11 @@ class Cache:
     def alone(self, key: Key, log: Callable[[str], None]) -> Iterator[None]:
         """Hold a result while it is looked for and made: who else wants it waits, and finds it.
 
-        A command that ends, in any way, holds nothing any more.
+        A command that ends, in any way, holds nothing any more. Of several processes the first
+        holds it, and the others wait for what it finds.
         """
         path = self._path(key)
-        if path is None:
+        if path is None or not processes.is_first():
             yield
             return
         lock = FileLock(path.parent / "locks" / f"{key.name}.lock")
@@ -212,6 +217,7 @@ def folder() -> Path | None:
     return Path(said).expanduser() if said else None
 
 
+@processes.by_first
 def open_cache(maker: Maker) -> Cache:
     """The cache of this machine, or, with a warning, one that keeps nothing where none can be."""
     where = folder()

@@ -1,12 +1,15 @@
 """Devices: the only file that knows them. Many cells at once, spread over a mesh.
 
 A mesh has two axes. Along `cells` devices have cells of their own, and never talk to each other.
-Along `data` they share the examples of the same cells (`madjax.sharing`).
+Along `data` they share the examples of the same cells (`madjax.sharing`). Its devices may be those
+of several processes (`madjax.processes`), each of which holds its part of an array: `spread` and
+`everywhere` put arrays there that all processes have, and `fetch` gives all of them the whole.
 """
 
 import contextlib
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +21,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from madjax import backend
+from madjax import backend, processes
+from madjax.batching import bytes_of
 from madjax.errors import InputError
 from madjax.models import Classifier
 from madjax.sharing import SHARED
@@ -82,9 +86,17 @@ def _cores() -> int:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices (by default all), each with cells of its own."""
+    """Devices (by default all, of all processes), each with cells of its own."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices), 1), _AXES, _TYPES, devices=devices)
+    # Those of one process side by side: they may share a cell.
+    ordered = sorted(devices, key=lambda device: device.process_index)
+    return Mesh(np.array(ordered).reshape(-1, 1), _AXES, axis_types=_TYPES)
+
+
+def within_process(mesh: Mesh) -> Mesh:
+    """Those of the devices that are this process's."""
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return make_mesh(own)
 
 
 _AXES, _TYPES = ("cells", SHARED), (AxisType.Auto,) * 2
@@ -123,10 +135,12 @@ class Machine:
         return AbstractMesh((self.count, 1), _AXES, axis_types=_TYPES)
 
 
+@processes.by_first
 def memory_of(mesh: Mesh, given: float | None = None, *, alone: bool = False) -> float | None:
     """Bytes that each device of a mesh may take, those given or all; None: it does not say.
 
-    Devices of a CPU share the machine's memory. alone: of one that works while the others rest.
+    Devices of a CPU share the machine's memory. alone: of one that works while the others rest. Of
+    several processes it is the first that says it.
 
     Raises:
         InputError: given bytes that are no number above 0.
@@ -137,6 +151,7 @@ def memory_of(mesh: Mesh, given: float | None = None, *, alone: bool = False) ->
                 f"memory is {given}: give the bytes that each device may take, above 0"
             )
         return given
+    mesh = within_process(mesh)
     device = mesh.devices.flat[0]
     said = device.memory_stats()
     if said and "bytes_limit" in said:
@@ -156,20 +171,29 @@ def arranged(
     these it is as many as let all cells run at once.
 
     Raises:
-        InputError: a number that does not divide the devices.
+        InputError: a number that does not divide the devices of each process.
     """
+    whole = _of_one_process(mesh)
     if per_cell is None:
         alone = backend.platform() == "cpu" or not one_by_one(networks)
-        most = 1 if alone else max(mesh.size // cells, 1)
-        per_cell = max(n for n in range(1, most + 1) if mesh.size % n == 0)
-    if per_cell < 1 or mesh.size % per_cell:
+        most = 1 if alone else min(max(mesh.size // cells, 1), whole)
+        per_cell = max(n for n in range(1, most + 1) if whole % n == 0)
+    if per_cell < 1 or whole % per_cell:
+        where = "devices" if whole == mesh.size else "devices of each process"
         raise InputError(
-            f"devices_per_cell is {per_cell}: give a number that divides the {mesh.size} devices"
+            f"devices_per_cell is {per_cell}: give a number that divides the {whole} {where}"
         )
     if isinstance(mesh, AbstractMesh):
         return AbstractMesh((mesh.size // per_cell, per_cell), _AXES, axis_types=_TYPES)
     # In the same order, so that what lies on all devices of one lies there on the other.
     return Mesh(mesh.devices.reshape(-1, per_cell), _AXES, axis_types=_TYPES)
+
+
+def _of_one_process(mesh: Mesh) -> int:
+    """How many of the devices are in the process that has fewest."""
+    if isinstance(mesh, AbstractMesh):
+        return mesh.size
+    return min(Counter(device.process_index for device in mesh.devices.flat).values())
 
 
 @contextlib.contextmanager
@@ -247,8 +271,9 @@ def over_rows(mesh: Mesh) -> Callable[..., Callable[[Any, Any], Any]]:
         def run(rows: Any, shared: Any) -> Any:
             count = len(jax.tree.leaves(rows)[0])
             every = np.minimum(np.arange(-(-count // mesh.size) * mesh.size), count - 1)
-            results = compiled(jax.tree.map(lambda a: a[every], rows), shared)
-            return jax.tree.map(lambda a: a[:count], results)
+            padded = jax.tree.map(lambda a: a[every], rows)
+            results = compiled(padded, everywhere(shared, mesh))
+            return jax.tree.map(lambda a: a[:count], fetch(results))
 
         return run
 
@@ -263,12 +288,63 @@ def stack(cells: Sequence[Any], size: int) -> Any:
 
 def spread(cells: Any, mesh: Mesh) -> Any:
     """Put arrays with a leading axis of cells where `over_cells` wants them."""
-    return jax.device_put(cells, NamedSharding(mesh, P("cells")))
+    return _placed(cells, NamedSharding(mesh, P("cells")))
 
 
 def everywhere(shared: Any, mesh: Mesh) -> Any:
     """Put what all cells read on every device."""
-    return jax.device_put(shared, NamedSharding(mesh, P()))
+    return _placed(shared, NamedSharding(mesh, P()))
+
+
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    """As `jax.device_put`, which would compare whole arrays across processes."""
+
+    def place(array: Any) -> jax.Array:
+        if isinstance(array, jax.Array):
+            if not array.is_fully_addressable:
+                return jax.device_put(array, sharding)
+            if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+                kind = jax.random.key_impl(array)
+                return jax.random.wrap_key_data(place(jax.random.key_data(array)), impl=kind)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda where: host[where])
+
+    return jax.tree.map(place, tree) if processes.several() else jax.device_put(tree, sharding)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as NumPy's, whole, in every process; all of these have to call it."""
+    if not processes.several():
+        return jax.device_get(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    far = {i: leaf for i, leaf in enumerate(leaves) if _is_far(leaf)}
+    # Many small ones by one program; else one by one, as each device will hold what is gathered.
+    pieces = [far] if bytes_of(far) <= _AT_ONCE else [{i: leaf} for i, leaf in far.items()]
+    for some in filter(None, pieces):
+        for i, leaf in _gather(some).items():
+            leaves[i] = leaf
+    here = [leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, jax.device_get(here))
+
+
+_AT_ONCE = 2**26
+"""Bytes of arrays that are gathered by one program."""
+
+
+def _is_far(array: Any) -> bool:
+    """Whether this process has but a part of it."""
+    known = isinstance(array, jax.Array)
+    return known and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def _gather(arrays: Any) -> Any:
+    """Arrays on all devices, whole."""
+    mesh = jax.tree.leaves(arrays)[0].sharding.mesh
+    return jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(arrays)
+
+
+def _same(arrays: Any) -> Any:
+    return arrays
 
 
 def wave_size(

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from madjax import processes
 from madjax.attacks import Attack
 from madjax.config import name_of
 from madjax.defenses import Defense
@@ -34,6 +35,7 @@ class Rates:
     folder: Path | None
     device: str
 
+    @processes.by_first
     def note(self, kind: str, amount: float, seconds: float) -> None:
         """Write down how long an amount of work took, without what was compiled for it."""
         if self.folder is None or not amount:

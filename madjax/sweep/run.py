@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from madjax import store
+from madjax import processes, store
 from madjax.attacks import Online
-from madjax.config import Sweep, describe
+from madjax.config import Sweep, describe, digest
 from madjax.datasets import Dataset
 from madjax.sweep import cache
 from madjax.sweep.grid import cell_id, expand
@@ -68,9 +68,13 @@ def run(
             images they are judged by; cells of which not one fits on a device.
     """
     directory, mesh = Path(directory), make_mesh(devices)
+    if not processes.is_first():
+        log = _silent
     arranged(mesh, 1, devices_per_cell)  # which may not divide them
-    opened = open_tasks(config.tasks, data_dir, cache.folder(), datasets)
-    ahead = tried(config, opened)
+    opened = processes.together(open_tasks)(config.tasks, data_dir, cache.folder(), datasets)
+    description = describe(config) | {"data": [each.checksums for each in opened.values()]}
+    processes.check_same("data or another config", digest(description))
+    ahead = processes.together(tried)(config, opened)
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
     found = store.ids(directory) if resume else {}
     for group in grouped({i: c for i, c in cells.items() if i not in found}, config, ahead):
@@ -79,7 +83,6 @@ def run(
     for task, each in opened.items():
         own = arranged(mesh, 1, devices_per_cell, [each.network])
         check_fits_alone(task, config.defenses, each, own, memory_of(mesh, memory, alone=True))
-    description = describe(config) | {"data": [each.checksums for each in opened.values()]}
     with store.open_run(directory, description, list(cells), resume=resume) as rows:
         done = {row["id"] for row in rows}
         missing = {name: cell for name, cell in cells.items() if name not in done}
@@ -93,9 +96,10 @@ def run(
             stock = Stock(opened, directory, mesh, kept, log, memory, devices_per_cell)
             groups = grouped(missing, config, ahead)
             ways = stock, directory, mesh, cells_per_device, devices_per_cell
-            log(planned(config.name, len(cells), groups, *ways).summary())
+            log(processes.by_first(planned)(config.name, len(cells), groups, *ways).summary())
             epochs = sum(group.epochs * len(group.cells) for group in groups)
-            with tqdm(total=epochs, unit="epoch", desc="attackers", disable=None) as bar:
+            shown = {"disable": None if processes.is_first() else True}
+            with tqdm(total=epochs, unit="epoch", desc="attackers", **shown) as bar:
                 desk = Desk(opened, directory, mesh, facts, rows, bar, log, devices_per_cell)
                 for group in groups:
                     if isinstance(group.attack, Online):
@@ -106,3 +110,7 @@ def run(
             log(f"{directory}: all cells are done")
         store.discard(directory, "attack-*")  # of waves that were stopped after their last row
     return rows
+
+
+def _silent(line: str) -> None:
+    """The log of a process that is not the first."""

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from madjax import store
+from madjax import stopping, store
 from madjax.attacks import Transfer, check_transfer
 from madjax.defenses import Defense
 from madjax.sweep import rates, stages
 from madjax.sweep.cache import Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.load import at_once, sends_numbers, transfer_bytes, wave_of
-from madjax.sweep.mesh import arranged, everywhere, over_cells, spread, stack
+from madjax.sweep.mesh import arranged, everywhere, fetch, over_cells, spread, stack
 from madjax.sweep.rows import measured
 from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.stock import Stock
@@ -131,7 +131,7 @@ def _ask(
     def keep(done: int) -> None:
         if not small:
             return
-        state = transfer, np.asarray(watch.running), np.asarray(done)
+        state = fetch(transfer), np.asarray(watch.running), np.asarray(done)
         store.save(desk.directory, name, done, state)
 
     like = jax.eval_shape(begin, wave.points, shared)
@@ -145,15 +145,17 @@ def _ask(
     else:
         transfer = spread(saved[0], desk.mesh)
         watch, first = Stopwatch(float(saved[1])), int(saved[2])
-    for r in range(first, group.attack.rounds):
-        with watch:
-            transfer = proceed((wave.points, transfer), (*shared, np.int32(r)))
-            jax.block_until_ready(transfer)
-        keep(r + 1)
-        desk.log(
-            f"{group.label}: round {r + 1} of {group.attack.rounds}, "
-            f"{int(transfer.asked[0]):,} queries, {watch.running:.0f} s"
-        )
+    with stopping.deferred():
+        for r in range(first, group.attack.rounds):
+            with watch:
+                transfer = proceed((wave.points, transfer), (*shared, np.int32(r)))
+                jax.block_until_ready(transfer)
+            keep(r + 1)
+            desk.log(
+                f"{group.label}: round {r + 1} of {group.attack.rounds}, "
+                f"{int(fetch(transfer.asked)[0]):,} queries, {watch.running:.0f} s"
+            )
+            stopping.check()
     check_transfer(group.attack, transfer)
     return transfer._replace(memory=()), watch
 
@@ -214,7 +216,7 @@ def _without_known(group: Group, stock: Stock, desk: Desk, per_device: int | Non
         for at in range(0, len(group.places), size):
             places = group.places[at : at + size]
             points = stack([group.point(place, told[place]) for place in places], size)
-            transfer = jax.device_get(begin(points, (own, None)))
+            transfer = fetch(begin(points, (own, None)))
             made |= {p: [transfer.x[i], transfer.targets[i]] for i, p in enumerate(places)}
     found: dict[int, dict[Place, _Stolen]] = {}
     for place, budget in group.waiting:
@@ -246,7 +248,7 @@ def _stolen(
 ) -> tuple[list[_Stolen], Stopwatch]:
     """What came of the wave's stolen models, which another command may have trained meanwhile."""
     # One that is not foreseen has another key than its arrays, which may be large.
-    made = jax.device_get((transfer.x, transfer.targets)) if group.drawn is not None else ()
+    made = fetch((transfer.x, transfer.targets)) if group.drawn is not None else ()
     keys = [
         stock.keys.stolen(group, place, budget, [each[i] for each in made])
         for i, place in enumerate(wave.places)
@@ -258,7 +260,7 @@ def _stolen(
         state, agreed, watch = _learn(
             wave, group, budget, transfer, images, tests, part, stock, desk
         )
-        found = jax.device_get((transfer.asked, state.accuracy, state.loss, agreed))
+        found = fetch((transfer.asked, state.accuracy, state.loss, agreed))
         learned = [_Learned(*(each[i] for each in found)) for i in range(len(keys))]
         for key, each in zip(keys, learned, strict=True):
             stock.kept.put(key, each)
@@ -297,7 +299,7 @@ def _learn(
     saved = store.restore(desk.directory, name, (state, np.zeros(())))
     if saved is not None:
         state, watch.running = spread(saved[0], desk.mesh), float(saved[1])
-    finished = int(state.epoch[0])
+    finished = int(fetch(state.epoch)[0])
     desk.bar.update(cells * finished)
     if images is not None:
         whole = over_cells(stages.advance, *settings, **_ways(group, desk))
@@ -306,11 +308,13 @@ def _learn(
             return whole((points, transfer, state), (images, tests, count))
     else:
         advance = _in_parts(wave, group, budget, transfer, tests, part, stock, desk)
-    for e in range(finished, group.epochs):
-        with watch:
-            state = jax.block_until_ready(advance(state))
-        store.save(desk.directory, name, e + 1, (state, np.asarray(watch.running)))
-        desk.bar.update(cells)
+    with stopping.deferred():
+        for e in range(finished, group.epochs):
+            with watch:
+                state = jax.block_until_ready(advance(state))
+            store.save(desk.directory, name, e + 1, (fetch(state), np.asarray(watch.running)))
+            desk.bar.update(cells)
+            stopping.check()
     with watch:
         agreed = jax.block_until_ready(fidelity((points, state), tests))
     return state, agreed, watch
@@ -332,18 +336,18 @@ def _in_parts(
     visited = over_cells(stages.visited, size, **_ways(group, desk))
     some = over_cells(stages.advance_part, stolen, attack.recipe, **_ways(group, desk))
     judged = over_cells(stages.judged, stolen, **_ways(group, desk))
-    points, sent = wave.points._replace(told=None), np.asarray(transfer.x)
+    points, sent = wave.points._replace(told=None), fetch(transfer.x)
     images = [stock.opened[task].sources[attack.source].images for task in group.tasks]
 
-    def fetch(orders: np.ndarray) -> Array:
+    def sent_to(orders: np.ndarray) -> Array:
         """Of each cell those at the same places of its order."""
         cells = zip(points.task, sent, orders, strict=True)
         return spread(np.stack([images[t][own[numbers]] for t, own, numbers in cells]), desk.mesh)
 
     def advance(state: State) -> State:
-        orders = np.asarray(visited(state, count))[:, :count]
+        orders = fetch(visited(state, count))[:, :count]
         batch = attack.recipe.batch_size
-        for each in parts(lambda at: fetch(orders[:, at]), np.arange(count), batch, part):
+        for each in parts(lambda at: sent_to(orders[:, at]), np.arange(count), batch, part):
             jax.block_until_ready(state)
             state = some((transfer, state, each.images), (count, each.first, each.stop))
         return judged((points, state), tests)

@@ -24,7 +24,7 @@ from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.keyring import Asked, Keyring
 from madjax.sweep.load import at_once_alone
-from madjax.sweep.mesh import arranged, everywhere, memory_of, over_rows
+from madjax.sweep.mesh import arranged, everywhere, fetch, memory_of, over_rows, within_process
 from madjax.sweep.rates import Rates
 from madjax.sweep.rows import task_facts
 from madjax.sweep.stages import Api, Own, Tests, Unseen
@@ -161,7 +161,7 @@ class Stock:
 
         like has a leading axis of cells. Large ones are neither kept nor looked for.
         """
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), like)
+        like = _of_a_cell(like)
         if not _is_kept(like):
             yield None
             return
@@ -188,10 +188,12 @@ class Stock:
 
     def keep_transfers(self, group: Group, places: list[Place], transfers: Any) -> None:
         """Put the finished transfer sets of a wave into the cache, if they are no large ones."""
+        if not _is_kept(_of_a_cell(transfers)):
+            return
+        whole = fetch(transfers)
         for i, place in enumerate(places):
-            mine = jax.tree.map(lambda a, i=i: np.asarray(a[i]), transfers)
-            if _is_kept(mine):
-                self.kept.put(self.keys.transfer(group, place), mine)
+            mine = jax.tree.map(lambda a, i=i: a[i], whole)
+            self.kept.put(self.keys.transfer(group, place), mine)
 
     def foreseen(self, group: Group, task: Task, seed: int | None) -> tuple[list[Planned], Any]:
         """The networks that a defence would train for a victim and a seed, and what it would know.
@@ -328,7 +330,7 @@ class Stock:
     def _keeper(self, task: Task, scope: Hashable) -> Keep:
         """Trains networks; what made one that the cache had is noted under a scope."""
         opened = self.opened[task]
-        mesh = arranged(self._mesh, 1, self._per_cell, [opened.network])
+        mesh = arranged(within_process(self._mesh), 1, self._per_cell, [opened.network])
         return keeper(
             self._directory,
             task,
@@ -364,6 +366,11 @@ def _sent(group: Group, task: Task, seed: int) -> Hashable:
     if group.drawn is None:
         return group.attack
     return group.attack.source, group.drawn[task][seed].tobytes()
+
+
+def _of_a_cell(wave: Any) -> Any:
+    """The shapes of one cell's arrays, from those of a wave or from their shapes."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), wave)
 
 
 def _is_kept(transfer: Any) -> bool:

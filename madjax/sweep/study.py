@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madjax import store
+from madjax import stopping, store
 from madjax.attacks import Online
 from madjax.config import describe, digest
 from madjax.datasets import base_name
 from madjax.linear import dot
 from madjax.sweep import online, rates
 from madjax.sweep.clock import Stopwatch
-from madjax.sweep.mesh import over_cells, spread, stack, wave_size
+from madjax.sweep.mesh import fetch, over_cells, spread, stack, wave_size
 from madjax.sweep.rows import after, number, numbers
 from madjax.sweep.stages import Point
 from madjax.sweep.stock import Stock
@@ -56,23 +56,26 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
     saved = store.restore(desk.directory, name, (training, laps, np.zeros(())))
     if saved is not None:
         training, laps, watch.running = spread(saved[0], desk.mesh), saved[1], float(saved[2])
-        first = -(-int(training.step[0]) // attack.every)
+        first = -(-int(fetch(training.step)[0]) // attack.every)
     desk.bar.update(len(group.cells) * first)
-    for at in range(first, attack.laps):
-        with watch:
-            training = advance((cells, training), ground)
-            results = judge((cells, training), ground)
-            for place, distance in zip(places, np.asarray(results["l1_mean"]), strict=False):
-                check_answers(group.rule, place, distance)
-            products = np.asarray(_products(origin, training.attacker.params))
-            results["direction_kept"] = direction_kept(cells, products, group.rule.neutral)
-            for field, values in results.items():
-                laps[field][at] = values
-        store.save(desk.directory, name, at + 1, (training, laps, np.asarray(watch.running)))
-        desk.bar.update(len(group.cells))
+    with stopping.deferred():
+        for at in range(first, attack.laps):
+            with watch:
+                training = advance((cells, training), ground)
+                results = fetch(judge((cells, training), ground))
+                for place, distance in zip(places, results["l1_mean"], strict=False):
+                    check_answers(group.rule, place, distance)
+                products = fetch(_products(origin, training.attacker.params))
+                results["direction_kept"] = direction_kept(cells, products, group.rule.neutral)
+                for field, values in results.items():
+                    laps[field][at] = values
+            state = fetch(training), laps, np.asarray(watch.running)
+            store.save(desk.directory, name, at + 1, state)
+            desk.bar.update(len(group.cells))
+            stopping.check()
     kind = rates.online(attack, group.rule, group.parties.stolen)
     stock.pace.note(kind, len(places) * attack.steps, watch.running)
-    trace = jax.tree.map(np.asarray, training.trace._asdict())
+    trace = fetch(training.trace._asdict())
     _save_traces(group, places, trace, desk)
     rows = {}
     for i, place in enumerate(places):

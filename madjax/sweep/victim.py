@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from madjax import store
+from madjax import processes, stopping, store
 from madjax.batching import bytes_of
 from madjax.config import Task, describe, digest, name_of
 from madjax.datasets import Dataset
@@ -77,6 +77,7 @@ def keeper(
             with watch.paused():
                 store.save(directory, folder, int(state.epoch), state)
             bar.update()
+            stopping.check()
 
         with kept.alone(whole, log):
             held = kept.get(whole, like)
@@ -89,9 +90,14 @@ def keeper(
                 return jax.tree.map(jnp.asarray, state)
             with (
                 tqdm(
-                    total=recipe.epochs, initial=done, unit="epoch", desc=name, disable=None
+                    total=recipe.epochs,
+                    initial=done,
+                    unit="epoch",
+                    desc=name,
+                    disable=None if processes.is_first() else True,
                 ) as bar,
                 Stopwatch() as watch,
+                stopping.deferred(),
                 examples_shared(mesh),
             ):
                 state = train(
@@ -99,7 +105,9 @@ def keeper(
                     after_epoch=after_epoch,
                     at_once=at_once(victim, recipe, train.data[0]),
                 )
-            state = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state)  # on one device again
+            host = jax.tree.map(np.asarray, state)
+            # Each process has trained it, and they may round otherwise; on one device again.
+            state = jax.tree.map(jnp.asarray, processes.by_first(lambda: host)())
             if done < recipe.epochs:
                 store.sign(directory, folder, kept.maker)
             maker = store.maker_of(directory, folder)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from madjax import store
+from madjax import processes, store
 from madjax.attacks import Attack, Online
 from madjax.config import Sweep, Task, describe, digest
 from madjax.defenses import Defense
@@ -139,8 +139,13 @@ class Desk:
             row = {"id": name} | self.facts | said | values
             known = cell.rule.facts(cell.strength, cell.task.victim, row["n_train"])
             rows.append(plain(row | known))
-        store.append_rows(self.directory, rows)
-        self.rows.extend(rows)
+
+        @processes.by_first
+        def written() -> list[dict[str, Any]]:
+            store.append_rows(self.directory, rows)
+            return rows  # with its seconds
+
+        self.rows.extend(written())
         for row in rows:
             angle = [f"angle {row['angle_mean']:.1f} degrees"] if row.get("angle_mean") else []
             said = (

@@ -1,0 +1,143 @@
+"""Signals end a run where nothing that is done is lost, with a status of their own."""
+
+import signal
+
+import pytest
+
+from madjax import MAD, Defended, Knockoff, Recipe, Sweep, Task, processes, stopping, store, sweep
+from madjax.cli import main
+from madjax.report import read_rows
+from tests.networks import Linear
+
+pytestmark = pytest.mark.smoke
+
+ENDING = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_stops_at_once_what_is_not_deferred(number):
+    before = [signal.getsignal(each) for each in ENDING]
+    with pytest.raises(stopping.Stopped, match=number.name) as stopped, stopping.by_signal():
+        signal.raise_signal(number)
+    assert stopped.value.number == number
+    assert isinstance(stopped.value, KeyboardInterrupt)  # which nobody takes for an error
+    assert [signal.getsignal(each) for each in ENDING] == before
+
+
+def deferring(number, then=lambda: None, reached=None):
+    reached = [] if reached is None else reached
+    with stopping.by_signal(), stopping.deferred(), stopping.deferred():
+        signal.raise_signal(number)
+        reached.append("saved")
+        then()
+        reached.append("the end")
+
+
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize(
+    ("then", "wanted"),
+    [
+        (stopping.check, ["saved"]),
+        (lambda: None, ["saved", "the end"]),
+        (lambda: signal.raise_signal(signal.SIGINT), ["saved"]),
+    ],
+    ids=["check", "end", "twice"],
+)
+def test_a_signal_waits_for_a_check_or_for_the_end_or_for_a_second(number, then, wanted, capsys):
+    reached = []
+    with pytest.raises(stopping.Stopped):
+        deferring(number, then, reached)
+    assert reached == wanted
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"madjax: {number.name}: stopping after what is under way; once more")
+
+
+def test_without_signals_nothing_stops():
+    stopping.check()
+    with stopping.deferred():
+        stopping.check()
+    with stopping.by_signal(), stopping.deferred():
+        stopping.check()
+
+
+def test_who_listens_to_no_signal_has_pythons_own(monkeypatch):
+    """As in a notebook: an interrupt is at once, and nothing is left behind."""
+    with pytest.raises(KeyboardInterrupt) as stopped, stopping.deferred():
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(stopped.value, stopping.Stopped)
+    stopping.check()
+
+
+RECIPE = Recipe(epochs=4, batch_size=16)
+
+
+def config():
+    attack = Knockoff(budget=20, architecture=Linear, recipe=RECIPE)
+    task = Task("tiny", "tiny", architecture=Linear, victim=RECIPE)
+    return Sweep("stopped", (task,), (Defended(MAD(layers="last"), (0.0, 0.9)),), (attack,))
+
+
+@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("during", ["victim", "attack"])
+def test_a_stopped_sweep_has_its_last_epoch_and_goes_on(
+    folder, tmp_path, monkeypatch, capsys, number, during
+):
+    file, out, save, steps = tmp_path / "config.py", tmp_path / "out", store.save, []
+    file.write_text("from tests.test_stopping import config\n")
+    words = ["sweep", str(file), "--data-dir", str(folder), "--out", str(out)]
+
+    def saving(directory, name, step, tree):
+        if name.startswith(during):
+            steps.append(step)
+            if step == 3:
+                signal.raise_signal(number)
+        save(directory, name, step, tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save", saving)
+        assert main(words) == 128 + number
+    assert steps == [1, 2, 3]
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == (
+        f"madjax: stopped by {number.name}; nothing finished is lost, go on with --resume"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save", lambda *a: (steps.append(a[2]), save(*a)))
+        assert main([*words, "--resume"]) == 0
+    assert steps[3] == 4
+    wanted = sweep.run(config(), tmp_path / "whole", data_dir=folder, log=lambda line: None)
+    fields = "id", "attacker_losses", "attacker_accuracies", "l1_mean"
+    found = [[row[field] for field in fields] for row in read_rows(out)]
+    assert found == [[row[field] for field in fields] for row in wanted]
+
+
+# --- one process alone ----------------------------------------------------------------------------
+
+
+def test_one_process_is_what_it_would_be_without():
+    assert not processes.several()
+    assert processes.is_first()
+    assert processes.by_first(lambda a, b: (a, b))(1, b=2) == (1, 2)
+    assert processes.together(lambda a: a + 1)(1) == 2
+    assert [processes.any_of(each) for each in (True, False)] == [True, False]
+    processes.check_same("data", "whatever")
+    with pytest.raises(ZeroDivisionError):
+        processes.by_first(lambda: 1 / 0)()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--coordinator", "localhost:1"], "add --distributed"),
+        (["--processes", "2"], "add --distributed"),
+        (["--process", "0"], "add --distributed"),
+        (["--distributed"], "give --coordinator HOST:PORT, --processes N and --process I"),
+    ],
+)
+def test_processes_that_cannot_be_connected_are_one_line(tmp_path, capsys, words, said):
+    for command in ("sweep", "angle"):
+        assert main([command, "--out", str(tmp_path / "out"), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("madjax: error: ")
+        assert said in line
+    assert not (tmp_path / "out").exists()

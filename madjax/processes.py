@@ -8,6 +8,7 @@ that they agree. Where there is one process, everything here is what it would be
 import os
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -21,8 +22,6 @@ from madjax.errors import InputError, in_one_line
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
-_PATIENCE = 20
-"""Seconds that one which ends waits for the others to do so."""
 _deciding: list[None] = []
 """Not empty while the first process is in a call that the others wait for."""
 
@@ -38,8 +37,8 @@ def connect(address: str | None = None, count: int | None = None, index: int | N
     """
     try:
         jax.config.update("jax_enable_preemption_service", True)
-        jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=_PATIENCE)
-    except (ValueError, RuntimeError) as error:
+        jax.distributed.initialize(address, count, index)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise InputError(
             f"the processes cannot be connected ({in_one_line(error)}): give --coordinator "
             "HOST:PORT, --processes N and --process I, the same but for the last to each of them"
@@ -58,9 +57,32 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def index() -> int:
+    """Which of them this one is, from 0."""
+    return jax.process_index() if several() else 0
+
+
 def is_first() -> bool:
     """Whether this is the one that writes."""
-    return not several() or jax.process_index() == 0
+    return index() == 0
+
+
+def meet() -> None:
+    """Wait until all are here: how long each takes to get ready is its own affair.
+
+    Raises:
+        InputError: they have not as many devices each.
+    """
+    if not several():
+        return
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"process {i} has {count}" for i, count in sorted(counts.items()))
+        raise InputError(
+            f"processes differ in their devices: {found}; give each as many, on CPUs by "
+            "JAX_NUM_CPU_DEVICES"
+        )
+    any_of(False)
 
 
 def by_first(function: Callable[Given, Found]) -> Callable[Given, Found]:
@@ -91,20 +113,23 @@ def by_first(function: Callable[Given, Found]) -> Callable[Given, Found]:
     return call
 
 
-def _told(value: Any) -> Any:
-    """What the first process has, in all of them."""
-    data = _pickled(value) if is_first() else b""
-    head = _broadcast((len(data).to_bytes(_LENGTH) + data)[:_HEAD], _HEAD)
+def _told(outcome: tuple[bool, Any] | None) -> tuple[bool, Any]:
+    """The outcome that the first process has, in all of them."""
+    data = b""
+    if is_first():
+        data, outcome = _pickled(outcome)
+    head = _broadcast((len(data).to_bytes(_LENGTH) + data)[:_BLOCK], _BLOCK)
     size = int.from_bytes(head[:_LENGTH])
-    if size > _HEAD - _LENGTH:
-        whole = _broadcast(data, 1 << (size - 1).bit_length())  # few sizes, so few programs
-    else:
-        whole = head[_LENGTH:]
-    return value if is_first() else pickle.loads(whole[:size])
+    found = [head[_LENGTH:]]
+    for at in range(_BLOCK - _LENGTH, size, _LARGE):  # of few sizes, so that few programs do
+        some = data[at : at + _LARGE]
+        left = min(size - at, _LARGE)
+        found.append(_broadcast(some, max(1 << (left - 1).bit_length(), _BLOCK)))
+    return outcome if is_first() else pickle.loads(b"".join(found)[:size])
 
 
-_HEAD, _LENGTH = 1024, 8
-"""Bytes that are sent at once, of which so many say how long the whole is."""
+_BLOCK, _LENGTH, _LARGE = 1024, 8, 2**26
+"""Bytes that are sent first, so many of which say how long the whole is, and most at a time."""
 
 
 def _broadcast(data: bytes, size: int) -> bytes:
@@ -113,13 +138,17 @@ def _broadcast(data: bytes, size: int) -> bytes:
     return multihost_utils.broadcast_one_to_all(padded).astype(np.uint8).tobytes()
 
 
-def _pickled(outcome: tuple[bool, Any]) -> bytes:
+def _pickled(outcome: tuple[bool, Any]) -> tuple[bytes, tuple[bool, Any]]:
+    """An outcome as bytes; or, where others could not read it, an error in its place."""
     try:
-        return pickle.dumps(outcome)
-    except Exception:
-        if outcome[0]:
-            raise
-        return pickle.dumps((False, RuntimeError(in_one_line(outcome[1]))))
+        data = pickle.dumps(outcome)
+        if not outcome[0]:  # an error may be written, and not be read
+            pickle.loads(data)
+    except Exception as error:
+        said = in_one_line(error if outcome[0] else outcome[1])
+        outcome = False, RuntimeError(said)
+        data = pickle.dumps(outcome)
+    return data, outcome
 
 
 def together(function: Callable[Given, Found]) -> Callable[Given, Found]:
@@ -179,6 +208,6 @@ def any_of(flag: bool) -> bool:
 def is_preempted(step: int) -> bool:
     """Whether one of several processes got SIGTERM, and this step is where all are to stop.
 
-    step: how often this was asked before, as all processes ask alike.
+    step: a number that is larger each time, and the same in all processes.
     """
     return several() and multihost_utils.reached_preemption_sync_point(step)

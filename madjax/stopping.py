@@ -10,8 +10,9 @@ signal (`madjax.processes`).
 """
 
 import contextlib
+import itertools
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -33,21 +34,21 @@ class _Watch:
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        self.deferring = self.checks = 0
+        self.deferring = 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         again, self.asked = self.asked is not None, number
         if again or not (self.deferring or processes.several()):
             raise Stopped(number)
-        print(
-            f"madjax: {signal.Signals(number).name}: stopping after what is under way; once more "
-            "stops at once",
-            file=sys.stderr,
-        )
+        name = signal.Signals(number).name
+        line = f"madjax: {name}: stopping after what is under way; once more stops at once\n"
+        os.write(2, line.encode())  # as something else may be in the middle of printing
 
 
 _watches: list[_Watch] = []
+_checks = itertools.count(1)
+"""By which several processes agree where to stop: never the same number again."""
 
 
 @contextlib.contextmanager
@@ -57,7 +58,8 @@ def by_signal() -> Iterator[None]:
     Where there are several processes JAX listens to SIGTERM, and tells all of them.
     """
     watch = _Watch()
-    before = {number: signal.signal(number, watch.handle) for number in _heard()}
+    heard = [n for n in _heard() if signal.getsignal(n) is not signal.SIG_IGN]  # as with nohup
+    before = {number: signal.signal(number, watch.handle) for number in heard}
     _watches.append(watch)
     try:
         yield
@@ -83,7 +85,7 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         watch.deferring -= 1
-    if not processes.several():
+    if not (processes.several() or watch.deferring):
         _raise_if_asked(watch)
 
 
@@ -98,10 +100,10 @@ def check() -> None:
     watch = _watches[-1]
     if processes.several():
         interrupted = processes.any_of(watch.asked is not None)
-        preempted = processes.is_preempted(watch.checks)
-        watch.checks += 1
+        preempted = processes.is_preempted(next(_checks))
         if interrupted or preempted:
             raise Stopped(signal.SIGINT if interrupted else signal.SIGTERM)
+        return  # a signal of this moment is one that the others have not heard of
     _raise_if_asked(watch)
 
 

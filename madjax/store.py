@@ -11,7 +11,6 @@ No array in a checkpoint belongs to a device: a run may go on on another machine
 processes (`madjax.processes`) the first alone reads and writes here, and tells the others.
 """
 
-import concurrent.futures
 import contextlib
 import errno
 import json
@@ -20,6 +19,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
-from madjax import processes
+from madjax import checkpoints, processes
 from madjax.errors import InputError, in_one_line
 from madjax.files import write_atomically
 
@@ -36,12 +36,8 @@ ROWS = "rows.jsonl"
 TRACES = "traces"
 LOCK = ".lock"
 MAKER = "made.json"
-_ITEM = "state"
-"""What Orbax calls the one thing that a checkpoint holds."""
-_WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-"""Threads that use Orbax at once take each other's drafts for their own (0.12.8)."""
-_writing: dict[Path, concurrent.futures.Future[None]] = {}
-"""The last write of each directory that nobody has waited for."""
+_writing: dict[Path, tuple[str, int, "futures.Future[None]"]] = {}
+"""Of each directory the checkpoint that is being written, which nobody has waited for."""
 
 
 @contextlib.contextmanager
@@ -89,9 +85,15 @@ def _alone(directory: Path) -> Iterator[None]:
             f"{directory} cannot be written ({error.strerror}): give another --out"
         ) from error
     try:
-        with contextlib.ExitStack() as stack:
-            stack.callback(wait, directory)
-            yield
+        yield
+    except BaseException:
+        try:
+            wait(directory)
+        except InputError as error:  # which is not why the run ends
+            warnings.warn(str(error), stacklevel=2)
+        raise
+    else:
+        wait(directory)
     finally:
         lock.release()
 
@@ -232,29 +234,26 @@ def save(directory: Path, name: str, step: int, tree: Any) -> None:
     """
     wait(directory)
     copy = jax.tree.map(np.array, tree)  # of arrays whose memory others may be given meanwhile
-    _writing[directory] = _WRITER.submit(_write, directory, name, step, copy)
-
-
-def _write(directory: Path, name: str, step: int, tree: Any) -> None:
-    folder = (directory / "checkpoints" / name).resolve()
-    with _checkpointer() as checkpointer:
-        checkpointer.save(folder / str(step), args=_item("PyTreeSave", tree), force=True)
-    for old in _steps(folder):
-        if old != step:
-            shutil.rmtree(folder / str(old))
+    folder = directory / "checkpoints" / name
+    _writing[directory] = name, step, checkpoints.write(folder / str(step), copy)
 
 
 def wait(directory: Path) -> None:
     """Until nothing is being written in a directory.
 
     Raises:
-        OSError: it could not be.
+        InputError: what was to be written could not be.
     """
-    under_way = _writing.get(directory)
-    if under_way is not None:
-        concurrent.futures.wait([under_way])
-        _writing.pop(directory, None)
-        under_way.result()
+    if directory not in _writing:
+        return
+    name, step, written = _writing[directory]
+    futures.wait([written])
+    del _writing[directory]
+    written.result()
+    folder = directory / "checkpoints" / name
+    for old in _steps(folder):
+        if old != step:
+            shutil.rmtree(folder / str(old))
 
 
 @processes.by_first
@@ -269,7 +268,7 @@ def restore(directory: Path, name: str, like: Any) -> Any | None:
     folder = (directory / "checkpoints" / name).resolve()
     for step in sorted(_steps(folder), reverse=True):
         try:
-            return _WRITER.submit(_read, folder / str(step), like).result()
+            return checkpoints.read(folder / str(step), like)
         except Exception as error:  # of many kinds, by what is damaged
             warnings.warn(
                 f"checkpoint {folder / str(step)} is damaged ({in_one_line(error)}): what it held "
@@ -277,41 +276,6 @@ def restore(directory: Path, name: str, like: Any) -> Any | None:
                 stacklevel=3,
             )
     return None
-
-
-def _read(path: Path, like: Any) -> Any:
-    from orbax.checkpoint import checkpoint_utils
-
-    blank = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
-    ways = checkpoint_utils.construct_restore_args(blank)
-    with _checkpointer() as checkpointer:
-        found = checkpointer.restore(path, args=_item("PyTreeRestore", blank, restore_args=ways))
-    return found[_ITEM]
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Iterator[Any]:
-    """Orbax, of which other processes need not know.
-
-    By its older interface: the newer one waits for all of them (0.12.8).
-    """
-    import orbax.checkpoint as ocp
-
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
-    )
-    handler = ocp.CompositeCheckpointHandler(
-        **{_ITEM: ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)},
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
-    )
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        yield checkpointer
-
-
-def _item(kind: str, *values: Any, **options: Any) -> Any:
-    import orbax.checkpoint as ocp
-
-    return ocp.args.Composite(**{_ITEM: getattr(ocp.args, kind)(*values, **options)})
 
 
 @processes.by_first

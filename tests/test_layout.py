@@ -13,7 +13,7 @@ PACKAGE = Path(madjax.__file__).parent
 FLOORS = [
     {"errors", "backend"},
     {"processes"},
-    {"stopping"},
+    {"stopping", "checkpoints"},
     {"files", "conv", "batching", "linear", "streams", "augment", "statistics", "sharing"},
     {"layers"},
     {"taps"},

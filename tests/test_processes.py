@@ -25,6 +25,7 @@ from madjax import (
     Recipe,
     Sweep,
     Task,
+    Trained,
     jbda,
     processes,
     stopping,
@@ -62,8 +63,19 @@ RUNS = {
         GRID, defenses=(Defended(MAD(layers="last"), (0.0, 0.9)),), attacks=(ONLINE,), budgets=()
     ),
 }
+
+
+def chosen(name, out):
+    """A config by its name; "given" has a victim from the directory of the first process."""
+    if name != "given":
+        return RUNS[name]
+    (path,) = (out.parent / "0" / "grid" / "checkpoints").glob("victim-*")
+    return replace(others(3), tasks=(replace(GRID.tasks[0], victim=Trained(str(path))),))
+
+
+NAMES = [*RUNS, "given"]
 WAYS = {"shared": {"devices_per_cell": 2}}
-DEVICES = {"grid": (1, 2, 4), "shared": (1,), "parts": (1,), "jbda": (4,), "online": (4,)}
+DEVICES = {"grid": (1, 2, 4), "jbda": (4,), "online": (4,)}
 
 
 def long():
@@ -109,9 +121,11 @@ def said(pair):
 
 def work(data, out, address, index):
     """What each of two processes does: all runs, of which it writes down the rows that it got."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which some that start others ignore
     processes.connect(address, 2, int(index))
     assert (jax.device_count(), jax.local_device_count()) == (4, 2)
-    for name, config in RUNS.items():
+    for name in NAMES:
+        config = chosen(name, Path(out))
         run = partial(sweep.run, config, Path(out) / name, data_dir=data, **WAYS.get(name, {}))
         with pytest.MonkeyPatch.context() as patch:
             if name == "parts":
@@ -123,7 +137,7 @@ def work(data, out, address, index):
     assert sweep.programs["advance_part"]
     with pytest.raises(InputError, match="already holds a run"):  # which one of them finds
         sweep.run(config, Path(out) / name, data_dir=data)
-    with pytest.raises(InputError, match="process 1 has other data or another config than"):
+    with pytest.raises(InputError, match="process 1 has other data, config, options or versions"):
         sweep.run(replace(config, seeds=(jax.process_index(),)), Path(out) / "n", data_dir=data)
     with pytest.raises(InputError, match="process 1: .*tiny" if processes.is_first() else "tiny"):
         sweep.run(config, Path(out) / "n", data_dir=data if processes.is_first() else out)
@@ -158,7 +172,7 @@ def both(folder, tmp_path_factory):
         pair.append(launch(words, out / f"cache-{i}"))
     texts, statuses = said(pair)
     assert statuses == [0, 0], "\n".join(texts)
-    for name in RUNS:
+    for name in NAMES:
         assert (out / "0" / name / "rows.jsonl").is_file()
         assert not (out / "1" / name).exists()
     assert (out / "cache-0").is_dir()
@@ -168,15 +182,15 @@ def both(folder, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_have_the_rows_of_one(both, folder, tmp_path, name):
     """Of one, two and four devices."""
     first, second = (json.loads((both / str(i) / f"{name}.json").read_text()) for i in range(2))
     assert first == second == read_rows(both / "0" / name)
-    for devices in DEVICES[name]:
+    for devices in DEVICES.get(name, (1,)):
         quiet = {"data_dir": folder, "log": lambda line: None}
         some = jax.devices()[:devices]
-        rows = sweep.run(RUNS[name], tmp_path / str(devices), devices=some, **quiet)
+        rows = sweep.run(chosen(name, both / "1"), tmp_path / str(devices), devices=some, **quiet)
         check_same(rows, first)
 
 

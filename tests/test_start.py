@@ -64,6 +64,7 @@ def other(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other")
     variables = jax.jit(network(9).init)(jax.random.key(77))
     store.save(folder, "nine", 3, {"params": variables, "opt_state": ()})
+    store.wait(folder)
     return variables["params"], Trained(folder / "checkpoints" / "nine")
 
 

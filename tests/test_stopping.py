@@ -14,6 +14,23 @@ pytestmark = pytest.mark.smoke
 ENDING = [signal.SIGINT, signal.SIGTERM]
 
 
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal():
+    """Those who run tests side by side let the processes ignore an interrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As by nohup, and by a shell for what runs behind it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stopping.by_signal():
+        signal.raise_signal(signal.SIGINT)
+        with stopping.deferred():
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_stops_at_once_what_is_not_deferred(number):
     before = [signal.getsignal(each) for each in ENDING]
@@ -43,12 +60,12 @@ def deferring(number, then=lambda: None, reached=None):
     ],
     ids=["check", "end", "twice"],
 )
-def test_a_signal_waits_for_a_check_or_for_the_end_or_for_a_second(number, then, wanted, capsys):
+def test_a_signal_waits_for_a_check_or_for_the_end_or_for_a_second(number, then, wanted, capfd):
     reached = []
     with pytest.raises(stopping.Stopped):
         deferring(number, then, reached)
     assert reached == wanted
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"madjax: {number.name}: stopping after what is under way; once more")
 
 
@@ -78,9 +95,9 @@ def config():
 
 
 @pytest.mark.parametrize("number", ENDING)
-@pytest.mark.parametrize("during", ["victim", "attack"])
+@pytest.mark.parametrize(("during", "at"), [("victim", 3), ("victim", 4), ("attack", 3)])
 def test_a_stopped_sweep_has_its_last_epoch_and_goes_on(
-    folder, tmp_path, monkeypatch, capsys, number, during
+    folder, tmp_path, monkeypatch, capfd, number, during, at
 ):
     file, out, save, steps = tmp_path / "config.py", tmp_path / "out", store.save, []
     file.write_text("from tests.test_stopping import config\n")
@@ -89,22 +106,25 @@ def test_a_stopped_sweep_has_its_last_epoch_and_goes_on(
     def saving(directory, name, step, tree):
         if name.startswith(during):
             steps.append(step)
-            if step == 3:
+            if step == at:
                 signal.raise_signal(number)
         save(directory, name, step, tree)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "save", saving)
         assert main(words) == 128 + number
-    assert steps == [1, 2, 3]
-    said = capsys.readouterr().err.splitlines()
+    assert steps == list(range(1, at + 1))
+    if at == RECIPE.epochs:  # what made it is known, though the run ended there
+        (path,) = (out / "checkpoints").glob("victim-*")
+        assert store.maker_of(out, path.name)["device"]
+    said = capfd.readouterr().err.splitlines()
     assert said[-1] == (
         f"madjax: stopped by {number.name}; nothing finished is lost, go on with --resume"
     )
     with monkeypatch.context() as patch:
         patch.setattr(store, "save", lambda *a: (steps.append(a[2]), save(*a)))
         assert main([*words, "--resume"]) == 0
-    assert steps[3] == 4
+    assert steps[at] == (at + 1 if at < RECIPE.epochs else 1)
     wanted = sweep.run(config(), tmp_path / "whole", data_dir=folder, log=lambda line: None)
     fields = "id", "attacker_losses", "attacker_accuracies", "l1_mean"
     found = [[row[field] for field in fields] for row in read_rows(out)]
@@ -134,10 +154,10 @@ def test_one_process_is_what_it_would_be_without():
         (["--distributed"], "give --coordinator HOST:PORT, --processes N and --process I"),
     ],
 )
-def test_processes_that_cannot_be_connected_are_one_line(tmp_path, capsys, words, said):
+def test_processes_that_cannot_be_connected_are_one_line(tmp_path, capfd, words, said):
     for command in ("sweep", "angle"):
         assert main([command, "--out", str(tmp_path / "out"), *words]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith("madjax: error: ")
         assert said in line
     assert not (tmp_path / "out").exists()

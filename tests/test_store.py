@@ -1,6 +1,5 @@
 """What a run leaves on disk survives a crash, and is never overwritten."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madjax import InputError, store
+from madjax import InputError, checkpoints, store
 from madjax.report import read_rows
 
 pytestmark = pytest.mark.smoke
@@ -196,14 +195,14 @@ def cut_short(folder):
 
 def slow(monkeypatch, meanwhile=lambda: None):
     """Let the writing of checkpoints take a while."""
-    write = store._write
+    write = checkpoints._checkpointer
 
-    def take_a_while(*args):
+    def take_a_while():
         meanwhile()
         time.sleep(0.2)
-        write(*args)
+        return write()
 
-    monkeypatch.setattr(store, "_write", take_a_while)
+    monkeypatch.setattr(checkpoints, "_checkpointer", take_a_while)
 
 
 def test_a_run_that_is_stopped_leaves_its_last_checkpoint_whole(tmp_path, monkeypatch):
@@ -248,7 +247,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_by_what_comes_next(
     tmp_path, monkeypatch, then
 ):
     def fail():
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise ValueError("RESOURCE_EXHAUSTED: no space left on device")  # as TensorStore says it
 
     def run():
         with store.open_run(tmp_path, CONFIG, CELLS, resume=False):
@@ -256,9 +255,25 @@ def test_a_checkpoint_that_cannot_be_written_is_said_by_what_comes_next(
             then(tmp_path)
 
     slow(monkeypatch, fail)
-    with pytest.raises(OSError, match="No space left"):
+    said = r"wave/1 cannot be written \(.*no space left on device.*go on with --resume"
+    with pytest.raises(InputError, match=said):
         run()
     store.wait(tmp_path)  # it is said once
+
+
+def test_a_run_that_fails_says_why_and_then_what_could_not_be_written(tmp_path, monkeypatch):
+    def fail():
+        raise ValueError("no space left on device")
+
+    def run():
+        with store.open_run(tmp_path, CONFIG, CELLS, resume=False):
+            store.save(tmp_path, "wave", 1, {"w": np.arange(6.0)})
+            raise KeyboardInterrupt
+
+    slow(monkeypatch, fail)
+    with pytest.warns(UserWarning, match="no space left"), pytest.raises(KeyboardInterrupt):
+        run()
+    assert reopened(tmp_path, CONFIG, CELLS, resume=True) == []
 
 
 def test_what_a_crash_left_of_the_first_file_blocks_nothing(tmp_path):

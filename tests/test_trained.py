@@ -111,6 +111,12 @@ def test_a_file_of_pytorch_is_a_victim_too(trained, data_dir, tmp_path):
     assert not (tmp_path / "two").exists()
 
 
+def saved(directory, name, step, tree):
+    """A checkpoint that is there."""
+    store.save(directory, name, step, tree)
+    assert store.holds(directory, name, step)
+
+
 def test_what_it_is_are_its_arrays(trained, tmp_path):
     """Neither where it lies nor how it was saved; one number more tells it from another."""
     _, checkpoint = trained
@@ -123,14 +129,14 @@ def test_what_it_is_are_its_arrays(trained, tmp_path):
     network = madjax.Classifier(Linear(4), lambda x: x, (6, 6, 1))
     variables = Trained(checkpoint).variables(network)
     state = {"params": variables, "opt_state": (), "epoch": np.zeros(())}
-    store.save(tmp_path, "again", 7, state)
+    saved(tmp_path, "again", 7, state)
     assert Trained(tmp_path / "checkpoints" / "again") == Trained(checkpoint)
     for step, leaf in enumerate(("kernel", "bias"), 8):  # of several steps the last is taken
         other = jax.tree.map(np.array, variables)
         other["params"]["Dense_0"][leaf][-1] += 1e-3
-        store.save(tmp_path, "again", step, state | {"params": other})
+        saved(tmp_path, "again", step, state | {"params": other})
         assert Trained(tmp_path / "checkpoints" / "again") != Trained(checkpoint)
-    store.save(tmp_path, "alone", 1, variables)
+    saved(tmp_path, "alone", 1, variables)
     assert Trained(tmp_path / "checkpoints" / "alone") == Trained(checkpoint)
 
 
@@ -140,7 +146,7 @@ def test_victims_of_one_sweep_are_told_apart(trained, data_dir, tmp_path, monkey
     _, checkpoint = trained
     network = madjax.Classifier(Linear(4), lambda x: x, (6, 6, 1))
     flipped = jax.tree.map(lambda a: a[..., ::-1], Trained(checkpoint).variables(network))
-    store.save(tmp_path, "flipped", 1, flipped)
+    saved(tmp_path, "flipped", 1, flipped)
     victims = Trained(checkpoint), Trained(tmp_path / "checkpoints" / "flipped")
     tasks = tuple(replace(TASK, victim=victim) for victim in victims)
     both = replace(SWEEP, tasks=tasks, defenses=(Defended(NoDefense()),))
@@ -260,12 +266,12 @@ def test_a_victim_that_changed_or_answers_nan_is_none(trained, data_dir, tmp_pat
     signs = (-1.0) ** np.arange(36)[:, None]  # so that sums are infinity less infinity
     huge = jax.tree.map(lambda a: (signs * np.full((36, 4), 3e38))[: len(a)], variables)
     huge["params"]["Dense_0"]["bias"] = variables["params"]["Dense_0"]["bias"]
-    store.save(tmp_path, "victim", 1, huge)
+    saved(tmp_path, "victim", 1, huge)
     given = Trained(tmp_path / "checkpoints" / "victim")
     with pytest.raises(InputError, match=r"victim of victims <- queries answers NaN: give another"):
         sweep.run(with_victim(given), tmp_path / "out", data_dir=data_dir, log=quiet)
-    store.save(tmp_path, "other", 1, variables)
+    saved(tmp_path, "other", 1, variables)
     given = Trained(tmp_path / "checkpoints" / "other")
-    store.save(tmp_path, "other", 2, huge)
+    saved(tmp_path, "other", 2, huge)
     with pytest.raises(InputError, match="was changed after its config was read"):
         sweep.run(with_victim(given), tmp_path / "two", data_dir=data_dir, log=quiet)

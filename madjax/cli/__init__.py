@@ -6,6 +6,7 @@ What it takes is in parser.py, what each command does in commands.py.
 import os
 import signal
 import sys
+import traceback
 import warnings
 
 import jax
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not processes.several():
             raise
+        if options.traceback:
+            traceback.print_exc()
         print(
             f"madjax: error: another process has died, or this one ({in_one_line(error)}): start "
             "all of them again, with --resume",

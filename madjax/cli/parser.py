@@ -150,8 +150,8 @@ def _distribute(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes, one a machine, that run the same command; Slurm, "
-        "Kubernetes and Cloud TPU say which",
+        help="this is one of several processes that run the same command, one a machine, or in "
+        "Slurm one a GPU; Slurm, Kubernetes and Cloud TPU say which",
     )
     command.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where the first process is, if nobody says so"

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from madjax import backend, processes
+from madjax import backend, processes, stopping
 from madjax.batching import bytes_of
 from madjax.errors import InputError
 from madjax.models import Classifier
@@ -151,7 +151,8 @@ def memory_of(mesh: Mesh, given: float | None = None, *, alone: bool = False) ->
                 f"memory is {given}: give the bytes that each device may take, above 0"
             )
         return given
-    mesh = within_process(mesh)
+    if processes.several():
+        mesh = within_process(mesh)
     device = mesh.devices.flat[0]
     said = device.memory_stats()
     if said and "bytes_limit" in said:
@@ -269,6 +270,7 @@ def over_rows(mesh: Mesh) -> Callable[..., Callable[[Any, Any], Any]]:
         compiled = _compiled(function, settings, mesh, at_once, mesh.axis_names)
 
         def run(rows: Any, shared: Any) -> Any:
+            stopping.check()
             count = len(jax.tree.leaves(rows)[0])
             every = np.minimum(np.arange(-(-count // mesh.size) * mesh.size), count - 1)
             padded = jax.tree.map(lambda a: a[every], rows)
@@ -312,8 +314,11 @@ def _placed(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(place, tree) if processes.several() else jax.device_put(tree, sharding)
 
 
-def fetch(tree: Any) -> Any:
-    """Arrays as NumPy's, whole, in every process; all of these have to call it."""
+def fetch(tree: Any, *, first: bool = False) -> Any:
+    """Arrays as NumPy's, whole, in every process; all of these have to call it.
+
+    first: only the first of them gets them, the others None.
+    """
     if not processes.several():
         return jax.device_get(tree)
     leaves, structure = jax.tree.flatten(tree)
@@ -323,8 +328,9 @@ def fetch(tree: Any) -> Any:
     for some in filter(None, pieces):
         for i, leaf in _gather(some).items():
             leaves[i] = leaf
-    here = [leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
-    return jax.tree.unflatten(structure, jax.device_get(here))
+    if first and not processes.is_first():
+        return None
+    return jax.tree.unflatten(structure, jax.device_get([_here(leaf) for leaf in leaves]))
 
 
 _AT_ONCE = 2**26
@@ -335,6 +341,13 @@ def _is_far(array: Any) -> bool:
     """Whether this process has but a part of it."""
     known = isinstance(array, jax.Array)
     return known and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def _here(array: Any) -> Any:
+    """One that is whole on each device, on one of this process."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array.addressable_data(0)
+    return array
 
 
 def _gather(arrays: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from madjax import processes, store
+from madjax import processes, stopping, store
 from madjax.attacks import Online
 from madjax.config import Sweep, describe, digest
 from madjax.datasets import Dataset
@@ -71,10 +71,14 @@ def run(
     if not processes.is_first():
         log = _silent
     arranged(mesh, 1, devices_per_cell)  # which may not divide them
+    processes.meet()
     opened = processes.together(open_tasks)(config.tasks, data_dir, cache.folder(), datasets)
-    description = describe(config) | {"data": [each.checksums for each in opened.values()]}
-    processes.check_same("data or another config", digest(description))
     ahead = processes.together(tried)(config, opened)
+    description = describe(config) | {"data": [each.checksums for each in opened.values()]}
+    facts = run_facts(config, description, mesh)
+    ways = [resume, cells_per_device, devices_per_cell, memory, len(mesh.devices)]
+    told = {name: facts[name] for name in ("versions", "git_commit", "config_hash")}
+    processes.check_same("data, config, options or versions", digest([ways, told]))
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
     found = store.ids(directory) if resume else {}
     for group in grouped({i: c for i, c in cells.items() if i not in found}, config, ahead):
@@ -87,7 +91,6 @@ def run(
         done = {row["id"] for row in rows}
         missing = {name: cell for name, cell in cells.items() if name not in done}
         if missing:
-            facts = run_facts(config, description, mesh)
             kept = cache.open_cache(made_with(facts))
             for task, each in opened.items():
                 if not agrees(directory, task, each.network, each.data, kept):
@@ -102,6 +105,7 @@ def run(
             with tqdm(total=epochs, unit="epoch", desc="attackers", **shown) as bar:
                 desk = Desk(opened, directory, mesh, facts, rows, bar, log, devices_per_cell)
                 for group in groups:
+                    stopping.check()
                     if isinstance(group.attack, Online):
                         study(group, stock, desk)
                     else:

@@ -131,7 +131,7 @@ def _ask(
     def keep(done: int) -> None:
         if not small:
             return
-        state = fetch(transfer), np.asarray(watch.running), np.asarray(done)
+        state = fetch(transfer, first=True), np.asarray(watch.running), np.asarray(done)
         store.save(desk.directory, name, done, state)
 
     like = jax.eval_shape(begin, wave.points, shared)
@@ -312,7 +312,8 @@ def _learn(
         for e in range(finished, group.epochs):
             with watch:
                 state = jax.block_until_ready(advance(state))
-            store.save(desk.directory, name, e + 1, (fetch(state), np.asarray(watch.running)))
+            kept = fetch(state, first=True), np.asarray(watch.running)
+            store.save(desk.directory, name, e + 1, kept)
             desk.bar.update(cells)
             stopping.check()
     with watch:

@@ -69,7 +69,7 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
                 results["direction_kept"] = direction_kept(cells, products, group.rule.neutral)
                 for field, values in results.items():
                     laps[field][at] = values
-            state = fetch(training), laps, np.asarray(watch.running)
+            state = fetch(training, first=True), laps, np.asarray(watch.running)
             store.save(desk.directory, name, at + 1, state)
             desk.bar.update(len(group.cells))
             stopping.check()

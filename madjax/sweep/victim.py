@@ -73,9 +73,11 @@ def keeper(
         done = int(saved.epoch) if saved else 0
 
         def after_epoch(state: State) -> None:
-            check_converges(name, recipe, state)  # waits for the epoch's last step
+            processes.together(check_converges)(name, recipe, state)  # waits for the last step
             with watch.paused():
                 store.save(directory, folder, int(state.epoch), state)
+                if int(state.epoch) == recipe.epochs:
+                    store.sign(directory, folder, kept.maker)
             bar.update()
             stopping.check()
 
@@ -108,8 +110,6 @@ def keeper(
             host = jax.tree.map(np.asarray, state)
             # Each process has trained it, and they may round otherwise; on one device again.
             state = jax.tree.map(jnp.asarray, processes.by_first(lambda: host)())
-            if done < recipe.epochs:
-                store.sign(directory, folder, kept.maker)
             maker = store.maker_of(directory, folder)
             if maker is not None:  # else a command was killed before it signed
                 found(name, maker)

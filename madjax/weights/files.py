@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from madjax import checkpoints
 from madjax.errors import InputError, in_one_line
 
 
@@ -23,11 +24,9 @@ def path_of(path: str | Path) -> Path:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """The variables in a checkpoint, or in the last of a directory of them, by their paths."""
-    from orbax.checkpoint import v1 as ocp
-
     steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     try:
-        tree = ocp.load((steps[-1] if steps else path).resolve())
+        tree = checkpoints.read(steps[-1] if steps else path)
         tree = tree["params"] if "opt_state" in tree else tree
         return {name: as_float32(a) for name, a in flatten_dict(tree, sep="/").items()}
     except Exception as error:  # of many kinds, by what is wrong with it

@@ -1,6 +1,9 @@
 """Pytrees of arrays on disk, by Orbax: each process for itself, and one thread of it at a time."""
 
 import contextlib
+import logging
+import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -44,9 +47,15 @@ def _write(path: Path, tree: Any) -> None:
             checkpointer.save(path, args=item, force=True)
     except Exception as error:  # of many kinds: of a full disk ValueError
         raise InputError(
-            f"the checkpoint {path} cannot be written ({in_one_line(error)}): see to it that it "
+            f"the checkpoint {path} cannot be written ({_reason(error)}): see to it that it "
             "can, and go on with --resume"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, of which TensorStore has a number at the end of a long line."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1])) if found else in_one_line(error)
 
 
 def _read(path: Path, like: Any) -> Any:
@@ -77,5 +86,11 @@ def _checkpointer() -> Iterator[Any]:
         **{_ITEM: ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)},
         composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
     )
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        yield checkpointer
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what fails raises; else there would be pages of it
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            yield checkpointer
+    finally:
+        logger.setLevel(level)

@@ -247,7 +247,9 @@ def test_a_checkpoint_that_cannot_be_written_is_said_by_what_comes_next(
     tmp_path, monkeypatch, then
 ):
     def fail():
-        raise ValueError("RESOURCE_EXHAUSTED: no space left on device")  # as TensorStore says it
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: a/0 of many words [os_error_code='28']"
+        )  # as TensorStore says it
 
     def run():
         with store.open_run(tmp_path, CONFIG, CELLS, resume=False):
@@ -255,7 +257,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_by_what_comes_next(
             then(tmp_path)
 
     slow(monkeypatch, fail)
-    said = r"wave/1 cannot be written \(.*no space left on device.*go on with --resume"
+    said = r"wave/1 cannot be written \(No space left on device\): .* go on with --resume"
     with pytest.raises(InputError, match=said):
         run()
     store.wait(tmp_path)  # it is said once

@@ -5,7 +5,7 @@ rows of one that was left alone: none lost, none doubled, none with another resu
 directory that cannot be written, a damaged checkpoint, a half-written row and a changed config are
 named in one line, and what can go on does.
 Command: python experiments/fault_test.py --out OUT
-Cost: 12 minutes on 2 CPU cores.
+Cost: 17 minutes on 2 CPU cores.
 
 The grid is 8 cells: perceptrons, 600 images of MNIST, MAD at two strengths, knockoff and jbda at
 two budgets. Each command is a process of its own, `madjax sweep CONFIG --resume`. Compiled programs
@@ -277,20 +277,30 @@ def main():
         killed = kill(sweeps, options.kills, options.seed, wanted[0], whole, idle)
         found = faults(sweeps, options.sizes, options.smoke)
         each = {name: outcome(value, wanted, sweeps.folder) for name, value in found.items()}
+    took = {"whole": round(whole, 1), "without_work": round(idle, 1)}
+    results = {"killed": killed, "faults": each, "seconds_of_a_command": took}
+    print(table(results))
+    if options.out:
+        write(options.out, options, {"results": results}, table(results))
+    if lost_by(killed) or any(facts["rows_kept"] is False for facts in each.values()):
+        raise SystemExit("rows were lost, doubled or changed")
+
+
+def lost_by(killed):
+    """How many rows were not as they should be."""
+    return killed["rows_lost"] + killed["rows_doubled"] + killed["rows_differing"]
+
+
+def table(results):
+    """The outcome of each fault."""
+    killed = results["killed"]
     moments = ", ".join(f"{what} {number}" for what, number in sorted(killed["moments"].items()))
-    lost = killed["rows_lost"] + killed["rows_doubled"] + killed["rows_differing"]
-    lines = [(f"{killed['kills']} x kill -9 ({moments})", "-9", "NO" if lost else "yes", "")]
-    for name, facts in each.items():
+    kept = "NO" if lost_by(killed) else "yes"
+    lines = [(f"{killed['kills']} x kill -9 ({moments})", "-9", kept, "")]
+    for name, facts in results["faults"].items():
         kept = {True: "yes", False: "NO", None: "-"}[facts["rows_kept"]]
         lines.append((name, str(facts["status"]), kept, facts["said"]))
-    table = markdown(("fault", "exit status", "rows as if undisturbed", "last line"), lines)
-    print(table)
-    took = {"whole": round(whole, 1), "without_work": round(idle, 1)}
-    if options.out:
-        facts = {"killed": killed, "faults": each, "seconds_of_a_command": took}
-        write(options.out, options, facts, table)
-    if lost or any(facts["rows_kept"] is False for facts in each.values()):
-        raise SystemExit("rows were lost, doubled or changed")
+    return markdown(("fault", "exit status", "rows as if undisturbed", "last line"), lines)
 
 
 if __name__ == "__main__":

@@ -236,11 +236,11 @@ def faults(sweeps, sizes, smoke):
     found = {
         "half-written last row": half_written(sweeps),
         "another config": changed(sweeps),
-        "SIGTERM": stopped(sweeps, signal.SIGTERM),
     }
     if smoke:
         return found
     return found | {
+        "SIGTERM": stopped(sweeps, signal.SIGTERM),
         "SIGINT": stopped(sweeps, signal.SIGINT),
         "all checkpoints damaged": damaged(sweeps),
         "directory that cannot be written": read_only(sweeps),

@@ -69,6 +69,23 @@ def test_a_signal_waits_for_a_check_or_for_the_end_or_for_a_second(number, then,
     assert line.startswith(f"madjax: {number.name}: stopping after what is under way; once more")
 
 
+def test_a_signal_that_comes_while_processes_agree_waits_for_their_next_check(monkeypatch):
+    """Else this one would stop alone, as the others have not heard of it."""
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "is_preempted", lambda step: False)
+
+    def agreed(flag):
+        if not flag:
+            signal.raise_signal(signal.SIGINT)
+        return flag
+
+    monkeypatch.setattr(processes, "any_of", agreed)
+    with stopping.by_signal():
+        stopping.check()
+        with pytest.raises(stopping.Stopped, match="SIGINT"):
+            stopping.check()
+
+
 def test_without_signals_nothing_stops():
     stopping.check()
     with stopping.deferred():
@@ -77,7 +94,7 @@ def test_without_signals_nothing_stops():
         stopping.check()
 
 
-def test_who_listens_to_no_signal_has_pythons_own(monkeypatch):
+def test_who_listens_to_no_signal_has_pythons_own():
     """As in a notebook: an interrupt is at once, and nothing is left behind."""
     with pytest.raises(KeyboardInterrupt) as stopped, stopping.deferred():
         signal.raise_signal(signal.SIGINT)

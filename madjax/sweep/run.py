@@ -76,9 +76,9 @@ def run(
     ahead = processes.together(tried)(config, opened)
     description = describe(config) | {"data": [each.checksums for each in opened.values()]}
     facts = run_facts(config, description, mesh)
-    ways = [resume, cells_per_device, devices_per_cell, memory, len(mesh.devices)]
+    options = [resume, cells_per_device, devices_per_cell, memory, len(mesh.devices)]
     told = {name: facts[name] for name in ("versions", "git_commit", "config_hash")}
-    processes.check_same("data, config, options or versions", digest([ways, told]))
+    processes.check_same("data, config, options or versions", digest([options, told]))
     cells = {cell_id(cell, opened[cell.task].checksums): cell for cell in expand(config)}
     found = store.ids(directory) if resume else {}
     for group in grouped({i: c for i, c in cells.items() if i not in found}, config, ahead):

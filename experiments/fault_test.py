@@ -2,8 +2,8 @@
 
 Claim: a sweep that is killed (-9) 20 times at random moments, and resumed each time, ends with the
 rows of one that was left alone: none lost, none doubled, none with another result. A full disk, a
-directory that cannot be written, a damaged checkpoint and a changed config are named in one line. A
-half-written row is cut off without a word. What can go on does.
+directory that cannot be written, a damaged checkpoint, a half-written row and a changed config are
+named in one line. What can go on does.
 Command: python experiments/fault_test.py --out OUT
 Cost: 17 minutes on 2 CPU cores.
 

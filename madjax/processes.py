@@ -101,7 +101,7 @@ def by_first(function: Callable[Given, Found]) -> Callable[Given, Found]:
             _deciding.append(None)
             try:
                 outcome = True, function(*args, **options)
-            except Exception as error:
+            except BaseException as error:
                 outcome = False, error
             finally:
                 _deciding.pop()

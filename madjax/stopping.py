@@ -28,6 +28,9 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return Stopped, (self.number,)
+
 
 class _Watch:
     """What came of signals since `by_signal` began."""

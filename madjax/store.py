@@ -2,6 +2,7 @@
 
     DIR/config.json     the config as run, and its hash
     DIR/rows.jsonl      one JSON object a line, one line a cell, written once and whole
+    DIR/progress.json   what the command that is at work there has done, or the last one had
     DIR/traces/         an .npz file for each task and seed of online attackers: every step
     DIR/checkpoints/    Orbax checkpoints: what the victim's owner trained, each with what made it,
                         and what is under way
@@ -33,6 +34,7 @@ from madjax.files import write_atomically
 
 CONFIG = "config.json"
 ROWS = "rows.jsonl"
+PROGRESS = "progress.json"
 TRACES = "traces"
 LOCK = ".lock"
 MAKER = "made.json"
@@ -47,8 +49,8 @@ def open_run(
     """Make a run's directory, or reopen it, and keep other commands out; gives the rows it holds.
 
     cells are the ids of the run's cells. A run may be resumed with more of them, so that a grid
-    can grow; the directory then holds the larger config. A half-written last row is cut off. A
-    command that ends, in any way, keeps no other out any more.
+    can grow; the directory then holds the larger config. A half-written last row is cut off, with
+    a warning. A command that ends, in any way, keeps no other out any more.
 
     Raises:
         InputError: the directory cannot be written, holds something else, holds a run and resume
@@ -74,7 +76,7 @@ def _alone(directory: Path) -> Iterator[None]:
     lock = FileLock(directory / LOCK)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.2)  # which `is_at_work` may hold for a moment
     except Timeout as error:
         raise InputError(
             f"another command is at work in {directory}: wait until it has ended, or give another "
@@ -155,13 +157,17 @@ def _check_contains(directory: Path, old: dict[str, Any], new: dict[str, Any]) -
         raise InputError(
             f"{directory} holds a run of the same config by another madjax: give another --out"
         )
-    field = differing[0]
-    now = after.get(field, "there")
+    said = [f"{field} = {before[field]}, not {after.get(field, 'there')}" for field in differing]
+    more = f"; and {len(said) - _SAID} more" if len(said) > _SAID else ""
     raise InputError(
-        f"{directory} holds a run with {field} = {before[field]}, not {now}: resume with that "
-        "config, to which tasks, defences, strengths, attacks, budgets and seeds may be added, or "
-        "give another --out"
+        f"{directory} holds a run with {'; '.join(said[:_SAID])}{more}: resume with that config, "
+        "to which tasks, defences, strengths, attacks, budgets and seeds may be added, or give "
+        "another --out"
     )
+
+
+_SAID = 8
+"""Of the fields in which a config differs: another one may differ in all of them."""
 
 
 def _flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -179,8 +185,12 @@ def _repair(path: Path) -> list[dict[str, Any]]:
         return []
     data = path.read_bytes()
     rows = _whole(path, data)
-    if not data.endswith(b"\n"):
+    if data and not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
+        warnings.warn(
+            f"{path}: the last row was half written and is cut off: its cell runs again",
+            stacklevel=2,
+        )
     return rows
 
 
@@ -210,6 +220,34 @@ def append_rows(directory: Path, rows: list[dict[str, Any]]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_progress(directory: Path, progress: dict[str, Any]) -> None:
+    """Write down what a run is at; where that cannot be, what there was is left."""
+    text = json.dumps(progress, indent=2) + "\n"
+    with contextlib.suppress(InputError):  # which a row or a checkpoint will say
+        write_atomically(directory / PROGRESS, lambda draft: draft.write_text(text))
+
+
+def read_progress(directory: Path) -> dict[str, Any] | None:
+    """What a run was at when it was last written down; None where that is not known."""
+    try:
+        return json.loads((directory / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_at_work(directory: Path) -> bool | None:
+    """Whether a command is at work in a run's directory; None where that cannot be told."""
+    if not (directory / LOCK).exists():
+        return False
+    try:
+        with FileLock(directory / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # of another user
+        return None
 
 
 @processes.by_first
@@ -305,9 +343,13 @@ def maker_of(directory: Path, name: str) -> dict[str, Any] | None:
 @processes.by_first
 def ids(directory: Path) -> set[str]:
     """The ids of the rows of a run, which another command may be writing; nothing where none is."""
+    return {row["id"] for row in rows(directory) if "id" in row}
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run that are whole; another command may be writing the next."""
     path = directory / ROWS
-    data = path.read_bytes() if path.is_file() else b""
-    return {row["id"] for row in _whole(path, data) if "id" in row}
+    return _whole(path, path.read_bytes() if path.is_file() else b"")
 
 
 @processes.by_first

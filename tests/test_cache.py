@@ -1,9 +1,12 @@
 """What determines a result finds it again, in any run; nothing else does."""
 
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +215,68 @@ def test_who_wants_what_another_makes_waits_for_it(kept):
         thread.join(20)
     assert order == ["made", "found"]
     assert lines == ["network of mnist, victim: another command makes it, waiting"]
+
+
+PROGRAM = """
+import sys
+import jax
+from madjax.sweep import Compiled, cache
+before = Compiled.so_far()
+cache.keep_programs()
+jax.jit(lambda x: x * 3 + 1)(2.0)
+print(jax.config.jax_compilation_cache_dir, Compiled.so_far().since(before).found)
+"""
+
+
+def compiles(**settings):
+    """The folder of programs of a fresh process, which warns of nothing, and what it found."""
+    known = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    inherited = {name: v for name, v in os.environ.items() if not name.startswith("JAX_")}
+    words = [sys.executable, "-W", "error", "-c", PROGRAM]
+    ways = {"env": inherited | known | settings, "text": True, "cwd": Path(__file__).parents[1]}
+    return subprocess.check_output(words, **ways).split()
+
+
+@pytest.mark.smoke
+def test_compiled_programs_are_kept_for_other_processes(tmp_path, monkeypatch, capsys):
+    mine, theirs = {"MADJAX_CACHE": str(tmp_path / "cache")}, str(tmp_path / "jax")
+    first, found = compiles(**mine)
+    assert Path(first).parent == tmp_path / "cache"
+    assert found == "0"
+    again, found = compiles(**mine)
+    assert again == first
+    assert int(found) >= 1
+    # One that a command was killed at is made anew; it would keep others out.
+    stamp = min(Path(first).glob("*-atime"))
+    stamp.unlink()
+    stamp.with_name(stamp.name.replace("atime", "cache")).write_bytes(b"half")
+    assert compiles(**mine) == [first, str(int(found) - 1)]
+    assert compiles(**mine) == [first, found]
+    assert compiles(**mine, JAX_COMPILATION_CACHE_DIR=theirs)[0] == theirs
+    assert compiles(MADJAX_CACHE="") == ["None", "0"]
+    size = {"JAX_COMPILATION_CACHE_MAX_SIZE": "1"}  # in which no program has room
+    with pytest.raises(subprocess.CalledProcessError):
+        compiles(MADJAX_CACHE=str(tmp_path / "small"), **size)
+    (tmp_path / "file").write_text("")
+    assert compiles(MADJAX_CACHE=str(tmp_path / "file")) == ["None", "0"]
+    monkeypatch.setenv("MADJAX_CACHE", mine["MADJAX_CACHE"])
+    main(["cache"])
+    line, total = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{Path(first).name}  0.0 MB, last used 0 days ago, ")
+    assert " compiled programs, 20" in line
+    assert "1 results" in total
+    main(["cache", "--prune", "1"])
+    assert Path(first).is_dir()
+    main(["cache", "--prune", "0"])
+    assert not Path(first).exists()
+
+
+@pytest.mark.smoke
+def test_programs_of_other_cpus_are_others(monkeypatch):
+    mine = cache._instructions()
+    assert cache._instructions() == mine
+    monkeypatch.setattr(Path, "read_text", lambda self: "model name: x\nflags : sse avx\n")
+    assert cache._instructions() != mine
 
 
 @pytest.mark.smoke

@@ -29,7 +29,7 @@ FLOORS = [
     {"config"},
     {"store"},
     {"sweep"},
-    {"report"},
+    {"report", "tensorboard"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -128,6 +128,8 @@ def work(data, out, address, index):
         config = chosen(name, Path(out))
         run = partial(sweep.run, config, Path(out) / name, data_dir=data, **WAYS.get(name, {}))
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("madjax.sweep.passes.INTERVAL", 0)
+            patch.setattr("madjax.sweep.stock.QUERIES", 2)
             if name == "parts":
                 patch.setattr("madjax.sweep.steal.at_once", lambda *_: 16)
                 patch.setattr("madjax.sweep.stock.at_once_alone", lambda *_, **__: 16)
@@ -139,6 +141,17 @@ def work(data, out, address, index):
         sweep.run(config, Path(out) / name, data_dir=data)
     with pytest.raises(InputError, match="process 1 has other data, config, options or versions"):
         sweep.run(replace(config, seeds=(jax.process_index(),)), Path(out) / "n", data_dir=data)
+    heard = []
+
+    def fail(row):
+        heard.append(row)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sweep.run(config, Path(out) / "heard", data_dir=data, on_row=fail)
+    assert bool(heard) == processes.is_first()
+    with pytest.raises(SystemExit):
+        sweep.run(config, Path(out) / "left", data_dir=data, on_row=lambda row: sys.exit(3))
     with pytest.raises(InputError, match="process 1: .*tiny" if processes.is_first() else "tiny"):
         sweep.run(config, Path(out) / "n", data_dir=data if processes.is_first() else out)
 

@@ -1,12 +1,16 @@
 """Signals end a run where nothing that is done is lost, with a status of their own."""
 
+import pickle
 import signal
+from dataclasses import replace
 
+import jax
 import pytest
 
 from madjax import MAD, Defended, Knockoff, Recipe, Sweep, Task, processes, stopping, store, sweep
 from madjax.cli import main
 from madjax.report import read_rows
+from madjax.sweep import passes, stock
 from tests.networks import Linear
 
 pytestmark = pytest.mark.smoke
@@ -37,6 +41,7 @@ def test_a_signal_stops_at_once_what_is_not_deferred(number):
     with pytest.raises(stopping.Stopped, match=number.name) as stopped, stopping.by_signal():
         signal.raise_signal(number)
     assert stopped.value.number == number
+    assert pickle.loads(pickle.dumps(stopped.value)).number == number  # as others are told
     assert isinstance(stopped.value, KeyboardInterrupt)  # which nobody takes for an error
     assert [signal.getsignal(each) for each in ENDING] == before
 
@@ -146,6 +151,47 @@ def test_a_stopped_sweep_has_its_last_epoch_and_goes_on(
     fields = "id", "attacker_losses", "attacker_accuracies", "l1_mean"
     found = [[row[field] for field in fields] for row in read_rows(out)]
     assert found == [[row[field] for field in fields] for row in wanted]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("stop", [2, 6, 7])
+def test_a_pass_over_queries_goes_on_where_it_was_stopped(
+    folder, tmp_path, monkeypatch, stop, cached
+):
+    """Here 30 images of the test set, 10 at a time, and 40 queries.
+
+    A pass that is done is kept for the run where it is not kept in the cache.
+    """
+    monkeypatch.setattr(passes, "INTERVAL", 0)
+    monkeypatch.setattr(passes, "PATIENCE", 0)
+    monkeypatch.setattr(stock, "QUERIES", 10)
+    attack = replace(config().attacks[0], budget=40)
+    grid, asked = replace(config(), attacks=(attack,)), []
+    ways = {"data_dir": folder, "devices": jax.devices()[:1], "log": lambda line: None}
+    wanted = sweep.run(grid, tmp_path / "whole", **ways)
+    monkeypatch.setenv("MADJAX_CACHE", str(tmp_path / "cache") if cached else "")
+    after_chunk = passes.Pass.after_chunk
+
+    def noting(self, done):
+        after_chunk(self, done)
+        asked.append(done)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes.Pass, "after_chunk", noting)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(grid, tmp_path / "out", **ways)
+    tests, queries = [10, 20, 30], [10, 20, 30, 40]
+    whole = [*queries, *tests] if cached else [*tests, *queries]  # known cells are looked for first
+    assert asked == whole[:stop]
+    kept = list((tmp_path / "out" / "checkpoints").glob("answers-*"))
+    assert len(kept) == (2 if stop > 3 and not cached else 1)
+    rows = sweep.run(grid, tmp_path / "out", resume=True, **ways)
+    assert asked[stop:] == whole[stop:]
+    fields = "id", "attacker_losses", "attacker_accuracies", "l1_mean"
+    found = [[row[field] for field in fields] for row in rows]
+    assert found == [[row[field] for field in fields] for row in wanted]
+    assert not list((tmp_path / "out" / "checkpoints").glob("answers-*"))
 
 
 # --- one process alone ----------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def test_a_half_written_row_is_cut_off_on_resume(tmp_path):
     store.append_rows(tmp_path, [{"i": 0}])
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"i": 1, "accur')
-    assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
+    with pytest.warns(UserWarning, match=r"rows\.jsonl: the last row was half written and is cut"):
+        assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
     store.append_rows(tmp_path, [{"i": 1}])
     assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}, {"i": 1}]
 
@@ -110,7 +111,17 @@ def test_another_run_is_never_touched(tmp_path):
         reopened(tmp_path, CONFIG, ["c"], resume=True)
     with pytest.raises(InputError, match=r"with seeds = \[0\], not \[1\]"):
         reopened(tmp_path, {**CONFIG, "seeds": [1]}, ["c"], resume=True)
+    both = {"attack": {"budget": 20}, "seeds": [1]}
+    with pytest.raises(InputError, match=r"budget = 10, not 20; seeds = \[0\], not \[1\]: resume"):
+        reopened(tmp_path, {**CONFIG, **both}, ["c"], resume=True)
     assert reopened(tmp_path, CONFIG, CELLS, resume=True) == [{"i": 0}]
+
+
+def test_a_config_that_differs_in_all_is_refused_in_one_line(tmp_path):
+    before, after = ({f"f{i}": i + j for i in range(20)} for j in (0, 1))
+    reopened(tmp_path, before, CELLS, resume=False)
+    with pytest.raises(InputError, match=r"f7 = 7, not 8; and 12 more: resume"):
+        reopened(tmp_path, after, ["c"], resume=True)
 
 
 def test_a_run_may_grow_and_not_shrink(tmp_path):

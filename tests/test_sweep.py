@@ -356,6 +356,34 @@ def test_one_program_of_each_stage_serves_three_attacks_at_two_budgets(tmp_path)
     assert sweep.programs["at_strengths"] == 3  # to the test set, to 40 queries, and to 80
 
 
+def test_a_hundred_cells_compile_as_often_as_two(tmp_path, monkeypatch):
+    data, found = write_data(tmp_path), []
+    recipe, each = Recipe(epochs=1, batch_size=16), {"budget": 20, "architecture": Linear}
+    attacks = (
+        Knockoff(recipe=recipe, **each),
+        jbda(seeds=10, substitute=recipe, recipe=recipe, **each),
+    )
+    few = replace(
+        CONFIG,
+        attacks=attacks,
+        defenses=(Defended(MAD(layers="last"), (0.5,)),),
+        budgets=(20,),
+        seeds=(0,),
+    )
+    strengths = Defended(MAD(layers="last"), (0.0, 0.2, 0.5, 0.9, 1.2))
+    many = replace(few, defenses=(strengths,), budgets=(10, 20), seeds=(0, 1, 2, 3, 4))
+    for grid, cells in ((few, 2), (many, 100)):
+        jax.clear_caches()
+        sweep.programs.clear()
+        rows = sweep.run(grid, tmp_path / str(cells), data_dir=data, log=None)
+        assert len(rows) == cells
+        found.append(dict(sweep.programs))
+    two, hundred = found
+    assert {"start", "advance", "fidelity", "begin", "proceed", "at_strengths", "_random"} <= {*two}
+    # Surrogates of several seeds are put side by side.
+    assert [n for n, count in hundred.items() if count > two.get(n, 0)] in ([], ["stack"])
+
+
 @pytest.mark.smoke
 def test_rows_are_written_as_returned(finished):
     _, out, rows = finished

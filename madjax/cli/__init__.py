@@ -1,4 +1,4 @@
-"""The command line: `madjax sweep`, `plan`, `angle`, `report`, `export` and `cache`.
+"""The command line: `madjax sweep`, `plan`, `angle`, `status`, `report`, `export` and `cache`.
 
 What it takes is in parser.py, what each command does in commands.py.
 """
@@ -14,6 +14,7 @@ import jax
 from madjax import processes, stopping
 from madjax.cli.parser import make_parser
 from madjax.errors import InputError, in_one_line
+from madjax.sweep import cache
 
 __all__ = ["main"]
 
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     python, warnings.formatwarning = warnings.formatwarning, _warning
     try:
+        if not getattr(options, "distributed", False):  # of which each would find others
+            cache.keep_programs()
         options.command(options)
     except (InputError, OSError) as error:
         if options.traceback:

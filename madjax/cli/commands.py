@@ -9,6 +9,7 @@ from madjax import config, processes, report, serving, stopping, sweep
 from madjax.errors import InputError
 from madjax.files import check_can_write
 from madjax.sweep import cache
+from madjax.tensorboard import TensorBoard
 
 
 def _chosen(options: argparse.Namespace, command: str | None = None) -> tuple[config.Sweep, Path]:
@@ -89,12 +90,23 @@ def _run(
     **ways: Any,
 ) -> None:
     _split_cpu(chosen, ways.get("devices_per_cell"))
+    ways |= {"data_dir": options.data_dir, "resume": options.resume}
+    ways |= {"log": None} if options.quiet else {}
+    if options.tensorboard:
+        board = processes.by_first(TensorBoard)(out)
+        ways |= {"on_epoch": board.on_epoch, "on_row": board.on_row}
     with stopping.by_signal():
-        sweep.run(chosen, out, data_dir=options.data_dir, resume=options.resume, **ways)
+        sweep.run(chosen, out, **ways)
     table = processes.by_first(report.write_report)(out)
-    if processes.is_first():
+    if processes.is_first() and not options.quiet:
         print(table)
         print(f"rows, table and figures: {out}/{', '.join(report.files(out))}")
+
+
+def show_status(options: argparse.Namespace) -> None:
+    """Print what runs are at."""
+    found = [sweep.status(directory) for directory in options.directories]
+    print("\n\n".join(each.as_json() if options.json else each.text() for each in found))
 
 
 def show_report(options: argparse.Namespace) -> None:

@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     _resume(command)
     _distribute(command)
     _share(command)
+    _show(command)
     command.set_defaults(command=commands.run_sweep)
 
     command = kinds.add_parser(
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     _name_a_run(command, default="angle")
     _resume(command)
     _distribute(command)
+    _show(command)
     command.set_defaults(command=commands.run_angle)
 
     command = kinds.add_parser(
@@ -106,6 +108,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--file", type=Path, metavar="FILE", help="default: DIR/predict.jaxexport")
     command.set_defaults(command=commands.write_export)
+
+    command = kinds.add_parser("status", help="how far runs are, asked from another shell")
+    command.add_argument("directories", type=Path, nargs="+", metavar="DIR")
+    command.add_argument("--json", action="store_true", help="as one JSON object for each DIR")
+    command.set_defaults(command=commands.show_status)
 
     command = kinds.add_parser("report", help="table and figures from the rows of runs")
     command.add_argument("directories", type=Path, nargs="+", metavar="DIR")
@@ -143,6 +150,19 @@ def make_parser() -> argparse.ArgumentParser:
 def _resume(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resume", action="store_true", help="go on with the run in DIR where it stopped"
+    )
+
+
+def _show(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print nothing but warnings and errors; madjax status says how far it is",
+    )
+    command.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write curves of all networks to DIR/tensorboard; takes madjax[tensorboard]",
     )
 
 

@@ -1,6 +1,7 @@
 """MAD as a defence: the surrogate's Gram matrix is the evidence, epsilon the strength."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,10 +11,17 @@ from madjax.defenses.defense import Apply, Defense, Owner
 from madjax.errors import InputError
 from madjax.gram import check_layers, gram
 from madjax.mad import AnySolver, LineSearch, check_solver, describe_solver, solve
+from madjax.models import Classifier
 from madjax.statistics import query_statistics
 from madjax.steps import Distance
 
 Array = jax.Array
+
+
+@partial(jax.jit, static_argnums=0)
+def _random(classifier: Classifier, key: Array) -> Any:
+    """Random parameters; compiled once for all seeds."""
+    return classifier.init(key)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class MAD(Defense):
         if self.surrogate_epochs is None:
             return owner.train_victim().params
         if not self.surrogate_epochs:
-            return jax.jit(owner.classifier.init)(key)
+            return _random(owner.classifier, key)
         recipe = replace(owner.recipe, epochs=self.surrogate_epochs)
         return owner.train("surrogate", recipe, key)
 

@@ -25,7 +25,7 @@ parts of an epoch. Online attackers, who leave no transfer set, have stages and 
 machine that is not here; load.py has these, and how many cells fit on a device.
 """
 
-from madjax.sweep.clock import Stopwatch, programs
+from madjax.sweep.clock import Compiled, Stopwatch, programs
 from madjax.sweep.defended import defended
 from madjax.sweep.grid import Cell, cell_id, expand
 from madjax.sweep.mesh import (
@@ -40,19 +40,24 @@ from madjax.sweep.mesh import (
     vmap_cells,
 )
 from madjax.sweep.plan import Plan, plan
+from madjax.sweep.progress import Epoch
 from madjax.sweep.rows import git_commit
 from madjax.sweep.run import run
 from madjax.sweep.stages import Api, Own, Parties, Point, Tests
+from madjax.sweep.status import Status, status
 from madjax.sweep.study import direction_kept
 
 __all__ = [
     "Api",
     "Cell",
+    "Compiled",
+    "Epoch",
     "Machine",
     "Own",
     "Parties",
     "Plan",
     "Point",
+    "Status",
     "Stopwatch",
     "Tests",
     "cell_id",
@@ -70,5 +75,6 @@ __all__ = [
     "run",
     "split_cpu",
     "stack",
+    "status",
     "vmap_cells",
 ]

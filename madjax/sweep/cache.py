@@ -2,6 +2,7 @@
 
     $MADJAX_CACHE/STAGE-DIGEST.npz    the arrays of one result, and what it is and what made it
     $MADJAX_CACHE/images-DIGEST/      decoded images of a data set (madjax/datasets/listing.py)
+    $MADJAX_CACHE/programs-DIGEST/    compiled programs, by JAX, which removes the oldest
 
 The default is the user's cache directory; with an empty MADJAX_CACHE nothing is kept. What is kept
 may be deleted at any time.
@@ -10,6 +11,7 @@ may be deleted at any time.
 import contextlib
 import json
 import os
+import platform
 import shutil
 import time
 import warnings
@@ -234,6 +236,59 @@ def open_cache(maker: Maker) -> Cache:
     return Cache(where, maker)
 
 
+def keep_programs() -> None:
+    """Let JAX keep compiled programs in the cache too, for all that this process does from now on.
+
+    Nothing is changed where JAX has a folder already (`$JAX_COMPILATION_CACHE_DIR`), or none can
+    be written. Where JAX's variables do not say otherwise, programs are kept that took 0.1 s to
+    compile, and the oldest go when there are 2 GB of them.
+    """
+    where = folder()
+    if where is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    path = where / f"{PROGRAMS}-{_instructions()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _mend(path)
+    except OSError:  # which `open_cache` says
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    for name, value in _USUAL.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+
+
+PROGRAMS = "programs"
+_USUAL = {
+    "jax_compilation_cache_max_size": 2**31,
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+}
+
+
+def _mend(path: Path) -> None:
+    """Remove programs that a command was killed at while it wrote them.
+
+    JAX writes down when one was used after the program itself, and it finds room for no other
+    where it has not (0.10.2).
+    """
+    with contextlib.suppress(Timeout), FileLock(path / ".lockfile").acquire(timeout=0):
+        for file in path.glob("*-cache"):
+            if not file.with_name(f"{file.name.removesuffix('cache')}atime").exists():
+                file.unlink(missing_ok=True)
+
+
+def _instructions() -> str:
+    """A digest of the instructions of this CPU: machines that share a home may have others.
+
+    JAX takes programs for its own that were compiled for more than there are.
+    """
+    said = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        said = next((line for line in lines if line.startswith(("flags", "Features"))), said)
+    return digest([platform.machine(), said], 24)
+
+
 def entries(where: Path) -> list[Entry]:
     """What a folder holds, what was used last first."""
     found = []
@@ -250,6 +305,14 @@ def entries(where: Path) -> list[Entry]:
         with contextlib.suppress(OSError):  # another command removes it
             size = sum(file.stat().st_size for file in path.iterdir())
             found.append(Entry(path, facts["what"], {}, facts["made"], size, _idle(path)))
+    for path in where.glob(f"{PROGRAMS}-{'[0-9a-f]' * 24}/"):
+        with contextlib.suppress(OSError, ValueError):  # another command removes it; it is empty
+            kept = [file for file in path.iterdir() if file.name.endswith("-cache")]
+            size = sum(file.stat().st_size for file in kept)
+            used = min(map(_idle, path.iterdir()))
+            made = datetime.fromtimestamp(min(file.stat().st_mtime for file in kept), UTC)
+            what = f"{len(kept)} compiled programs"
+            found.append(Entry(path, what, {}, f"{made:%F %T}", size, used))
     return sorted(found, key=lambda entry: entry.idle)
 
 
@@ -258,7 +321,9 @@ def prune(where: Path, days: float) -> list[Entry]:
     gone = [entry for entry in entries(where) if entry.idle >= days]
     drafts = (path for path in where.glob(".*.part") if _idle(path) >= days)  # of who was killed
     for path in (*(entry.path for entry in gone), *drafts):
-        if path.is_dir():
+        if path.name.startswith(PROGRAMS):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_dir():
             name = path.name.strip(".").removesuffix(".part")
             with contextlib.suppress(Timeout), lock_of(where / name, wait=False):
                 shutil.rmtree(path, ignore_errors=True)

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 
@@ -14,9 +15,11 @@ _COMPILING = (
     _COMPILED,
 )
 
+_FOUND = "/jax/compilation_cache/cache_hits"
+
 programs: Counter[str] = Counter()
 """How often this process has compiled a program, by the name of its function."""
-_spent = Counter(seconds=0.0)
+_spent = Counter(seconds=0.0, found=0)
 _spans: deque[tuple[float, float]] = deque(maxlen=1000)
 """When the latest of what was spent began, and how long it took."""
 
@@ -32,7 +35,38 @@ def _listen(event: str, seconds: float, **said: str) -> None:
         programs[str(said.get("fun_name", "")).removeprefix("jit(").removesuffix(")")] += 1
 
 
+def _listen_once(event: str, **said: str) -> None:
+    _spent["found"] += event == _FOUND
+
+
 jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_listener(_listen_once)
+
+
+class Compiled(NamedTuple):
+    """Programs that this process has compiled, or found compiled on disk, and the seconds.
+
+    Their difference is what came between two of them.
+    """
+
+    programs: int = 0
+    found: int = 0
+    """Of the programs, those that an earlier process had compiled."""
+    seconds: float = 0.0
+    """Of tracing, of lowering and of XLA."""
+
+    @classmethod
+    def so_far(cls) -> "Compiled":
+        """All since the process began."""
+        return cls(programs.total(), int(_spent["found"]), float(_spent["seconds"]))
+
+    def since(self, before: "Compiled") -> "Compiled":
+        """What came after another count."""
+        return Compiled(*(now - then for now, then in zip(self, before, strict=True)))
+
+    def __str__(self) -> str:
+        found = f", {self.found} of them found on disk" if self.found else ""
+        return f"{self.programs} compiled in {self.seconds:.1f} s{found}"
 
 
 class Stopwatch:

@@ -22,6 +22,7 @@ from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.keyring import Asked
 from madjax.sweep.load import transfer_bytes, wave_of
 from madjax.sweep.mesh import Machine, arranged, device_name, make_mesh
+from madjax.sweep.progress import Progress
 from madjax.sweep.stock import LARGEST_TRANSFER, Stock
 from madjax.sweep.tally import Stage, Tally, Work, measured, supposed
 from madjax.sweep.tasks import Opened, open_tasks
@@ -90,7 +91,7 @@ class Plan:
                 f"{stage.needed:,}",
                 f"{stage.held:,}",
                 f"{stage.amount:,} {stage.unit}",
-                "not measured" if stage.seconds is None else _duration(stage.seconds),
+                "not measured" if stage.seconds is None else duration(stage.seconds),
             )
             for stage in self.stages
         ]
@@ -106,10 +107,11 @@ class Plan:
         if self.seconds is None or len(unknown) == len(self.stages):
             return "time not known, as nothing of the kind was measured before"
         besides = f", besides {' and '.join(unknown)}" if unknown else ""
-        return f"about {_duration(self.seconds)} and compiling{besides}"
+        return f"about {duration(self.seconds)} and compiling{besides}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people, in a unit that suits them."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -150,7 +152,7 @@ def plan(
     kept = cache.open_cache({"device": machine.label if machine else device_name(mesh)})
     if machine is not None:
         kept, memory = replace(kept, folder=None), machine.memory
-    stock = Stock(opened, directory, mesh, kept, print, memory, devices_per_cell)
+    stock = Stock(opened, directory, mesh, kept, Progress(None), memory, devices_per_cell)
     ways = cells_per_device, devices_per_cell
     with backend.traced_for(machine and machine.platform):
         return planned(config.name, len(cells), groups, stock, directory, mesh, *ways, machine)
@@ -299,10 +301,13 @@ def _count_cells(
     kind = rates.stealing(parties.stolen, attack.recipe)
     work = Work(kind, partial(load.learning, parties.stolen), busy)
     for (place, budget), name in group.waiting.items():
-        amount = attack.examples(budget) * attack.recipe.epochs
+        epochs = attack.recipe.epochs
+        amount = attack.examples(budget) * epochs
         held = rule is not None and stock.kept.has(stock.keys.stolen(group, place, budget, ()))
         if tally.need("stolen models", "examples", name, held, work, amount):
-            tally.disk += 4 * (2 * group.epochs + 2)  # accuracies and losses, queries, fidelity
+            tally.disk += 4 * (
+                2 * group.attack.recipe.epochs + 2
+            )  # accuracies and losses, queries, fidelity
     settings = parties.stolen, attack.recipe, attack.examples(attack.budget)
     part = load.at_once(group, stock.opened, mesh, cells, memory)
     epoch = ("advance",) if part is None else ("visited", "advance_part", "judged")

@@ -21,13 +21,14 @@ from madjax.sweep.grid import cell_id, expand
 from madjax.sweep.load import check_fits, check_fits_alone
 from madjax.sweep.mesh import arranged, make_mesh, memory_of
 from madjax.sweep.plan import planned
+from madjax.sweep.progress import Log, OnEpoch, OnRow, Progress
 from madjax.sweep.rows import made_with, run_facts
 from madjax.sweep.steal import steal
 from madjax.sweep.stock import Stock
 from madjax.sweep.study import study
 from madjax.sweep.tasks import open_tasks
 from madjax.sweep.trial import tried
-from madjax.sweep.victim import Log, agrees
+from madjax.sweep.victim import agrees
 from madjax.sweep.work import Desk, grouped
 
 Array = jax.Array
@@ -44,7 +45,9 @@ def run(
     devices_per_cell: int | None = None,
     datasets: Mapping[str, Dataset] | None = None,
     memory: float | None = None,
-    log: Log = tqdm.write,
+    log: Log | None = tqdm.write,
+    on_row: OnRow | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, Any]]:
     """Run a sweep into a directory and return its rows, one dict a cell.
 
@@ -62,14 +65,19 @@ def run(
     memory: bytes that each device may take, by default all it says it has. Images that have no room
     there stay on the host, and go to the device in parts of an epoch.
 
+    log: gets a line for each event; without one nothing is shown, no bars either. on_row: is called
+    with each row, and the `label` of its cell in it, when all of its wave are on disk. on_epoch:
+    with an `Epoch` after each epoch of victims, surrogates and stolen models, when its checkpoint
+    has been taken. Of several processes the first alone calls these three. What they raise ends the
+    run, which may be resumed; no row or epoch is told twice.
+
     Raises:
         InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,
             architectures and budgets that do not fit each other; attackers that would train on the
             images they are judged by; cells of which not one fits on a device.
     """
     directory, mesh = Path(directory), make_mesh(devices)
-    if not processes.is_first():
-        log = _silent
+    progress = Progress(log, on_row, on_epoch)
     arranged(mesh, 1, devices_per_cell)  # which may not divide them
     processes.meet()
     opened = processes.together(open_tasks)(config.tasks, data_dir, cache.folder(), datasets)
@@ -91,19 +99,21 @@ def run(
         done = {row["id"] for row in rows}
         missing = {name: cell for name, cell in cells.items() if name not in done}
         if missing:
-            kept = cache.open_cache(made_with(facts))
-            for task, each in opened.items():
-                if not agrees(directory, task, each.network, each.data, kept):
-                    log(f"{task.label}: the cache has another victim than {directory}: not used")
-                    kept = replace(kept, folder=None)
-            stock = Stock(opened, directory, mesh, kept, log, memory, devices_per_cell)
             groups = grouped(missing, config, ahead)
-            ways = stock, directory, mesh, cells_per_device, devices_per_cell
-            log(processes.by_first(planned)(config.name, len(cells), groups, *ways).summary())
-            epochs = sum(group.epochs * len(group.cells) for group in groups)
-            shown = {"disable": None if processes.is_first() else True}
-            with tqdm(total=epochs, unit="epoch", desc="attackers", **shown) as bar:
-                desk = Desk(opened, directory, mesh, facts, rows, bar, log, devices_per_cell)
+            examples = sum(group.examples for group in groups)
+            with progress.of_run(directory, len(cells), len(cells) - len(missing), examples):
+                kept = cache.open_cache(made_with(facts))
+                for task, each in opened.items():
+                    if not agrees(directory, task, each.network, each.data, kept):
+                        progress.log(
+                            f"{task.label}: the cache has another victim than {directory}: not used"
+                        )
+                        kept = replace(kept, folder=None)
+                stock = Stock(opened, directory, mesh, kept, progress, memory, devices_per_cell)
+                ways = stock, directory, mesh, cells_per_device, devices_per_cell
+                foreseen = processes.by_first(planned)(config.name, len(cells), groups, *ways)
+                progress.log(foreseen.summary())
+                desk = Desk(opened, directory, mesh, facts, rows, progress, devices_per_cell)
                 for group in groups:
                     stopping.check()
                     if isinstance(group.attack, Online):
@@ -111,10 +121,7 @@ def run(
                     else:
                         steal(group, stock, desk, cells_per_device)
         else:
-            log(f"{directory}: all cells are done")
-        store.discard(directory, "attack-*")  # of waves that were stopped after their last row
+            progress.log(f"{directory}: all cells are done")
+        for left in "attack-*", "answers-*":  # of what was stopped after its last result
+            store.discard(directory, left)
     return rows
-
-
-def _silent(line: str) -> None:
-    """The log of a process that is not the first."""

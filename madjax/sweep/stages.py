@@ -138,10 +138,10 @@ def victim_posteriors(
     return np.concatenate(found)[:count]
 
 
-def _chunks(count: int, size: int) -> Iterator[np.ndarray]:
+def _chunks(count: int, size: int, first: int = 0) -> Iterator[np.ndarray]:
     """Rows in chunks; the last is filled up with copies, so that one program serves all."""
     size = min(count, size)
-    for at in range(0, count, size):
+    for at in range(first, count, size):
         yield np.minimum(np.arange(at, at + size), count - 1)
 
 
@@ -162,23 +162,30 @@ def answers(
     sent: np.ndarray | None = None,
     over: Over = on_one_device,
     chunk: int = QUERIES,
+    told: np.ndarray | None = None,
+    done: int = 0,
+    after_chunk: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """The answers to Q queries at each of E strengths: float32 [E, Q, K].
 
     Query i sends images[sent[i]]; by default each image is sent once, in order. images [N, H, W, C]
     are all sent at least once, and y [N, K] are the victim's posteriors of them; known is what the
     rule has prepared, and its randomness a function of key and a query's content, or of its number.
-    What the rule has to know of an image is made once, for `chunk` images at a time.
+    What the rule has to know of an image is made once, for `chunk` images at a time. told is the
+    array to write to, where the queries of the first `done` images are answered; after_chunk(done)
+    is called as often as there are more.
     """
     count = len(y)
     numbers = _senders(np.arange(count) if sent is None else sent)
-    told = np.empty((len(strengths), int(numbers.max()) + 1, y.shape[1]), np.float32)
+    if told is None:
+        told = np.empty((len(strengths), int(numbers.max()) + 1, y.shape[1]), np.float32)
     answer = over(at_strengths, rule, network)
-    for some in _chunks(count, chunk):
+    for some in _chunks(count, chunk, done):
         rows = numbers[some], images[some], y[some]
         found = np.asarray(answer(rows, (known, key, np.float32(strengths))))
         asked = numbers[some] >= 0
         told[:, numbers[some][asked]] = np.moveaxis(found[asked], 1, 0)
+        after_chunk(int(some[-1]) + 1)
     return told
 
 

@@ -8,6 +8,7 @@ its epochs, and of its rounds where they are small.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from madjax.sweep.cache import Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.load import at_once, sends_numbers, transfer_bytes, wave_of
 from madjax.sweep.mesh import arranged, everywhere, fetch, over_cells, spread, stack
+from madjax.sweep.progress import Epoch
 from madjax.sweep.rows import measured
 from madjax.sweep.stages import Api, Own, Point, Tests
 from madjax.sweep.stock import Stock
@@ -145,15 +147,18 @@ def _ask(
     else:
         transfer = spread(saved[0], desk.mesh)
         watch, first = Stopwatch(float(saved[1])), int(saved[2])
+    desk.progress.at(group.label, first, group.attack.rounds, "round")
     with stopping.deferred():
         for r in range(first, group.attack.rounds):
             with watch:
                 transfer = proceed((wave.points, transfer), (*shared, np.int32(r)))
                 jax.block_until_ready(transfer)
             keep(r + 1)
-            desk.log(
-                f"{group.label}: round {r + 1} of {group.attack.rounds}, "
-                f"{int(fetch(transfer.asked)[0]):,} queries, {watch.running:.0f} s"
+            asked = f"{int(fetch(transfer.asked)[0]):,} queries"
+            desk.progress.at(f"{group.label}, {asked}", r + 1, group.attack.rounds, "round")
+            desk.progress.log(
+                f"{group.label}: round {r + 1} of {group.attack.rounds}, {asked}, "
+                f"{watch.running:.0f} s"
             )
             stopping.check()
     check_transfer(group.attack, transfer)
@@ -196,7 +201,9 @@ def _row(
 
 
 def _like(group: Group) -> _Learned:
-    course, one = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((group.epochs,), ()))
+    course, one = (
+        jax.ShapeDtypeStruct(shape, np.float32) for shape in ((group.attack.recipe.epochs,), ())
+    )
     return _Learned(jax.ShapeDtypeStruct((), np.int32), course, course, one)
 
 
@@ -230,7 +237,7 @@ def _without_known(group: Group, stock: Stock, desk: Desk, per_device: int | Non
     for budget, each in found.items():
         rows = {p: _row(group, p, budget, useful, held, stock) | free for p, held in each.items()}
         desk.finish(group, budget, rows)
-        desk.bar.update(group.epochs * len(rows))
+        desk.progress.skip(group.seen(budget) * len(rows))
     known = {group.waiting[place, budget] for budget, each in found.items() for place in each}
     return replace(group, cells={n: c for n, c in group.cells.items() if n not in known})
 
@@ -255,7 +262,7 @@ def _stolen(
     ]
     with stock.alone_with(keys, _like(group)) as held:
         if held is not None:
-            desk.bar.update(group.epochs * sum((p, budget) in group.waiting for p in wave.places))
+            desk.progress.skip(group.seen(budget) * len(group.those(wave.places, budget)))
             return [_Stolen(*each) for each in held], Stopwatch()
         state, agreed, watch = _learn(
             wave, group, budget, transfer, images, tests, part, stock, desk
@@ -264,7 +271,7 @@ def _stolen(
         learned = [_Learned(*(each[i] for each in found)) for i in range(len(keys))]
         for key, each in zip(keys, learned, strict=True):
             stock.kept.put(key, each)
-    seen = len(keys) * group.epochs * group.attack.examples(budget)
+    seen = len(keys) * group.seen(budget)
     kind = rates.stealing(group.parties.stolen, group.attack.recipe)
     stock.pace.note(kind, seen, watch.running)
     return [_Stolen(each, stock.kept.maker) for each in learned], watch
@@ -291,7 +298,8 @@ def _learn(
     start = over_cells(stages.start, *settings, **_ways(group, desk))
     fidelity = over_cells(stages.fidelity, stolen, **_ways(group, desk))
     points, count = wave.points._replace(told=None), np.int32(attack.examples(budget))
-    cells = sum((place, budget) in group.waiting for place in wave.places)
+    those, epochs = group.those(wave.places, budget), attack.recipe.epochs
+    examples = int(count) * len(those)
     initial = everywhere(attack.recipe.initial(stolen), desk.mesh)
     watch = Stopwatch()
     with watch:
@@ -300,7 +308,7 @@ def _learn(
     if saved is not None:
         state, watch.running = spread(saved[0], desk.mesh), float(saved[1])
     finished = int(fetch(state.epoch)[0])
-    desk.bar.update(cells * finished)
+    desk.progress.skip(examples * finished)
     if images is not None:
         whole = over_cells(stages.advance, *settings, **_ways(group, desk))
 
@@ -308,17 +316,23 @@ def _learn(
             return whole((points, transfer, state), (images, tests, count))
     else:
         advance = _in_parts(wave, group, budget, transfer, tests, part, stock, desk)
+    stage = f"{group.label}, {len(those)} stolen models"
+    desk.progress.trains(stage, finished, epochs)
     with stopping.deferred():
-        for e in range(finished, group.epochs):
+        for e in range(finished, epochs):
             with watch:
                 state = jax.block_until_ready(advance(state))
-            kept = fetch(state, first=True), np.asarray(watch.running)
-            store.save(desk.directory, name, e + 1, kept)
-            desk.bar.update(cells)
+            mine = fetch(state, first=True)
+            store.save(desk.directory, name, e + 1, (mine, np.asarray(watch.running)))
+            desk.progress.trained(stage, examples, partial(_epoch, group, those, e, epochs, mine))
             stopping.check()
     with watch:
         agreed = jax.block_until_ready(fidelity((points, state), tests))
     return state, agreed, watch
+
+
+def _epoch(group: Group, those: dict[int, str], e: int, epochs: int, state: State) -> Epoch:
+    return group.epoch(those, e + 1, epochs, state.accuracy[:, e], state.loss[:, e])
 
 
 def _in_parts(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from madjax.attacks import keys
 from madjax.batching import QUERIES, bytes_of
-from madjax.config import Task
+from madjax.config import Task, digest
 from madjax.defenses import Defense, Owner
 from madjax.errors import InputError
 from madjax.sweep import rates, stages
@@ -25,18 +25,13 @@ from madjax.sweep.clock import Stopwatch
 from madjax.sweep.keyring import Asked, Keyring
 from madjax.sweep.load import at_once_alone
 from madjax.sweep.mesh import arranged, everywhere, fetch, memory_of, over_rows, within_process
+from madjax.sweep.passes import Pass
+from madjax.sweep.progress import Progress
 from madjax.sweep.rates import Rates
 from madjax.sweep.rows import task_facts
 from madjax.sweep.stages import Api, Own, Tests, Unseen
 from madjax.sweep.tasks import Opened
-from madjax.sweep.victim import (
-    Keep,
-    Log,
-    Planned,
-    keeper,
-    owner_of,
-    planner,
-)
+from madjax.sweep.victim import Keep, Planned, keeper, owner_of, planner
 from madjax.sweep.work import Group, Place, check_answers
 from madjax.train import State
 
@@ -65,14 +60,14 @@ class Stock:
         directory: Path,
         mesh: Mesh,
         kept: Cache,
-        log: Log,
+        progress: Progress,
         memory: float | None = None,
         per_cell: int | None = None,
     ):
         self.opened, self._directory, self._mesh = opened, directory, mesh
         self.memory, self._alone = memory_of(mesh, memory), memory_of(mesh, memory, alone=True)
         self._per_cell = per_cell
-        self.kept, self._log = kept, log
+        self.kept, self._progress = kept, progress
         self.pace = Rates(kept.folder, kept.maker["device"])
         self.keys = Keyring(opened)
         self._victims: dict[Task, _Victim] = {}
@@ -147,7 +142,7 @@ class Stock:
         began, found = time.perf_counter(), {}
         for task, seed in group.owners:
             found |= self._at_places(group, task, seed, _sent(group, task, seed), self._told)
-        self._log(
+        self._progress.log(
             f"{group.label}: {len(found)} x {group.attack.budget:,} queries answered in "
             f"{time.perf_counter() - began:.1f} s"
         )
@@ -182,7 +177,7 @@ class Stock:
             # Each once, as two places may share one; in one order, so that no two commands wait for
             # each other.
             for _, name in sorted({str(name.digest): name for name in names}.items()):
-                locks.enter_context(self.kept.alone(name, self._log))
+                locks.enter_context(self.kept.alone(name, self._progress.log))
             held = [self.kept.get(name, like) for name in names]
             yield None if None in held else held
 
@@ -253,11 +248,11 @@ class Stock:
 
         sent says which queries of attacks they are, None that they are the test set.
         """
-        rule, network = group.rule, self.opened[task].network
+        rule, network, at = group.rule, self.opened[task].network, self._progress.at
         names = {each: self.keys.answers(rule, task, seed, asked, each) for each in strengths}
         like = jax.ShapeDtypeStruct((asked.count, group.parties.num_classes), np.float32)
         whole = self.keys.answers(rule, task, seed, asked, None)
-        with self.kept.alone(whole, self._log):
+        with self.kept.alone(whole, self._progress.log):
             found = {}
             for strength, name in names.items():
                 held = self.kept.get(name, like)
@@ -269,7 +264,16 @@ class Stock:
             if missing:
                 known, y = self._known(group, task, seed), self._posteriors(task, asked, sent)
                 spread = {"over": over_rows(self._mesh), "chunk": QUERIES * self._mesh.size}
-                watch = Stopwatch()
+                of = whole.digest and f"{whole.name}-{digest(list(missing))}"
+                title = f"{task.label}, {rule.label}: {'queries' if sent else 'test images'}"
+                shape = len(missing), *like.shape
+                under_way = Pass(self._directory, of, shape, partial(at, title, total=asked.size))
+                share, watch = 1 - under_way.done / asked.size, Stopwatch()
+
+                def after_chunk(done: int) -> None:
+                    with watch.paused():
+                        under_way.after_chunk(done)
+
                 with watch:
                     made = stages.answers(
                         rule,
@@ -280,20 +284,24 @@ class Stock:
                         y,
                         missing,
                         sent=asked.sent,
+                        told=under_way.told,
+                        done=under_way.done,
+                        after_chunk=after_chunk,
                         **spread,
                     )
-                amount = asked.count * len(missing)
+                amount = round(asked.count * len(missing) * share)
                 self.pace.note(rates.answering(rule, network), amount, watch.running)
                 found |= zip(missing, made, strict=True)
                 for strength in missing:
                     self.kept.put(names[strength], found[strength])
+                under_way.end(kept=all(self.kept.has(names[each]) for each in missing))
         return [found[each] for each in strengths]
 
     def _posteriors(self, task: Task, asked: Asked, sent: Hashable = None) -> np.ndarray:
         """The victim's own posteriors of each image; sent as in `_answers`."""
         opened, name = self.opened[task], self.keys.posteriors(task, asked)
         like = jax.ShapeDtypeStruct((asked.size, opened.data.num_classes), np.float32)
-        with self.kept.alone(name, self._log):
+        with self.kept.alone(name, self._progress.log):
             held = self.kept.get(name, like)
             if held is not None:
                 stage = "posteriors" if sent else "test posteriors"
@@ -324,7 +332,7 @@ class Stock:
             known = rule.prepare(owner, keys(seed)["surrogate"], strengths)
             made[task, seed] = jax.block_until_ready(known)
             took = f"{time.perf_counter() - began:.1f} s"
-            self._log(f"{task.label}, {rule.label}: prepared for seed {seed} in {took}")
+            self._progress.log(f"{task.label}, {rule.label}: prepared for seed {seed} in {took}")
         return made[task, seed]
 
     def _keeper(self, task: Task, scope: Hashable) -> Keep:
@@ -339,7 +347,7 @@ class Stock:
             self.kept,
             self.pace,
             self._makers[scope].__setitem__,
-            self._log,
+            self._progress,
             mesh,
             partial(at_once_alone, data=opened.data, mesh=mesh, memory=self._alone),
         )

@@ -1,5 +1,6 @@
 """The white-box study of a group: attackers trained online, their evaluations and their traces."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -57,7 +58,11 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
     if saved is not None:
         training, laps, watch.running = spread(saved[0], desk.mesh), saved[1], float(saved[2])
         first = -(-int(fetch(training.step)[0]) // attack.every)
-    desk.bar.update(len(group.cells) * first)
+    ends, stage = _ends(attack), f"{group.label}, {len(places)} attackers"
+    waiting = group.those(places, attack.budget)
+    batch = attack.recipe.batch_size
+    desk.progress.skip(len(waiting) * batch * (ends[first - 1] if first else 0))
+    desk.progress.trains(stage, first, attack.laps)
     with stopping.deferred():
         for at in range(first, attack.laps):
             with watch:
@@ -71,7 +76,10 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
                     laps[field][at] = values
             state = fetch(training, first=True), laps, np.asarray(watch.running)
             store.save(desk.directory, name, at + 1, state)
-            desk.bar.update(len(group.cells))
+            steps = ends[at] - (ends[at - 1] if at else 0)
+            course = laps["attacker_accuracy"][at], laps["test_loss"][at]
+            said = partial(group.epoch, waiting, at + 1, attack.laps, *course)
+            desk.progress.trained(stage, len(waiting) * batch * steps, said)
             stopping.check()
     kind = rates.online(attack, group.rule, group.parties.stolen)
     stock.pace.note(kind, len(places) * attack.steps, watch.running)
@@ -96,6 +104,11 @@ def study(group: Group, stock: Stock, desk: Desk) -> None:
         )
     desk.finish(group, attack.budget, rows)
     store.discard(desk.directory, name)
+
+
+def _ends(attack: Online) -> list[int]:
+    """The steps of the evaluations."""
+    return [min((i + 1) * attack.every, attack.steps) for i in range(attack.laps)]
 
 
 def _save_traces(
@@ -178,7 +191,7 @@ def _evaluated(laps: dict[str, np.ndarray]) -> dict[str, Any]:
 def _summary(attack: Online, trace: dict[str, np.ndarray]) -> dict[str, Any]:
     """The fields of a row from its trace; `steps_at` are the steps of the evaluations."""
     angle, batch = trace["angle"], attack.recipe.batch_size
-    ends = [min((i + 1) * attack.every, attack.steps) for i in range(attack.laps)]
+    ends = _ends(attack)
     pieces = [slice(i * attack.every * batch, end * batch) for i, end in enumerate(ends)]
     counts, _ = np.histogram(np.clip(angle, 0, 180), BINS, (0, 180))
     return {

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from madjax import processes, stopping, store
 from madjax.batching import bytes_of
@@ -24,12 +23,12 @@ from madjax.sweep import cache, rates
 from madjax.sweep.cache import Cache, Key, Maker
 from madjax.sweep.clock import Stopwatch
 from madjax.sweep.mesh import examples_shared
+from madjax.sweep.progress import Progress
 from madjax.sweep.rates import Rates
 from madjax.train import State, check_converges, start
 from madjax.weights import Trained
 
 Array = jax.Array
-Log = Callable[[str], None]
 Keep = Callable[[str, Training], State]
 """`Owner.keep`."""
 
@@ -52,7 +51,7 @@ def keeper(
     kept: Cache,
     pace: Rates,
     found: Callable[[str, Maker], None],
-    log: Log,
+    progress: Progress,
     mesh: Mesh,
     at_once: Callable[[Classifier, Recipe, np.ndarray], int | None],
 ) -> Keep:
@@ -78,10 +77,11 @@ def keeper(
                 store.save(directory, folder, int(state.epoch), state)
                 if int(state.epoch) == recipe.epochs:
                     store.sign(directory, folder, kept.maker)
-            bar.update()
+                told(*(float(each[int(state.epoch) - 1]) for each in (state.accuracy, state.loss)))
             stopping.check()
 
-        with kept.alone(whole, log):
+        title = f"{task.name}, {name}"
+        with kept.alone(whole, progress.log):
             held = kept.get(whole, like)
             if held is not None:
                 state, maker = held
@@ -91,13 +91,7 @@ def keeper(
                     store.sign(directory, folder, maker)
                 return jax.tree.map(jnp.asarray, state)
             with (
-                tqdm(
-                    total=recipe.epochs,
-                    initial=done,
-                    unit="epoch",
-                    desc=name,
-                    disable=None if processes.is_first() else True,
-                ) as bar,
+                progress.network(title, folder, done, recipe.epochs, num_examples) as told,
                 Stopwatch() as watch,
                 stopping.deferred(),
                 examples_shared(mesh),
@@ -117,8 +111,8 @@ def keeper(
         kind = rates.training(victim, recipe)
         pace.note(kind, (recipe.epochs - done) * num_examples, watch.running)
         if done < recipe.epochs:
-            log(
-                f"{task.name}, {name}: {name_of(type(victim.module))}, {num_examples:,} images, "
+            progress.log(
+                f"{title}: {name_of(type(victim.module))}, {num_examples:,} images, "
                 f"{recipe.epochs} epochs: {float(state.accuracy[-1]):.2f} % of the test images"
             )
         return state

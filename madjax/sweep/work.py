@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from madjax import processes, store
 from madjax.attacks import Attack, Online
@@ -16,11 +15,11 @@ from madjax.config import Sweep, Task, describe, digest
 from madjax.defenses import Defense
 from madjax.errors import InputError
 from madjax.sweep.grid import Cell
-from madjax.sweep.rows import DIVERGED, plain, which
+from madjax.sweep.progress import Epoch, Progress
+from madjax.sweep.rows import plain, which
 from madjax.sweep.stages import Parties, Point
 from madjax.sweep.tasks import Opened
 from madjax.sweep.trial import Prospect
-from madjax.sweep.victim import Log
 
 
 class Place(NamedTuple):
@@ -52,10 +51,28 @@ class Group:
         return f"{self.rule.label} against {self.attack.label}"
 
     @property
-    def epochs(self) -> int:
-        """How many pieces of a cell's work the progress bar counts."""
-        attack = self.attack
-        return attack.laps if isinstance(attack, Online) else attack.recipe.epochs
+    def examples(self) -> int:
+        """On which all its cells train, each as often as there are epochs."""
+        return sum(self.seen(cell.budget) for cell in self.cells.values())
+
+    def seen(self, budget: int) -> int:
+        """The examples that a cell of this budget trains on, each as often as there are epochs."""
+        if isinstance(self.attack, Online):
+            return int(self.attack.budget)  # which may be NumPy's
+        return int(self.attack.recipe.epochs * self.attack.examples(budget))
+
+    def those(self, places: list[Place], budget: int) -> dict[int, str]:
+        """Which of these places wait for this budget, with the ids of their cells."""
+        ids = {i: self.waiting.get((place, budget)) for i, place in enumerate(places)}
+        return {i: name for i, name in ids.items() if name is not None}
+
+    def epoch(
+        self, those: dict[int, str], epoch: int, epochs: int, accuracy: Any, loss: Any
+    ) -> Epoch:
+        """What came of an epoch of `those`; accuracy and loss [W] are of all of a wave."""
+        some, ids = list(those), tuple(those.values())
+        labels = tuple(self.cells[each].label for each in ids)
+        return Epoch(labels, ids, epoch, epochs, accuracy[some], loss[some])
 
     @cached_property
     def waiting(self) -> dict[tuple[Place, int], str]:
@@ -124,8 +141,7 @@ class Desk:
     mesh: Mesh
     facts: dict[str, Any]
     rows: list[dict[str, Any]]
-    bar: tqdm
-    log: Log
+    progress: Progress
     per_cell: int | None = None
     """Devices that share a cell, see `mesh.arranged`."""
 
@@ -146,17 +162,7 @@ class Desk:
             return rows  # with its seconds
 
         self.rows.extend(written())
-        for row in rows:
-            angle = [f"angle {row['angle_mean']:.1f} degrees"] if row.get("angle_mean") else []
-            said = (
-                *angle,
-                f"defender {row['defender_accuracy']:.2f} %",
-                "attacker diverged"
-                if row["status"] == DIVERGED
-                else f"attacker {row['attacker_accuracy']:.2f} %",
-                f"{row['seconds']:.0f} s",
-            )
-            self.log(f"{group.cells[row['id']].label}: {', '.join(said)}")
+        self.progress.rows(rows, [group.cells[row["id"]].label for row in rows])
 
 
 def check_answers(rule: Defense, place: Place, distance: float) -> None:

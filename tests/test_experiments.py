@@ -101,7 +101,17 @@ def test_a_summary_is_made_from_its_rows_and_quoted(run, tmp_path, name, folders
 
 @pytest.mark.parametrize(
     "name",
-    ["bench_angle", "bench_jbda", "bench_plan", "bench_training", "fault_test", "plan_paper"],
+    [
+        "bench_angle",
+        "bench_jbda",
+        "bench_pipeline",
+        "bench_plan",
+        "bench_scaling",
+        "bench_step",
+        "bench_training",
+        "fault_test",
+        "plan_paper",
+    ],
 )
 def test_the_table_of_a_benchmark_is_made_from_its_figures_and_quoted(functions, name):
     facts = json.loads((RESULTS / f"{name}.json").read_text())

@@ -5,7 +5,7 @@ rows of one that was left alone: none lost, none doubled, none with another resu
 directory that cannot be written, a damaged checkpoint, a half-written row and a changed config are
 named in one line. What can go on does.
 Command: python experiments/fault_test.py --out OUT
-Cost: 17 minutes on 2 CPU cores.
+Cost: 9 to 17 minutes on 2 CPU cores.
 
 The grid is 8 cells: perceptrons, 600 images of MNIST, MAD at two strengths, knockoff and jbda at
 two budgets. Each command is a process of its own, `madjax sweep CONFIG --resume`. Compiled programs

@@ -224,6 +224,13 @@ def test_what_was_killed_says_so(folder, tmp_path, monkeypatch):
     assert sweep.status(out).text().startswith(f"{out}: k, killed, last seen ")
 
 
+def test_the_status_of_a_run_of_an_older_madjax_counts_its_rows(tmp_path):
+    (tmp_path / store.CONFIG).write_text('{"name": "old"}')
+    (tmp_path / store.ROWS).write_text('{"epsilon": 0.5}\n{"epsilon": 0.9}\n{"epsi')
+    wanted = f"{tmp_path}: old, finished\ncells     2 of 2 have their row"
+    assert sweep.status(tmp_path).text() == wanted
+
+
 def test_a_status_is_of_a_run(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert "holds no run: give the --out of madjax sweep" in capsys.readouterr().err

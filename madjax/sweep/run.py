@@ -69,7 +69,7 @@ def run(
     with each row, and the `label` of its cell in it, when all of its wave are on disk. on_epoch:
     with an `Epoch` after each epoch of victims, surrogates and stolen models, when its checkpoint
     has been taken. Of several processes the first alone calls these three. What they raise ends the
-    run, which may be resumed; no row or epoch is told twice.
+    run, which may be resumed; what it does once more is told once more.
 
     Raises:
         InputError: see `open_dataset`, `store.open_run`, `Sweep` and `Attack.check`; data sets,

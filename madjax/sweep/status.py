@@ -97,14 +97,15 @@ def status(directory: str | Path) -> Status:
     if not (directory / store.CONFIG).is_file():
         raise InputError(f"{directory} holds no run: give the --out of madjax sweep")
     config = store.read_config(directory)
-    cells = set(config.get("cells", ()))
-    rows = {row["id"]: row for row in store.rows(directory) if row.get("id") in cells}
+    found = store.rows(directory)
+    cells = config.get("cells") or [row.get("id", i) for i, row in enumerate(found)]  # of old runs
+    rows = [row for i, row in enumerate(found) if row.get("id", i) in cells]
     return Status(
         str(directory),
         config.get("name", ""),
         store.is_at_work(directory),
         len(cells),
         len(rows),
-        sum(row["status"] == DIVERGED for row in rows.values()),
+        sum(row.get("status") == DIVERGED for row in rows),
         store.read_progress(directory),
     )

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.append(os.getcwd())
     python, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        if not getattr(options, "distributed", False):  # of which each would find others
+        if not getattr(options, "distributed", False):  # JAX keeps those of the first process alone
             cache.keep_programs()
         options.command(options)
     except (InputError, OSError) as error:

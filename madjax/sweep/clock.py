@@ -44,10 +44,7 @@ jax.monitoring.register_event_listener(_listen_once)
 
 
 class Compiled(NamedTuple):
-    """Programs that this process has compiled, or found compiled on disk, and the seconds.
-
-    Their difference is what came between two of them.
-    """
+    """Programs that this process has compiled, or found compiled on disk, and the seconds."""
 
     programs: int = 0
     found: int = 0

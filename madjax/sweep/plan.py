@@ -305,9 +305,7 @@ def _count_cells(
         amount = attack.examples(budget) * epochs
         held = rule is not None and stock.kept.has(stock.keys.stolen(group, place, budget, ()))
         if tally.need("stolen models", "examples", name, held, work, amount):
-            tally.disk += 4 * (
-                2 * group.attack.recipe.epochs + 2
-            )  # accuracies and losses, queries, fidelity
+            tally.disk += 4 * (2 * epochs + 2)  # accuracies and losses, queries, fidelity
     settings = parties.stolen, attack.recipe, attack.examples(attack.budget)
     part = load.at_once(group, stock.opened, mesh, cells, memory)
     epoch = ("advance",) if part is None else ("visited", "advance_part", "judged")

@@ -173,7 +173,7 @@ def answers(
     rule has prepared, and its randomness a function of key and a query's content, or of its number.
     What the rule has to know of an image is made once, for `chunk` images at a time. told is the
     array to write to, where the queries of the first `done` images are answered; after_chunk(done)
-    is called as often as there are more.
+    is called after each chunk.
     """
     count = len(y)
     numbers = _senders(np.arange(count) if sent is None else sent)

@@ -201,9 +201,8 @@ def _row(
 
 
 def _like(group: Group) -> _Learned:
-    course, one = (
-        jax.ShapeDtypeStruct(shape, np.float32) for shape in ((group.attack.recipe.epochs,), ())
-    )
+    shapes = (group.attack.recipe.epochs,), ()
+    course, one = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
     return _Learned(jax.ShapeDtypeStruct((), np.int32), course, course, one)
 
 

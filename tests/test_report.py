@@ -516,11 +516,11 @@ def test_legend_names_are_readable_and_distinct():
 
 def test_labels_in_a_figure_of_defences_say_no_attack_and_differ_in_every_panel():
     rows = several()
-    rows += [row(epsilon=0.5, attack="jbda"), row(epsilon=0.5, attack="jbda", budget=100)]
+    rows += [row(epsilon=0.5, attack="jbda"), row(epsilon=0.5, attack="jbda", epochs=9)]
     panels = report.defenses_figure(rows).get_axes()
     assert {line.get_label() for line in curve_lines(panels[0])} == {
-        "MAD, last layer, budget 100",
-        "MAD, last layer, budget 5000",
+        "MAD, last layer, epochs 5",
+        "MAD, last layer, epochs 9",
     }
     assert {line.get_label() for line in curve_lines(panels[2])} == {
         "MAD, last layer",
@@ -554,16 +554,60 @@ def test_a_curve_without_an_undefended_point_starts_at_that_of_its_attack():
     assert dp == 2 * [0.7, 2.0]
 
 
-def test_the_start_is_of_another_defence_where_none_was_not_run_and_of_no_other_budget():
+def test_the_start_is_of_another_defence_where_none_was_not_run_and_of_the_largest_budget():
+    """Whatever there is at smaller ones is left to the figure of budgets."""
     rows = [
         row(attacker_accuracy=97.0),
         row(epsilon=0.5, attacker_accuracy=80.0),
         other("rounding", 0.1, attacker_accuracy=95.0),
         other("rounding", 0.1, attacker_accuracy=60.0, budget=100),
+        other("none", 0.0, attacker_accuracy=66.0, budget=100),
+        other("top_label", 1.0, attacker_accuracy=50.0, budget=100),
+        row(epsilon=0.5, attack="jbda", budget=100, attacker_accuracy=70.0),
     ]
-    curves = drawn(report.defenses_figure(rows).get_axes()[1])
-    np.testing.assert_array_equal(curves["rounding, budget 5000"][:, 0], [97.0, 95.0])
-    np.testing.assert_array_equal(curves["rounding, budget 100"][:, 0], [60.0])
+    jbda, _, knockoff, _ = report.defenses_figure(rows).get_axes()
+    assert list(drawn(jbda)) == ["MAD, last layer"]  # at 100, which is the largest of that attack
+    assert list(drawn(knockoff)) == ["MAD, last layer", "rounding"]
+    np.testing.assert_array_equal(drawn(knockoff)["rounding"][:, 0], [97.0, 95.0])
+
+
+def budgeted():
+    """An attack and its top-label twin at three budgets, on two victims, and one without."""
+    return [
+        change(epsilon, budget, seed)
+        for budget in (1000, 100, 10)
+        for seed in (0, 1)
+        for change, epsilon in (
+            (lambda e, b, s: row(epsilon=e, budget=b, seed=s, attacker_accuracy=b / 20 + s), 0.0),
+            (lambda e, b, s: row(epsilon=e, budget=b, seed=s, attacker_accuracy=b / 40 + s), 0.9),
+            (lambda e, b, s: other("none", e, budget=b, seed=s, attacker_accuracy=9.0), 0.0),
+            (lambda e, b, s: row(epsilon=e, budget=b, seed=s, variant="top label"), 0.0),
+            (lambda e, b, s: row(epsilon=e, budget=b, seed=s, dataset="cifar10"), 0.9),
+        )
+    ] + [row(attack="jbda", budget=100)]
+
+
+def test_the_figure_of_budgets_has_a_curve_for_each_strength_and_attack():
+    """Undefended attacks are one curve; what was measured at one budget is left out."""
+    fig = report.budgets_figure(budgeted())
+    cifar, mnist = fig.get_axes()
+    curves = drawn(mnist)
+    texts = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert texts == [
+        "knockoff, undefended",
+        "knockoff (top label), undefended",
+        "knockoff, MAD, last layer, ε = 0.9",
+        "accuracy of the answers",
+    ]
+    assert len(curves) == 3
+    assert len(drawn(cifar)) == 1
+    lines = [curves[text] for text in texts[:-1] if text in curves]
+    np.testing.assert_allclose(lines[0], [[10, 1.0], [100, 5.5], [1000, 50.5]])  # rows of MAD's 0
+    np.testing.assert_allclose(lines[2][:, 1], [0.75, 3.0, 25.5])
+    looks = [(line.get_color(), line.get_linestyle()) for line in curve_lines(mnist)]
+    assert len(set(looks)) == 3
+    with pytest.raises(InputError, match="several budgets"):
+        report.budgets_figure([row(), row(epsilon=0.5)])
 
 
 def test_undefended_rows_are_a_circle_and_no_curve():
@@ -630,8 +674,8 @@ def test_colours_and_dashes_tell_defences_and_attacks_apart():
     same = looks["MAD, last layer (a)"], looks["MAD, all parameters (a)"]
     assert same[0].get_color() == same[1].get_color()
     assert same[1].get_linestyle() == "-" != same[0].get_linestyle()
-    # Budgets are neither: all colours differ.
-    rows = [{**r, "budget": budget} for budget in (1, 2) for r in several()]
+    # Epochs are neither: all colours differ.
+    rows = [{**r, "epochs": epochs} for epochs in (1, 2) for r in several()]
     lines = curve_lines(report.figure(rows).get_axes()[0])
     assert len({line.get_color() for line in lines}) == len(lines) == 32
 

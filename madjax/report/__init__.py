@@ -1,6 +1,7 @@
 """Rows to tables and figures: reads files only, so a finished sweep is reported anywhere."""
 
 from madjax.report.angles import age_figure, angles_figure, course_figure
+from madjax.report.budgets import budgets_figure
 from madjax.report.figures import (
     ablations_figure,
     defenses_figure,
@@ -24,6 +25,7 @@ __all__ = [
     "ablations_figure",
     "age_figure",
     "angles_figure",
+    "budgets_figure",
     "course_figure",
     "defenses_figure",
     "figure",

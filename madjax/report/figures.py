@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from madjax.files import write_atomically
-from madjax.report.names import MAD, attack, defence, is_ablation, labels, name, place
+from madjax.report.looks import looks_of
+from madjax.report.names import MAD, attack, is_ablation, is_plain_mad, labels, name, place
 from madjax.report.panels import (
     ACCURACY,
     CIRCLE,
@@ -21,11 +22,8 @@ from madjax.report.panels import (
     Utility,
     draw,
 )
-from madjax.report.points import Curve, is_sound, sound_curves, started
+from madjax.report.points import Curve, at_full_budget, is_sound, sound_curves, started
 
-# Okabe and Ito's colour-blind-safe set without its sky blue, which reads as the ideal's cyan.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#444444")
-STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 DATASET, ATTACK = ("dataset",), ("dataset", "attack", "variant")
 UNDER, BESIDE = (1, 0), (0, 1)  # lines and columns from one utility's panel to the next
 
@@ -35,9 +33,10 @@ def figure(rows: list[dict]):
 
     One panel a data set, and in it a curve for each defence, but for ablations of MAD, and each
     attack: lines with gid "curve", from the answers changed least. Colours and dashes tell defences
-    and attacks apart. The ideal defence is drawn where the rows have `num_classes`. Points without
-    a stolen model that did not diverge are left out, and the title counts those that did. Raises
-    InputError for no rows, or none to draw.
+    and attacks apart. The ideal defence is drawn where the rows have `num_classes`. Of several
+    budgets of one attack the largest is drawn (`budgets_figure` has all). Points without a stolen
+    model that did not diverge are left out, and the title counts those that did. Raises InputError
+    for no rows, or none to draw.
     """
     return _figure(rows, _compared, DATASET, (ACCURACY,), UNDER, across=3)
 
@@ -72,10 +71,6 @@ def tradeoff_figure(rows: list[dict], path: str | Path) -> None:
     save_png(figure(rows), path)
 
 
-def _is_plain_mad(curve: Curve) -> bool:
-    return curve.defense in MAD and not is_ablation(curve)
-
-
 def _compared(known: list[Curve]) -> list[Curve]:
     return [curve for curve in known if not is_ablation(curve)] or known
 
@@ -96,10 +91,10 @@ def _figure(
 
     `step` leads from one panel of a group to the next, and `across` groups stand side by side.
     """
-    points = started(sound_curves(rows))
-    known = sorted(points, key=lambda curve: not _is_plain_mad(curve))  # first, below the dashed
+    points = started(at_full_budget(sound_curves(rows)))
+    known = sorted(points, key=lambda curve: not is_plain_mad(curve))  # first, below the dashed
     said = labels(choose([curve for curve in known if curve.defense != "none"]), panel)
-    looks = _looks(said)
+    looks = looks_of(said)
     kept = [curve for curve in known if curve in said or curve.defense == "none"]
     places = list(dict.fromkeys(place(curve, panel) for curve in kept))
     across = min(across, len(places))
@@ -138,51 +133,6 @@ def _canvas(lines: int, columns: int, looks: dict[str, dict]):
     style = {"frameon": False, "fontsize": 8.5, "loc": "outside lower center"}
     fig.legend(handles=handles, labelcolor=INK, ncols=abreast, **style)
     return fig
-
-
-def _looks(said: dict[Curve, str]) -> dict[str, dict]:
-    """Options of matplotlib for each label.
-
-    Of several defences against several attacks, colours tell the more numerous apart and dashes the
-    others, where defence and attack are all that labels say and there are dashes enough. Else no
-    two labels share a colour, and lines are solid for MAD and dashed beside it: curves that keep
-    the defender's accuracy cover one another, and dashes let both be seen.
-    """
-    rules = {curve: (defence(curve), curve.defense_variant) for curve in said}
-    attacks = {curve: attack(curve) for curve in said}
-    hues, dashes = sorted((rules, attacks), key=lambda each: -len({*each.values()}))
-    pairs = {curve: (hues[curve], dashes[curve]) for curve in said}
-    one_each = len({*pairs.values()}) == len({*said.values()})
-    if one_each and 1 < len({*dashes.values()}) <= len(STYLES):
-        colours = dict(
-            zip(dict.fromkeys(hues.values()), _colours(len({*hues.values()})), strict=False)
-        )
-        styles = dict(zip(dict.fromkeys(dashes.values()), STYLES, strict=False))
-        return {
-            said[curve]: {"color": colours[hue], "ls": styles[dash]}
-            for curve, (hue, dash) in pairs.items()
-        }
-    mad, others = STYLES[:1], STYLES[1:]
-    if not 0 < sum(map(_is_plain_mad, said)) < len(said):
-        mad = others = STYLES
-    colours = _colours(len(set(said.values())))
-    looks = {}
-    for curve, label in said.items():
-        styles = mad if _is_plain_mad(curve) else others
-        at = len(looks) if len(colours) > len(COLOURS) else 0
-        if label not in looks:
-            looks[label] = {"color": colours[len(looks)], "ls": styles[at % len(styles)]}
-    return looks
-
-
-def _colours(count: int) -> list[str]:
-    """`count` different colours: those of `COLOURS`, or of a rainbow where these are too few."""
-    from matplotlib import colormaps  # lazy: a second that tables do not need
-    from matplotlib.colors import to_hex
-
-    if count <= len(COLOURS):
-        return list(COLOURS)
-    return [to_hex(each) for each in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
 
 
 def _seeds(rows: list[dict]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from madjax.errors import InputError
 from madjax.report.names import attack, defence, is_ablation, name, remarked
 from madjax.report.panels import GREY, INK
-from madjax.report.points import Curve, Summary, is_sound, sound_curves, started
+from madjax.report.points import Curve, Summary, at_full_budget, is_sound, sound_curves, started
 
 ACROSS = 4
 LOOKS = {
@@ -33,7 +33,8 @@ def top_label_figure(rows: list[dict]):
 
     Attacker accuracy in percent against the mean L1 distance, a panel for each data set, attack and
     defence but ablations of MAD, with a curve for the attacker that learns from whole answers and
-    one for its twin that keeps the top label; means and sample standard deviations over seeds.
+    one for its twin that keeps the top label; means and sample standard deviations over seeds, at
+    the largest budget.
     """
     from matplotlib.figure import Figure  # lazy: a second that tables do not need
     from matplotlib.lines import Line2D
@@ -87,7 +88,7 @@ def label_pairs(rows: list[dict]) -> dict[Curve, dict[str, list[Summary]]]:
     """
     if not any(map(is_sound, rows)):
         return {}
-    points = started(sound_curves(rows))
+    points = started(at_full_budget(sound_curves(rows)))
     twins: dict[Curve, list[Curve]] = {}
     for curve in points:
         if curve.targets in LOOKS and curve.defense != "none" and not is_ablation(curve):

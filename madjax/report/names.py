@@ -36,6 +36,11 @@ def is_ablation(curve: Curve) -> bool:
     return curve.defense in MAD and bool(altered)
 
 
+def is_plain_mad(curve: Curve) -> bool:
+    """Whether this is MAD or MAD-argmax with nothing altered."""
+    return curve.defense in MAD and not is_ablation(curve)
+
+
 def defence(curve: Curve) -> str:
     """The defence without its variant; for MAD with its layers, and its oracle if not its own."""
     parts = [curve.layers] if curve.layers != "none" else []

@@ -132,6 +132,19 @@ def sound_curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
     return found
 
 
+def at_full_budget(points: dict[Curve, list[Summary]]) -> dict[Curve, list[Summary]]:
+    """The curves at the largest budget of each attack on a victim; those at others are left out."""
+    largest: dict[tuple, int] = {}
+    for curve in points:
+        attack = _attacked(curve._replace(budget=0))
+        largest[attack] = max(curve.budget, largest.get(attack, 0))
+    return {
+        curve: own
+        for curve, own in points.items()
+        if curve.budget == largest[_attacked(curve._replace(budget=0))]
+    }
+
+
 def started(points: dict[Curve, list[Summary]]) -> dict[Curve, list[Summary]]:
     """The curves, from the answers that are changed least; undefended first, where measured.
 

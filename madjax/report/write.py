@@ -6,6 +6,7 @@ from pathlib import Path
 from madjax.errors import InputError
 from madjax.files import write_atomically
 from madjax.report.angles import age_figure, ages, angles_figure, course_figure, is_drawn
+from madjax.report.budgets import budget_lines, budgets_figure
 from madjax.report.figures import ablations_figure, defenses_figure, figure, save_png
 from madjax.report.labels import label_pairs, top_label_figure
 from madjax.report.names import is_ablation, place
@@ -27,6 +28,8 @@ def figures_for(rows: list[dict]) -> dict[str, Callable]:
         found["defenses.png"] = defenses_figure
     if any(map(is_ablation, known)):
         found["ablations.png"] = ablations_figure
+    if budget_lines(rows):
+        found["budgets.png"] = budgets_figure
     if label_pairs(rows):
         found["top_label.png"] = top_label_figure
     if any(map(is_drawn, rows)):
@@ -45,9 +48,10 @@ def write_report(*directories: str | Path, out: str | Path | None = None) -> str
     """Write one report of the rows in these directories; return the table's text.
 
     It goes to `out`, or beside the rows of a single directory: `report.md` and `tradeoff.png`
-    always; `defenses.png` for two or more defences, `ablations.png` for ablations, `top_label.png`
-    for attackers with a twin that learns from the top label alone, `angles.png` and `course.png`
-    for online attackers, `age.png` for surrogates of three ages or more.
+    always; `defenses.png` for two or more defences, `ablations.png` for ablations, `budgets.png`
+    for several budgets of one attack, `top_label.png` for attackers with a twin that learns from
+    the top label alone, `angles.png` and `course.png` for online attackers, `age.png` for
+    surrogates of three ages or more.
     Raises InputError for several directories and no `out`, and for what `read_rows` refuses.
     """
     if out is None and len(directories) != 1:

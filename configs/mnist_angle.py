@@ -4,6 +4,8 @@ Claim: an attacker whose parameters the defence knows sees its gradient turned b
 larger the budget, though the answer has but K - 1 degrees of freedom; at epsilon 2 by more than 90
 degrees on the average, and its test loss rises.
 Command: MADJAX_DATA=DIR madjax angle configs/mnist_angle.py
+Others: mnist_angle:fashion_mnist, another victim; mnist_angle:paper and mnist_angle:cifar10, of the
+paper's victims; mnist_angle:smoke, in seconds.
 Cost: about 25 minutes on 2 CPU cores.
 
 Differs from the paper, which has this figure for VGG16 on CIFAR10 in its text and for all victims
@@ -12,7 +14,10 @@ Kassel letters stand in for EMNIST letters; the victim trains for 15 epochs, its
 after 10. Epsilon 0 is the clean path.
 """
 
-from madjax import AngleStudy, Online, Recipe, Task
+from dataclasses import replace
+
+from madjax import VGG16, AngleStudy, Online, Recipe, Task
+from madjax.config import load
 
 
 def config() -> AngleStudy:
@@ -29,4 +34,40 @@ def config() -> AngleStudy:
         seeds=(0, 1, 2),
         steps=10_000,
         attackers=(Online(images=5_000, every=1_000, judged=1_000),),
+    )
+
+
+def fashion_mnist() -> AngleStudy:
+    """The same on Fashion-MNIST."""
+    (task,) = load("mnist_knockoff:fashion_mnist").tasks
+    return replace(config(), name="fashion_angle", task=task)
+
+
+def paper() -> AngleStudy:
+    """MNIST with the paper's query set."""
+    return replace(config(), name="paper_angle", task=load("mnist_knockoff:paper").tasks[0])
+
+
+def cifar10() -> AngleStudy:
+    """VGG16 on CIFAR10, as in the paper's text."""
+    base = load("cifar10")
+    (online,) = config().attackers
+    return replace(
+        config(),
+        name="paper_angle_cifar10",
+        task=base.tasks[0],
+        attackers=(replace(online, architecture=VGG16),),
+    )
+
+
+def smoke() -> AngleStudy:
+    """The whole path in seconds, on the embedded data; angles say nothing."""
+    return replace(
+        config(),
+        name="smoke_angle",
+        task=load("mnist_knockoff:smoke").tasks[0],
+        strengths=(0.0, 0.99, 2.0),
+        seeds=(0,),
+        steps=60,
+        attackers=(Online(images=30, every=20, judged=50),),
     )

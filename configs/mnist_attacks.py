@@ -5,7 +5,7 @@ knockoff, at budget 50,000); and MAD makes every one of them worse as epsilon gr
 costs the defender less than a point.
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_attacks.py
 Others: mnist_attacks:fashion_mnist, another victim; mnist_attacks:as_published, the attacks as the
-authors' code has them.
+authors' code has them; mnist_attacks:paper, at the paper's sizes; mnist_attacks:smoke, in seconds.
 Cost: about an hour on 2 CPU cores.
 
 Differs from the paper: a fifth of the budget; 20 epochs of final training in place of 30; Kassel
@@ -16,23 +16,22 @@ is that of configs/mnist_knockoff.py.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from madjax import MAD, Defended, Knockoff, Recipe, Sweep, jbda, jbself, jbtop
+from madjax.attacks import Attack
 from madjax.config import load
-
-JACOBIAN = (jbda, jbself, jbtop)
 
 
 def config() -> Sweep:
     """Four attacks x three epsilons x three budgets x three seeds, last-layer gradients."""
-    common = {"budget": 10_000, "recipe": Recipe(epochs=20)}
     return Sweep(
         name="mnist_attacks",
         tasks=load("mnist_knockoff").tasks,
         defenses=(Defended(MAD(layers="last"), (0.0, 0.9, 0.99)),),
         seeds=(0, 1, 2),
         budgets=(1_000, 3_000),
-        attacks=(Knockoff(**common), *(make(**common) for make in JACOBIAN)),
+        attacks=_attacks(10_000, Recipe(epochs=20)),
     )
 
 
@@ -44,14 +43,43 @@ def fashion_mnist() -> Sweep:
 
 def as_published() -> Sweep:
     """The three Jacobian attacks with the defects of the authors' code."""
-    base, code = config(), Recipe(epochs=20, learning_rate=0.01, momentum=0.9, weight_decay=5e-4)
+    code = Recipe(epochs=20, learning_rate=0.01, momentum=0.9, weight_decay=5e-4)
     return replace(
-        base,
+        config(),
         name="mnist_attacks_as_published",
         defenses=(Defended(MAD(layers="last"), (0.0, 0.99)),),
         seeds=(0, 1),
         budgets=(),
-        attacks=tuple(
-            make(budget=10_000, recipe=code, as_published_code=True) for make in JACOBIAN
-        ),
+        attacks=_attacks(10_000, code, as_published_code=True)[1:],
     )
+
+
+def paper() -> Sweep:
+    """MNIST and Fashion-MNIST at the paper's sizes."""
+    whole = load("mnist_knockoff:paper")
+    return replace(
+        config(),
+        name="paper_attacks",
+        tasks=whole.tasks,
+        defenses=whole.defenses[:1],
+        budgets=(1_000, 3_000, 10_000, 30_000),
+        attacks=_attacks(50_000, Recipe(epochs=30)),
+    )
+
+
+def smoke() -> Sweep:
+    """The whole path in seconds, on the embedded data; accuracies say nothing."""
+    recipe = Recipe(epochs=1)
+    return replace(
+        config(),
+        name="smoke_attacks",
+        tasks=load("mnist_knockoff:smoke").tasks,
+        seeds=(0,),
+        budgets=(40,),
+        attacks=_attacks(64, recipe, seeds=16, substitute=recipe),
+    )
+
+
+def _attacks(budget: int, recipe: Recipe, **jacobian: Any) -> tuple[Attack, ...]:
+    common = {"budget": budget, "recipe": recipe}
+    return (Knockoff(**common), *(make(**common, **jacobian) for make in (jbda, jbself, jbtop)))

@@ -16,7 +16,7 @@ after 10. Epsilon 0 is the clean path.
 
 from dataclasses import replace
 
-from madjax import VGG16, AngleStudy, Online, Recipe, Task
+from madjax import MLP, VGG16, AngleStudy, Online, Recipe, Task
 from madjax.config import load
 
 
@@ -61,7 +61,7 @@ def cifar10() -> AngleStudy:
 
 
 def smoke() -> AngleStudy:
-    """The whole path in seconds, on the embedded data; angles say nothing."""
+    """The whole path in seconds: perceptrons, on the embedded data; angles say nothing."""
     return replace(
         config(),
         name="smoke_angle",
@@ -69,5 +69,5 @@ def smoke() -> AngleStudy:
         strengths=(0.0, 0.99, 2.0),
         seeds=(0,),
         steps=60,
-        attackers=(Online(images=30, every=20, judged=50),),
+        attackers=(Online(images=30, every=20, judged=50, architecture=MLP),),
     )

@@ -14,7 +14,7 @@ many epochs.
 
 from dataclasses import replace
 
-from madjax import MAD, Defended, Knockoff, Recipe, Sweep, top_label
+from madjax import MAD, MLP, Defended, Knockoff, Recipe, Sweep, top_label
 from madjax.config import load
 
 
@@ -55,14 +55,14 @@ def cifar10() -> Sweep:
 
 
 def smoke() -> Sweep:
-    """The whole path in seconds, on the embedded data; accuracies say nothing."""
+    """The whole path in seconds: perceptrons, on the embedded data; accuracies say nothing."""
     return replace(
         config(),
         name="smoke_budgets",
         tasks=load("mnist_knockoff:smoke").tasks,
         seeds=(0, 1),
         budgets=(50, 100),
-        attacks=_both(Knockoff(budget=200, recipe=Recipe(epochs=1))),
+        attacks=_both(Knockoff(budget=200, architecture=MLP, recipe=Recipe(epochs=1))),
     )
 
 

@@ -21,7 +21,7 @@ all parameters, as in Eq. 5.
 
 from dataclasses import replace
 
-from madjax import MAD, Defended, Knockoff, Recipe, Sweep, Task
+from madjax import MAD, MLP, Defended, Knockoff, Recipe, Sweep, Task
 
 EPSILONS = (0.0, 0.1, 0.3, 0.5, 0.8, 0.9, 0.99, 1.1, 1.5)
 
@@ -66,13 +66,20 @@ def paper() -> Sweep:
 
 
 def smoke() -> Sweep:
-    """The whole path in seconds, on the embedded data; accuracies say nothing."""
+    """The whole path in seconds: perceptrons, on the embedded data; accuracies say nothing."""
     few, recipe = (0.0, 0.5, 0.99), Recipe(epochs=1)
     return replace(
         config(),
         name="smoke_knockoff",
-        tasks=(Task("embedded:mnist[:500,:200]", "embedded:fashion_mnist[:200]", victim=recipe),),
+        tasks=(
+            Task(
+                "embedded:mnist[:500,:200]",
+                "embedded:fashion_mnist[:200]",
+                architecture=MLP,
+                victim=recipe,
+            ),
+        ),
         defenses=(Defended(MAD(layers="last"), few), Defended(MAD(layers="all"), few)),
         seeds=(0, 1),
-        attacks=(Knockoff(budget=200, recipe=recipe),),
+        attacks=(Knockoff(budget=200, architecture=MLP, recipe=recipe),),
     )

@@ -17,12 +17,15 @@ place of 30; Kassel letters stand in for EMNIST letters.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from madjax import MAD, MLP, VGG16, Defended, Knockoff, LeNet, Recipe, Sweep, top_label
 from madjax.attacks import crop_and_flip
-from madjax.config import load
+from madjax.config import Architecture, load
 from madjax.models import LeNetDouble, LeNetHalf
 from madjax.recipe import adagrad, adam
+
+NETWORKS = {"smaller": LeNetHalf, "larger": LeNetDouble, "MLP": MLP}
 
 
 def config() -> Sweep:
@@ -32,7 +35,7 @@ def config() -> Sweep:
         tasks=load("mnist_knockoff").tasks,
         defenses=(Defended(MAD(layers="last"), (0.0, 0.9, 0.99)),),
         seeds=(0, 1, 2),
-        attacks=_attackers(10_000, Recipe(epochs=10)),
+        attacks=_attackers(Knockoff(budget=10_000, recipe=Recipe(epochs=10)), NETWORKS),
     )
 
 
@@ -44,54 +47,48 @@ def paper() -> Sweep:
         name="paper_subversion",
         tasks=whole.tasks,
         defenses=whole.defenses[:1],
-        attacks=_attackers(50_000, Recipe(epochs=30)),
+        attacks=_attackers(Knockoff(budget=50_000, recipe=Recipe(epochs=30)), NETWORKS),
     )
 
 
 def cifar10() -> Sweep:
-    """CIFAR10 at the paper's sizes; the other networks are VGG16 of other widths, and LeNet."""
+    """CIFAR10 at the paper's sizes."""
     base = load("cifar10")
     plain = base.attacks[0]
-    known = _attackers(plain.budget, plain.recipe)
-    others = {"arch-smaller": partial(VGG16, width=1 / 2), "arch-larger": partial(VGG16, width=2)}
-    others["arch-LeNet"] = LeNet
+    others = {"smaller": partial(VGG16, width=1 / 2), "larger": partial(VGG16, width=2)}
     return replace(
         paper(),
         name="paper_subversion_cifar10",
         tasks=base.tasks,
-        attacks=(
-            *(replace(a, architecture=VGG16) for a in known if not a.variant.startswith("arch-")),
-            *(replace(plain, variant=v, architecture=a) for v, a in others.items()),
-        ),
+        attacks=_attackers(plain, others | {"LeNet": LeNet}),
     )
 
 
 def smoke() -> Sweep:
-    """The whole path in seconds, on the embedded data; accuracies say nothing."""
+    """The whole path in seconds: perceptrons, on the embedded data; accuracies say nothing."""
+    plain = Knockoff(budget=40, architecture=MLP, recipe=Recipe(epochs=1))
     return replace(
         config(),
         name="smoke_subversion",
         tasks=load("mnist_knockoff:smoke").tasks,
         defenses=(Defended(MAD(layers="last"), (0.0, 0.99)),),
         seeds=(0,),
-        attacks=_attackers(100, Recipe(epochs=1)),
+        attacks=_attackers(plain, {"smaller": partial(MLP, hidden=(100,))}),
     )
 
 
-def _attackers(images: int, recipe: Recipe) -> tuple[Knockoff, ...]:
-    plain = Knockoff(budget=images, recipe=recipe)
-    four = replace(plain, budget=4 * images, repeats=4)
+def _attackers(plain: Knockoff, others: dict[str, Architecture]) -> tuple[Knockoff, ...]:
+    """An attacker, and others that differ from it in one thing, in networks among others."""
+    four = replace(plain, budget=4 * plain.budget, repeats=4)
 
-    def opt(name: str, learning_rate: float, **changes) -> Knockoff:
-        own = replace(recipe, learning_rate=learning_rate, **changes)
+    def opt(name: str, learning_rate: float, **changes: Any) -> Knockoff:
+        own = replace(plain.recipe, learning_rate=learning_rate, **changes)
         return replace(plain, variant=f"opt-{name}", recipe=own)
 
     return (
         plain,
         replace(plain, variant="argmax", targets=top_label),
-        replace(plain, variant="arch-smaller", architecture=LeNetHalf),
-        replace(plain, variant="arch-larger", architecture=LeNetDouble),
-        replace(plain, variant="arch-MLP", architecture=MLP),
+        *(replace(plain, variant=f"arch-{name}", architecture=a) for name, a in others.items()),
         replace(four, variant="nquery"),
         replace(four, variant="nquery+aug", augment=crop_and_flip),
         opt("sgd", 0.01, momentum=0.0),

@@ -1,6 +1,12 @@
 """Rows to tables and figures: reads files only, so a finished sweep is reported anywhere."""
 
-from madjax.report.angles import age_figure, angles_figure, course_figure
+from madjax.report.angles import (
+    age_figure,
+    angles_figure,
+    course_figure,
+    histogram_figure,
+    test_loss_figure,
+)
 from madjax.report.budgets import budgets_figure
 from madjax.report.figures import (
     ablations_figure,
@@ -31,11 +37,13 @@ __all__ = [
     "figure",
     "figures_for",
     "files",
+    "histogram_figure",
     "read_rows",
     "read_trace",
     "save_png",
     "summarise",
     "table",
+    "test_loss_figure",
     "top_label_figure",
     "tradeoff_figure",
     "write_report",

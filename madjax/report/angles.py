@@ -31,6 +31,16 @@ def angles_figure(rows: list[dict]):
     return _figure(rows, (_histogram, _test_loss))
 
 
+def histogram_figure(rows: list[dict]):
+    """Matplotlib Figure of the paper's Fig. 6: the histograms of `angles_figure`."""
+    return _figure(rows, (_histogram,))
+
+
+def test_loss_figure(rows: list[dict]):
+    """Matplotlib Figure of the paper's Fig. 7: the test losses of `angles_figure`."""
+    return _figure(rows, (_test_loss,))
+
+
 def course_figure(rows: list[dict]):
     """Matplotlib Figure of the angle against the step, and of the direction kept.
 

@@ -1,0 +1,165 @@
+"""What the scripts for the paper's tables and figures share: the runs they read, and `main`.
+
+A script selects rows of one study, and says what is made of them. Scripts of one study share its
+runs, which lie in OUT/NAME, so that none is computed twice; what is made of them lies in OUT.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from madjax import cli, config, report, stopping
+from madjax.errors import InputError
+from madjax.files import write_atomically
+
+SCALES = ("smoke", "reduced", "paper")
+VGG = ("cifar10", "cifar100", "cub200", "caltech256")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Configs, by their names for `madjax sweep` or `madjax angle`, at each scale."""
+
+    smoke: tuple[str, ...]
+    reduced: tuple[str, ...]
+    paper: tuple[str, ...]
+
+
+def _study(name: str, *, reduced: Sequence[str] = (), paper: Sequence[str]) -> Study:
+    """A study of configs/NAME.py; the other functions of that file at each scale, by name."""
+    others = (f"{name}:{function}" for function in reduced)
+    return Study((f"{name}:smoke",), (name, *others), tuple(paper))
+
+
+ATTACKS = _study(
+    "mnist_attacks",
+    reduced=["fashion_mnist", "as_published"],
+    paper=["mnist_attacks:paper", *VGG],
+)
+KNOCKOFF = _study("mnist_knockoff", reduced=["fashion_mnist"], paper=["mnist_knockoff:paper"])
+BUDGETS = _study(
+    "mnist_budgets",
+    reduced=["fashion_mnist"],
+    paper=["mnist_budgets:paper", "mnist_budgets:cifar10"],
+)
+DEFENSES = _study(
+    "mnist_defenses",
+    reduced=["fashion_mnist"],
+    paper=["mnist_defenses:paper", "mnist_defenses:paper_fashion", "mnist_defenses:cifar10"],
+)
+SUBVERSION = _study(
+    "mnist_subversion", paper=["mnist_subversion:paper", "mnist_subversion:cifar10"]
+)
+ANGLE = _study("mnist_angle", paper=["mnist_angle:paper", "mnist_angle:cifar10"])
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A table or a figure of the paper: its file, its studies, and which of their rows it shows.
+
+    draw makes a figure of these rows (OUT/FILE.png), and table a text (OUT/FILE.md).
+    """
+
+    file: str
+    title: str
+    studies: tuple[Study, ...]
+    chosen: Callable[[dict], bool] = lambda row: True
+    draw: Callable[[list[dict]], object] | None = None
+    table: Callable[[list[dict]], str] = report.table
+
+    def configs(self, scale: str) -> list[str]:
+        """The names of its configs at a scale."""
+        return [name for study in self.studies for name in getattr(study, scale)]
+
+
+def main(*exhibits: Exhibit) -> int:
+    """Run what the exhibits read at the scale that the user names, and make them of its rows.
+
+    The exit status is that of the first command which fails, or 0.
+    """
+    parser = argparse.ArgumentParser(
+        description="; ".join(exhibit.title for exhibit in exhibits),
+        epilog="Given again, the command goes on where it stopped.",
+    )
+    parser.add_argument("--scale", choices=SCALES, required=True, help="of data, networks, epochs")
+    parser.add_argument("--data-dir", help="where data sets are found (default: $MADJAX_DATA)")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="default: runs/SCALE")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="MINUTES",
+        help="stop after so long, at the end of the epoch under way; nothing finished is lost",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables")
+    parser.add_argument(
+        "--rows", action="store_true", help="run nothing: of the rows that are in OUT already"
+    )
+    options = parser.parse_args()
+    out = options.out or Path("runs") / options.scale
+    status = 0 if options.rows else _run(exhibits, options, out)
+    if status > 128:
+        print(f"stopped: the same command goes on from {out}", file=sys.stderr)
+    for exhibit in exhibits:
+        try:
+            made = _make(exhibit, options.scale, out)
+        except InputError as error:
+            print(f"{exhibit.title}: {error}", file=sys.stderr)
+            status = status or 2
+        else:
+            print(f"{exhibit.title}: {', '.join(map(str, made))}")
+    return status
+
+
+def _run(exhibits: Sequence[Exhibit], options: argparse.Namespace, out: Path) -> int:
+    """Each run once, in order; those after one that fails or is stopped are left."""
+    given = ["--data-dir", options.data_dir] if options.data_dir else []
+    given += ["--quiet"] if options.quiet else []
+    names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
+    try:
+        with stopping.by_signal(), ending_after(options.limit):
+            for name in names:
+                chosen = config.load(name)
+                kind = "angle" if isinstance(chosen, config.AngleStudy) else "sweep"
+                words = [kind, name, "--out", str(out / chosen.name), "--resume", *given]
+                print(f"madjax {shlex.join(words)}", flush=True)
+                if status := cli.main(words):
+                    return status
+    except stopping.Stopped as stop:  # between two of them
+        return 128 + stop.number
+    return 0
+
+
+@contextlib.contextmanager
+def ending_after(minutes: float | None) -> Iterator[None]:
+    """Inside, SIGTERM comes after so many minutes, at which a run saves its state and stops."""
+    timer = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    if minutes is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _make(exhibit: Exhibit, scale: str, out: Path) -> list[Path]:
+    """Write what is made of the rows that are there; returns the files."""
+    runs = [out / config.load(name).name for name in exhibit.configs(scale)]
+    there = [run for run in runs if (run / "rows.jsonl").is_file()]
+    rows = list(filter(exhibit.chosen, report.read_rows(*there)))
+    if not rows:
+        raise InputError(f"no rows in {', '.join(map(str, runs))}: run it without --rows")
+    made = [out / f"{exhibit.file}.md"]
+    text = exhibit.table(rows)
+    write_atomically(made[0], lambda draft: draft.write_text(text, encoding="utf-8"))
+    if exhibit.draw is not None:
+        made.append(out / f"{exhibit.file}.png")
+        report.save_png(exhibit.draw(rows), made[1])
+    return made

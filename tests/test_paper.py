@@ -1,0 +1,150 @@
+"""The scripts of the paper's tables and figures: what they run, and what they make of its rows."""
+
+import runpy
+import signal
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from madjax import AngleStudy, config
+from madjax.report import read_rows
+from madjax.sweep import expand
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SCALES = ("smoke", "reduced", "paper")
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+
+
+def script(patch, name, *words):
+    """The exit status of `python experiments/NAME.py WORDS`."""
+    patch.setattr(sys, "argv", [name, *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name="__main__")
+    return ended.value.code
+
+
+@pytest.fixture
+def run(monkeypatch):
+    return partial(script, monkeypatch)
+
+
+def exhibits():
+    return [import_module(name).EXHIBIT for name in import_module("reproduce").SCRIPTS]
+
+
+def shown(exhibit, out):
+    """The rows of what a script shows."""
+    runs = [out / config.load(name).name for name in exhibit.configs("smoke")]
+    return list(filter(exhibit.chosen, read_rows(*runs)))
+
+
+def test_every_table_and_figure_of_the_paper_has_a_script_that_reproduce_runs():
+    scripts = {path.stem for path in EXPERIMENTS.glob("*.py") if path.stem.startswith("fig")}
+    named = [exhibit.file for exhibit in exhibits()]
+    assert set(named) == scripts | {"table1"}
+    assert len(named) == 15
+    for exhibit in exhibits():
+        text = (EXPERIMENTS / f"{exhibit.file}.py").read_text()
+        assert text.startswith(f'"""{exhibit.title}: ')
+        for word in ("Claim:", f"Command: python experiments/{exhibit.file}.py", "Cost"):
+            assert word in text
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_its_runs_are_configs_each_in_a_directory_of_its_own(scale, tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    save_file({"a": np.zeros(1)}, tmp_path / "weights/vgg16_bn.safetensors")  # of two configs
+    monkeypatch.chdir(tmp_path)
+    names = {name for exhibit in exhibits() for name in exhibit.configs(scale)}
+    chosen = [config.load(name) for name in sorted(names)]
+    assert len({each.name for each in chosen}) == len(chosen) >= 6
+    for each in chosen:
+        cells = expand(each.sweep() if isinstance(each, AngleStudy) else each)
+        assert cells
+        if scale == "smoke":
+            assert {cell.task.dataset.split("[")[0] for cell in cells} == {"embedded:mnist"}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The directory of all of them at the smallest scale, by the one command that makes them."""
+    out = tmp_path_factory.mktemp("paper") / "smoke"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        assert script(patch, "reproduce", "--scale", "smoke", "--out", out, "--quiet") == 0
+    return out
+
+
+def test_one_command_makes_all_of_them(smoke):
+    made = {path.name for path in smoke.iterdir() if path.is_file()}
+    figures = {f"{each.file}.png" for each in exhibits() if each.draw}
+    assert made == {f"{each.file}.md" for each in exhibits()} | figures
+    assert len(figures) == 14
+    assert {path.name for path in smoke.iterdir() if path.is_dir()} == {
+        config.load(name).name for each in exhibits() for name in each.configs("smoke")
+    }
+
+
+def test_a_script_shows_the_rows_that_it_is_about(smoke):
+    """Each as its claim has it, told here in other words."""
+    lines = (smoke / "table1.md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == [
+        *("(victim)", "jbda", "jbself", "jbtop3", "knockoff", "knockoff")
+    ]
+    rows = {each.file: shown(each, smoke) for each in exhibits()}
+    assert {r["attack"] for r in rows["fig3"]} == {"knockoff", "jbda", "jbself", "jbtop3"}
+    assert {r["budget"] for r in rows["fig3"] if r["attack"] == "knockoff"} == {200}
+    assert {r["layers"] for r in rows["fig3"]} == {"last"}
+    assert {r["targets"] for r in rows["fig4"]} == {"posteriors"}
+    assert {r["targets"] for r in rows["figa4"]} == {"top_label"}
+    assert {r["strength"] for r in rows["figa1"]} == {r["strength"] for r in rows["figa2"]} == {0}
+    assert {r["targets"] for r in rows["figa2"]} == {"posteriors", "top_label"}
+    assert len({r["attack"] for r in rows["figa1"]}) == 4
+    assert max(r["strength"] for r in rows["figa3"]) == 0.99
+    assert {(r["targets"], r["strength"]) for r in rows["fig1"]} == {
+        ("posteriors", 0),
+        ("top_label", 0),
+        ("posteriors", 0.99),
+    }
+    assert {"dp_sgd", "random_noise", "reverse_sigmoid"} <= {r["defense"] for r in rows["fig4"]}
+    assert len({r["variant"] for r in rows["fig9"]}) == 9
+    for figure in ("fig6", "fig7", "figa5"):
+        assert {r["attack"] for r in rows[figure]} == {"online"}
+
+
+def test_given_again_it_computes_nothing_and_of_rows_alone_it_runs_nothing(
+    smoke, run, capsys, monkeypatch
+):
+    assert run("fig6", "--scale", "smoke", "--out", smoke) == 0
+    assert "all cells are done" in capsys.readouterr().out
+    monkeypatch.setattr("madjax.cli.main", None)  # which runs would call
+    (smoke / "fig6.png").unlink()
+    assert run("fig6", "--scale", "smoke", "--out", smoke, "--rows") == 0
+    assert (smoke / "fig6.png").is_file()
+
+
+def test_a_limit_stops_it_and_loses_nothing(run, tmp_path, capsys):
+    """It comes while a run is at work, as a signal would; what is there is shown."""
+    words = ("--scale", "smoke", "--out", tmp_path / "out")
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("fig6", *words, "--limit", "0.00001") == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    said = capsys.readouterr()
+    assert f"the same command goes on from {tmp_path}" in said.err
+    assert "Fig. 6: no rows in" in said.err
+    assert run("fig6", *words, "--limit", "100") == 0
+    assert (tmp_path / "out" / "fig6.png").is_file()
+
+
+def test_without_rows_it_says_what_to_do(run, tmp_path, capsys):
+    assert run("fig4", "--scale", "reduced", "--rows", "--out", tmp_path) == 2
+    assert "run it without --rows" in capsys.readouterr().err

@@ -16,16 +16,13 @@ from madjax.report import read_rows
 from madjax.sweep import expand
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+RESULTS = EXPERIMENTS / "results"
 SCALES = ("smoke", "reduced", "paper")
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
 
 
 def script(patch, name, *words):
     """The exit status of `python experiments/NAME.py WORDS`."""
+    patch.syspath_prepend(EXPERIMENTS)
     patch.setattr(sys, "argv", [name, *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name="__main__")
@@ -38,13 +35,16 @@ def run(monkeypatch):
 
 
 def exhibits():
-    return [import_module(name).EXHIBIT for name in import_module("reproduce").SCRIPTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        return [import_module(name).EXHIBIT for name in import_module("reproduce").SCRIPTS]
 
 
-def shown(exhibit, out):
+def shown(exhibit, out, scale="smoke"):
     """The rows of what a script shows."""
-    runs = [out / config.load(name).name for name in exhibit.configs("smoke")]
-    return list(filter(exhibit.chosen, read_rows(*runs)))
+    runs = [out / config.load(name).name for name in exhibit.configs(scale)]
+    there = [run for run in runs if run.is_dir()]
+    return list(filter(exhibit.chosen, read_rows(*there))) if there else []
 
 
 def test_every_table_and_figure_of_the_paper_has_a_script_that_reproduce_runs():
@@ -79,7 +79,6 @@ def smoke(tmp_path_factory):
     """The directory of all of them at the smallest scale, by the one command that makes them."""
     out = tmp_path_factory.mktemp("paper") / "smoke"
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXPERIMENTS)
         assert script(patch, "reproduce", "--scale", "smoke", "--out", out, "--quiet") == 0
     return out
 
@@ -148,3 +147,13 @@ def test_a_limit_stops_it_and_loses_nothing(run, tmp_path, capsys):
 def test_without_rows_it_says_what_to_do(run, tmp_path, capsys):
     assert run("fig4", "--scale", "reduced", "--rows", "--out", tmp_path) == 2
     assert "run it without --rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("exhibit", exhibits(), ids=lambda exhibit: exhibit.file)
+def test_what_is_committed_is_made_of_the_committed_rows(exhibit):
+    rows = shown(exhibit, RESULTS, "reduced")
+    text = RESULTS / f"{exhibit.file}.md"
+    assert text.is_file() == bool(rows)
+    if rows:
+        assert text.read_text() == exhibit.table(rows)
+        assert (RESULTS / f"{exhibit.file}.png").is_file() == bool(exhibit.draw)

@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,14 +106,22 @@ def main(*exhibits: Exhibit) -> int:
     status = 0 if options.rows else _run(exhibits, options, out)
     if status > 128:
         print(f"stopped: the same command goes on from {out}", file=sys.stderr)
+    sections = []
     for exhibit in exhibits:
         try:
-            made = _make(exhibit, options.scale, out)
+            section = _make(exhibit, options.scale, out)
         except InputError as error:
             print(f"{exhibit.title}: {error}", file=sys.stderr)
             status = status or 2
         else:
-            print(f"{exhibit.title}: {', '.join(map(str, made))}")
+            sections.append(section)
+    if len(exhibits) > 1 and sections:
+        names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
+        title, runs = f"Prediction Poisoning, reproduced: {options.scale} scale", _there(names, out)
+        report.write_page(out / "report.html", *runs, title=title, sections=sections)
+        text = report.claims_table(report.read_rows(*runs))
+        write_atomically(out / "claims.md", lambda draft: draft.write_text(text, encoding="utf-8"))
+        print(f"what holds, and all on one page: {out / 'claims.md'}, {out / 'report.html'}")
     return status
 
 
@@ -149,17 +157,24 @@ def ending_after(minutes: float | None) -> Iterator[None]:
         timer.cancel()
 
 
-def _make(exhibit: Exhibit, scale: str, out: Path) -> list[Path]:
-    """Write what is made of the rows that are there; returns the files."""
-    runs = [out / config.load(name).name for name in exhibit.configs(scale)]
-    there = [run for run in runs if (run / "rows.jsonl").is_file()]
-    rows = list(filter(exhibit.chosen, report.read_rows(*there)))
+def _there(names: Iterable[str], out: Path) -> list[Path]:
+    """The directories of these configs' runs that have rows."""
+    runs = [out / config.load(name).name for name in names]
+    return [run for run in runs if (run / "rows.jsonl").is_file()]
+
+
+def _make(exhibit: Exhibit, scale: str, out: Path) -> report.Section:
+    """Write what is made of the rows that are there, say where, and return it for the page."""
+    rows = report.read_rows(*_there(exhibit.configs(scale), out))
+    rows = list(filter(exhibit.chosen, rows))
     if not rows:
-        raise InputError(f"no rows in {', '.join(map(str, runs))}: run it without --rows")
-    made = [out / f"{exhibit.file}.md"]
-    text = exhibit.table(rows)
-    write_atomically(made[0], lambda draft: draft.write_text(text, encoding="utf-8"))
+        raise InputError(f"no rows of {', '.join(exhibit.configs(scale))}: run it without --rows")
+    text, written = exhibit.table(rows), [out / f"{exhibit.file}.md"]
+    write_atomically(written[0], lambda draft: draft.write_text(text, encoding="utf-8"))
     if exhibit.draw is not None:
-        made.append(out / f"{exhibit.file}.png")
-        report.save_png(exhibit.draw(rows), made[1])
-    return made
+        written.append(out / f"{exhibit.file}.png")
+        report.save_png(exhibit.draw(rows), written[1])
+    print(f"{exhibit.title}: {', '.join(map(str, written))}")
+    picture = written[1].read_bytes() if exhibit.draw else None
+    command = f"python experiments/{exhibit.file}.py --scale {scale}"
+    return report.Section(exhibit.title, command, picture, text)

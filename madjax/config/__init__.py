@@ -1,7 +1,7 @@
 """Sweeps and studies as frozen dataclasses, config files that return them, and `--set`."""
 
 from madjax.config.describe import describe, digest, name_of
-from madjax.config.files import load, shipped_configs
+from madjax.config.files import forms, load, shipped_configs
 from madjax.config.override import override
 from madjax.config.values import AngleStudy, Architecture, Defended, Sweep, Task
 
@@ -13,6 +13,7 @@ __all__ = [
     "Task",
     "describe",
     "digest",
+    "forms",
     "load",
     "name_of",
     "override",

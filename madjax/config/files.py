@@ -4,6 +4,7 @@ Their docstrings state the claim, the command and the cost. A file may have othe
 for instance `smoke()` for the same grid on less data: `NAME:smoke` is what that returns.
 """
 
+import ast
 import importlib.util
 import re
 import sys
@@ -21,6 +22,16 @@ def shipped_configs() -> dict[str, Path]:
         if found:
             return found
     return {}
+
+
+def forms() -> list[str]:
+    """The configs that come with madjax, as `load` takes them: all functions of their files."""
+    return [
+        path.stem if node.name == "config" else f"{path.stem}:{node.name}"
+        for path in shipped_configs().values()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not (node.name.startswith("_") or node.args.args)
+    ]
 
 
 def load(name: str) -> Sweep | AngleStudy:

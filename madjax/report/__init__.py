@@ -8,6 +8,7 @@ from madjax.report.angles import (
     test_loss_figure,
 )
 from madjax.report.budgets import budgets_figure
+from madjax.report.claims import claims_table
 from madjax.report.figures import (
     ablations_figure,
     defenses_figure,
@@ -17,6 +18,7 @@ from madjax.report.figures import (
 )
 from madjax.report.labels import top_label_figure
 from madjax.report.names import NAMES
+from madjax.report.page import Section, page, write_page
 from madjax.report.points import Curve, Stat, Summary, summarise
 from madjax.report.rows import read_rows
 from madjax.report.tables import table
@@ -26,18 +28,21 @@ from madjax.report.write import figures_for, files, write_report
 __all__ = [
     "NAMES",
     "Curve",
+    "Section",
     "Stat",
     "Summary",
     "ablations_figure",
     "age_figure",
     "angles_figure",
     "budgets_figure",
+    "claims_table",
     "course_figure",
     "defenses_figure",
     "figure",
     "figures_for",
     "files",
     "histogram_figure",
+    "page",
     "read_rows",
     "read_trace",
     "save_png",
@@ -46,6 +51,7 @@ __all__ = [
     "test_loss_figure",
     "top_label_figure",
     "tradeoff_figure",
+    "write_page",
     "write_report",
     "write_trace",
 ]

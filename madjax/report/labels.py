@@ -92,7 +92,7 @@ def label_pairs(rows: list[dict]) -> dict[Curve, dict[str, list[Summary]]]:
     twins: dict[Curve, list[Curve]] = {}
     for curve in points:
         if curve.targets in LOOKS and curve.defense != "none" and not is_ablation(curve):
-            twins.setdefault(_but_targets(curve), []).append(curve)
+            twins.setdefault(but_targets(curve), []).append(curve)
     return {
         min(own, key=lambda curve: curve.targets): {c.targets: points[c] for c in own}
         for own in twins.values()
@@ -100,6 +100,6 @@ def label_pairs(rows: list[dict]) -> dict[Curve, dict[str, list[Summary]]]:
     }
 
 
-def _but_targets(curve: Curve) -> Curve:
+def but_targets(curve: Curve) -> Curve:
     """A curve without the fields that say what is learnt of an answer."""
     return curve._replace(targets="", variant="", attack_settings="")

@@ -10,6 +10,7 @@ from madjax.report.budgets import budget_lines, budgets_figure
 from madjax.report.figures import ablations_figure, defenses_figure, figure, save_png
 from madjax.report.labels import label_pairs, top_label_figure
 from madjax.report.names import is_ablation, place
+from madjax.report.page import KINDS, Section, write_page
 from madjax.report.points import RULE, curves, is_sound
 from madjax.report.rows import read_rows
 from madjax.report.tables import table
@@ -41,17 +42,17 @@ def figures_for(rows: list[dict]) -> dict[str, Callable]:
 
 def files(directory: str | Path) -> list[str]:
     """The names of the directory's rows and of what `write_report` writes beside them."""
-    return ["rows.jsonl", "report.md", *figures_for(read_rows(directory))]
+    return ["rows.jsonl", "report.md", "report.html", *figures_for(read_rows(directory))]
 
 
 def write_report(*directories: str | Path, out: str | Path | None = None) -> str:
     """Write one report of the rows in these directories; return the table's text.
 
-    It goes to `out`, or beside the rows of a single directory: `report.md` and `tradeoff.png`
-    always; `defenses.png` for two or more defences, `ablations.png` for ablations, `budgets.png`
-    for several budgets of one attack, `top_label.png` for attackers with a twin that learns from
-    the top label alone, `angles.png` and `course.png` for online attackers, `age.png` for
-    surrogates of three ages or more.
+    It goes to `out`, or beside the rows of a single directory: `report.md`, `report.html` and
+    `tradeoff.png` always; `defenses.png` for two or more defences, `ablations.png` for ablations,
+    `budgets.png` for several budgets of one attack, `top_label.png` for attackers with a twin that
+    learns from the top label alone, `angles.png` and `course.png` for online attackers, `age.png`
+    for surrogates of three ages or more.
     Raises InputError for several directories and no `out`, and for what `read_rows` refuses.
     """
     if out is None and len(directories) != 1:
@@ -61,7 +62,16 @@ def write_report(*directories: str | Path, out: str | Path | None = None) -> str
     rows, out = read_rows(*directories), Path(out or directories[0])
     out.mkdir(parents=True, exist_ok=True)
     text = table(rows)
+    sections = []
     for name, make in figures_for(rows).items():
         save_png(make(rows), out / name)
+        sections.append(Section(KINDS[name], picture=(out / name).read_bytes()))
     write_atomically(out / "report.md", lambda part: part.write_text(text, encoding="utf-8"))
+    names = ", ".join(dict.fromkeys(row.get("config", "") for row in rows))
+    write_page(
+        out / "report.html",
+        *directories,
+        title=f"Model stealing before defences: {names}",
+        sections=[*sections, Section("Every curve", text=text)],
+    )
     return text

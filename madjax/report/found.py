@@ -1,0 +1,121 @@
+"""What readings of the paper's claims are made of: words, selections of rows, levels on curves."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+from madjax.report.names import is_ablation
+from madjax.report.pairs import Difference
+from madjax.report.points import (
+    Curve,
+    Stat,
+    Summary,
+    at_full_budget,
+    curve_of,
+    sound_curves,
+    started,
+)
+
+YES, PARTLY, NO = "yes", "partly", "no"
+NEAR = 2.0
+"""Points of accuracy within which ours is as good as the paper's."""
+TABLE_1 = {
+    "mnist": {"victim": 99.4, "jbda": 89.2, "jbself": 89.4, "jbtop3": 87.3, "knockoff": 99.0},
+    "fashion_mnist": {
+        "victim": 92.0,
+        "jbda": 38.7,
+        "jbself": 45.8,
+        "jbtop3": 68.7,
+        "knockoff": 69.2,
+    },
+    "cifar10": {"victim": 92.0, "jbda": 28.6, "jbself": 20.7, "jbtop3": 73.8, "knockoff": 78.7},
+    "cifar100": {"victim": 72.2, "jbda": 5.3, "jbself": 2.9, "jbtop3": 39.2, "knockoff": 51.9},
+    "cub200": {"victim": 80.4, "jbda": 6.8, "jbself": 3.9, "jbtop3": 21.5, "knockoff": 65.1},
+    "caltech256": {"victim": 80.0, "jbda": 12.5, "jbself": 16.0, "jbtop3": 29.5, "knockoff": 74.6},
+}
+"""Accuracies in percent, of attackers with 50,000 queries."""
+
+
+class Found(NamedTuple):
+    """What rows say of a claim: in words, over how many seeds, and whether it holds."""
+
+    ours: str
+    n: int
+    holds: str
+
+
+Reading = Callable[[list[dict]], Found | None]
+
+
+def percent(value: Stat, digits: int = 1) -> str:
+    """Mean ± sample standard deviation."""
+    spread = "" if value.std is None else f" ± {value.std:.{digits}f}"
+    return f"{value.mean:.{digits}f}{spread}"
+
+
+def interval(value: Difference, digits: int = 1) -> str:
+    """A difference and its interval."""
+    if value.low is None:
+        return f"{value.mean:+.{digits}f}"
+    return f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+
+
+def whole(rows: list[dict]) -> list[dict]:
+    """Those of attackers as described, that learn from whole answers."""
+    return [r for r in rows if r.get("targets", "posteriors") == "posteriors" and not r["variant"]]
+
+
+def labels_alone(rows: list[dict]) -> list[dict]:
+    """Those of attackers that learn from top labels alone."""
+    return [r for r in rows if r.get("targets") == "top_label"]
+
+
+def curves_of(rows: list[dict], attack: str = "knockoff") -> dict[Curve, list[Summary]]:
+    """The curves against one attack at its full budget, from the undefended point on."""
+    own = [row for row in rows if row["attack"] == attack]
+    return started(at_full_budget(sound_curves(own))) if own else {}
+
+
+def behind(rows: list[dict], curve: Curve, strength: float) -> list[dict]:
+    """The rows of a point."""
+    return [r for r in rows if r["strength"] == strength and curve_of(r) == curve]
+
+
+def first(curves: Mapping[Curve, list[Summary]], **fields: str) -> Curve | None:
+    """The first unaltered curve with these fields; MAD's of the last layer before others."""
+    found = [
+        c
+        for c in curves
+        if all(getattr(c, name) == value for name, value in fields.items()) and not is_ablation(c)
+    ]
+    return min(found, key=lambda c: c.layers != "last", default=None)
+
+
+def mad(curves: Mapping[Curve, list[Summary]]) -> Curve | None:
+    """MAD without its label being kept."""
+    return first(curves, defense="mad")
+
+
+def reading(points: list[Summary], at: str, level: float, field: str) -> float | None:
+    """A field where another first reaches a level on a curve, by linear interpolation.
+
+    None where it does not.
+    """
+    for low, high in pairwise(points):
+        a, b = (getattr(point, at).mean for point in (low, high))
+        y, z = (getattr(point, field).mean for point in (low, high))
+        if None not in (a, b, y, z) and min(a, b) <= level <= max(a, b):
+            share = (level - a) / (b - a) if b != a else 0.0
+            return y + share * (z - y)
+    return None
+
+
+def by_seed(rows: list[dict], curve: Curve, at: str, level: float, field: str) -> dict[int, float]:
+    """`reading` on the curve of each seed that reaches the level."""
+    found = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        own = curves_of([row for row in rows if row["seed"] == seed])
+        told = reading(own[curve], at, level, field) if curve in own else None
+        if told is not None:
+            found[seed] = told
+    return found

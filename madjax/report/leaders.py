@@ -1,0 +1,127 @@
+"""The leaderboard: a line for each defence at each strength before each attack."""
+
+from statistics import fmean
+from typing import NamedTuple
+
+from madjax.report.labels import but_targets
+from madjax.report.names import attack, defence, name, remarked
+from madjax.report.pairs import Difference, grouped, paired
+from madjax.report.points import RULE, TASK, Curve, Stat, is_sound, is_undefended, stat
+
+FIELDS = (*TASK, *RULE, "task_settings")
+"""What makes a defended victim."""
+
+
+class Leader(NamedTuple):
+    """A defended victim and an attack on it; accuracies and fidelity in percent, L1 in [0, 2].
+
+    worst is the largest mean accuracy of all attacks on this defended victim. label is the accuracy
+    of the same attacker where it learns from top labels alone, and gain how much more it has then.
+    passes is what the defence computes for a query besides the victim's posterior.
+    """
+
+    dataset: str
+    defence: str
+    strength: float
+    budgeted: bool
+    attack: str
+    budget: int
+    defender: Stat
+    fidelity: Stat
+    l1: Stat
+    l1_max: float | None
+    attacker: Stat
+    best: Stat
+    taken: Difference | None
+    worst: float
+    label: Stat | None
+    gain: Difference | None
+    passes: str
+    n: int
+    configs: tuple[str, ...]
+
+    @property
+    def is_flagged(self) -> bool:
+        """Whether an attacker does better with the top label alone than with whole answers."""
+        return self.gain is not None and self.gain.mean > 0
+
+
+def leaders(rows: list[dict]) -> list[Leader]:
+    """All lines, by data set, then from the least accurate attacker among those before it.
+
+    Attackers of the top label alone are a column where the same attack with whole answers was run,
+    and else lines of their own. Rows whose stolen model diverged are left out.
+    """
+    points = grouped(rows, is_sound)
+    twins = {
+        (but_targets(curve), strength): own
+        for (curve, strength), own in points.items()
+        if curve.targets == "top_label"
+    }
+    worst: dict[tuple, float] = {}
+    starts: dict[tuple, list[dict]] = {}
+    for (curve, strength), own in points.items():
+        victim = _victim(curve, strength)
+        worst[victim] = max(worst.get(victim, 0.0), _mean(own, "attacker_accuracy"))
+        if is_undefended(own[0]):
+            starts.setdefault(_undefended(curve), own)
+    found = []
+    for (curve, strength), own in points.items():
+        twin = twins.get((but_targets(curve), strength))
+        if twin is own and any(
+            c.targets != "top_label" and but_targets(c) == but_targets(curve) and s == strength
+            for c, s in points
+        ):
+            continue
+        start = starts.get(_undefended(curve))
+        label = twin if twin is not own else None
+        found.append(
+            Leader(
+                name(curve.dataset),
+                remarked(defence(curve), curve.defense_variant),
+                strength,
+                own[0].get("epsilon") is not None,
+                attack(curve),
+                curve.budget,
+                _stat(own, "defender_accuracy"),
+                _stat(own, "fidelity"),
+                _stat(own, "l1_mean"),
+                max((row["l1_max"] for row in own if row.get("l1_max") is not None), default=None),
+                _stat(own, "attacker_accuracy"),
+                _stat(own, "attacker_accuracy_best"),
+                paired(start, own, "attacker_accuracy") if start and start is not own else None,
+                worst[_victim(curve, strength)],
+                _stat(label, "attacker_accuracy") if label else None,
+                paired(label, own, "attacker_accuracy") if label else None,
+                "0" if is_undefended(own[0]) else _passes(curve, own[0].get("num_classes")),
+                len(own),
+                tuple(dict.fromkeys(row.get("config", "") for row in own)),
+            )
+        )
+    return sorted(found, key=lambda line: (line.dataset, line.attacker.mean))
+
+
+def _stat(rows: list[dict], field: str) -> Stat:
+    return stat([row.get(field) for row in rows])
+
+
+def _mean(rows: list[dict], field: str) -> float:
+    return fmean(row[field] for row in rows)
+
+
+def _victim(curve: Curve, strength: float) -> tuple:
+    fields = (*FIELDS, *(f for f in Curve._fields if f.startswith("victim_")))
+    return (*(getattr(curve, field) for field in fields), strength)
+
+
+def _undefended(curve: Curve) -> tuple:
+    return tuple(getattr(curve, field) for field in Curve._fields if field not in RULE)
+
+
+def _passes(curve: Curve, classes: int | None) -> str:
+    """Passes of one image through the surrogate, by the gradients that the defence needs."""
+    if curve.layers == "last":
+        return "1 forward"
+    if curve.layers == "all":
+        return f"1 forward, {classes - 1 if classes else 'K - 1'} backward"
+    return "0"

@@ -1,0 +1,304 @@
+"""What a report says of the paper's claims, and its page: against numbers worked out by hand."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from madjax import report
+from madjax.report.claims import CLAIMS, answers
+from madjax.report.leaders import leaders
+from madjax.report.page import blocks
+from madjax.report.pairs import difference, paired, pairs
+from madjax.report.protocol import DISAGREEMENTS, protocol, runs
+
+
+def row(**changes):
+    """A row of knockoff on MNIST; MAD of the last layer unless said otherwise."""
+    base = {
+        "config": "study",
+        "dataset": "mnist",
+        "victim": "lenet",
+        "victim_accuracy": 99.0,
+        "queryset": "emnist",
+        "defense": "mad",
+        "defense_variant": "",
+        "layers": "last",
+        "oracle": "extreme",
+        "distance": "l1",
+        "attack": "knockoff",
+        "variant": "",
+        "targets": "posteriors",
+        "budget": 5000,
+        "seed": 0,
+        "strength": 0.0,
+        "num_classes": 10,
+        "defender_accuracy": 99.0,
+        "attacker_accuracy": 98.0,
+        "attacker_accuracy_best": 98.5,
+        "fidelity": 97.0,
+        "l1_mean": 0.0,
+        "l1_max": 0.0,
+        "git_commit": "abc1234",
+        "device": "cpu",
+        "versions": {"jax": "0.10.2"},
+    }
+    made = base | {"epsilon": changes.get("strength", 0.0)} | changes
+    if made["defense"] not in ("mad", "mad_argmax"):
+        made |= {"layers": "none", "oracle": "none", "distance": "none", "epsilon": None}
+    return made
+
+
+def save(directory, rows):
+    directory.mkdir(exist_ok=True)
+    (directory / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return directory
+
+
+def told(rows, words):
+    """The answers to the claims that have these words."""
+    return [each for each in answers(rows) if words in each.claim.text]
+
+
+# --- differences ----------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students():
+    """Three values: 4.303 standard errors; two: 12.706; a single one has none."""
+    mean, low, high, n = difference([1.0, 2.0, 6.0])
+    half = 4.302653 * np.std([1, 2, 6], ddof=1) / math.sqrt(3)
+    np.testing.assert_allclose([mean, low, high, n], [3, 3 - half, 3 + half, 3], rtol=1e-6)
+    _, low, high, _ = difference([1.0, 2.0])
+    np.testing.assert_allclose([low, high], [1.5 - 12.7062 / 2, 1.5 + 12.7062 / 2], rtol=1e-5)
+    assert difference([1.0]) == (1.0, None, None, 1)
+    assert not difference([1.0]).is_told
+    assert difference([]) is None
+    assert difference([1.0, 1.1, 1.2]).is_told
+    assert not difference([-1.0, 1.1, 1.2]).is_told
+    assert difference([-1.0, -1.1, -1.2]).is_told
+
+
+def test_pairs_are_of_one_seed_and_one_victim_and_of_models_that_did_not_diverge():
+    ours = [row(seed=s, attacker_accuracy=90.0 + 10 * s) for s in (0, 1, 2, 3)]
+    ours.append(row(seed=4, attacker_accuracy=None, status="diverged"))
+    theirs = [row(seed=s, attacker_accuracy=a) for s, a in ((1, 70.0), (0, 85.0), (4, 1.0))]
+    theirs.append(row(seed=2, victim_seed=1, attacker_accuracy=0.0))  # of another victim
+    assert paired(ours, theirs, "attacker_accuracy")[::3] == ((5.0 + 30.0) / 2, 2)
+
+
+def test_defences_are_beside_the_last_layer_at_equal_epsilon_and_before_equal_attacks():
+    rows = [
+        row(strength=e, layers=layers, seed=s, attacker_accuracy=a - 10 * e + s)
+        for layers, a in (("last", 80.0), ("all", 82.0), ("identity", 85.0))
+        for e in (0.0, 0.5, 0.99)
+        for s in (0, 1)
+    ]
+    rows += [row(strength=0.7, layers="all"), row(defense="reverse_sigmoid", strength=0.5)]
+    rows += [row(strength=0.5, layers="all", variant="Adam")]
+    found = {(p.curve.layers, p.strength): p for p in pairs(rows)}
+    assert set(found) == {(layers, e) for layers in ("all", "identity") for e in (0.5, 0.99)}
+    assert {p.reference.layers for p in found.values()} == {"last"}
+    assert found["all", 0.5].difference.mean == pytest.approx(2)
+    assert found["identity", 0.99].difference.mean == pytest.approx(5)
+
+
+# --- the leaderboard ------------------------------------------------------------------------------
+
+
+def board():
+    """MAD at two strengths and reverse sigmoid, before two attacks and one of top labels."""
+    label = {"targets": "top_label", "variant": "top label"}
+    return [
+        row(seed=s, **changes)
+        for s in (0, 1)
+        for changes in (
+            {"attacker_accuracy": 98.0 + s},
+            {
+                "strength": 0.9,
+                "attacker_accuracy": 70.0 + s,
+                "l1_mean": 0.8,
+                "l1_max": 1.0 - s / 9,
+            },
+            {"strength": 0.9, "attacker_accuracy": 60.0, **label},
+            {"strength": 0.9, "attacker_accuracy": 75.0, "attack": "jbda"},
+            {"defense": "reverse_sigmoid", "strength": 1.0, "attacker_accuracy": 65.0 + s},
+            {"defense": "reverse_sigmoid", "strength": 1.0, "attacker_accuracy": 96.0, **label},
+            {"defense": "top_label", "strength": 1.0, "attacker_accuracy": 97.0, **label},
+        )
+    ]
+
+
+def test_a_line_has_the_worst_attacker_the_one_of_labels_and_what_the_defence_takes():
+    lines = {(x.defence, x.attack): x for x in leaders(board()) if x.strength}
+    mad, jbda = lines["MAD, last layer", "knockoff"], lines["MAD, last layer", "jbda"]
+    assert mad.attacker == (70.5, pytest.approx(2**-0.5))
+    assert mad.worst == jbda.worst == 75.0
+    assert mad.label.mean == 60.0
+    assert not mad.is_flagged
+    assert mad.taken.mean == 28.0
+    assert jbda.taken is jbda.label is None  # its undefended attacker was not run
+    assert mad.l1.mean == 0.8
+    assert mad.l1_max == 1.0
+    sigmoid = lines["reverse sigmoid", "knockoff"]
+    assert sigmoid.is_flagged
+    assert sigmoid.gain.mean == 96 - 65.5
+    assert (mad.passes, sigmoid.passes, mad.n) == ("1 forward", "0", 2)
+    # Nobody learnt from whole answers of this one: the attacker of labels has a line of its own.
+    assert lines["top label", "knockoff (top label)"].attacker.mean == 97.0
+    assert ("MAD, last layer", "knockoff (top label)") not in lines
+    assert [x.attacker.mean for x in leaders(board())] == sorted(
+        x.attacker.mean for x in leaders(board())
+    )
+    undefended = next(x for x in leaders(board()) if not x.strength)
+    assert (undefended.passes, undefended.taken) == ("0", None)
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+
+def curve(points, **changes):
+    """Rows of a curve of three seeds: (strength, defender, attacker[, L1])."""
+    return [
+        row(
+            strength=e,
+            seed=s,
+            defender_accuracy=d,
+            attacker_accuracy=a + s - 1,
+            l1_mean=rest[0] if rest else e,
+            **changes,
+        )
+        for e, d, a, *rest in points
+        for s in (0, 1, 2)
+    ]
+
+
+def test_a_claim_is_answered_from_the_run_of_the_largest_budget_on_each_data_set():
+    small = curve([(0.0, 99.0, 90.0)], config="small", budget=100)
+    large = curve([(0.0, 99.0, 98.0)], config="large", budget=900)
+    other = curve([(0.0, 91.0, 60.0)], dataset="fashion_mnist", victim_accuracy=91.0)
+    found = told(small + large + other, "knockoff on the undefended victim")
+    assert [(a.dataset, a.config, a.paper, a.found.ours, a.found.holds) for a in found] == [
+        ("fashion_mnist", "study", "69.2 %", "60.0 ± 1.0 with 5,000 queries", "no"),
+        ("mnist", "large", "99.0 %", "98.0 ± 1.0 with 900 queries", "yes"),
+    ]
+    assert {a.found.n for a in found} == {3}
+
+
+@pytest.mark.parametrize(
+    ("attacker", "holds"), [(71.0, "yes"), (80.0, "partly"), (95.0, "no")], ids=str
+)
+def test_what_mad_takes_for_less_than_a_point(attacker, holds):
+    points = [(0.0, 99.4, 99.0), (0.5, 99.4, 97.0), (0.9, 98.6, attacker), (0.99, 97.0, 20.0)]
+    (answer,) = told(curve(points), "MAD against knockoff")
+    assert answer.found.holds == holds
+    assert answer.found.ours == (f"99.0 to {attacker:.1f} ± 1.0 at epsilon 0.9, for 0.8 points")
+
+
+def test_levels_on_curves_are_found_seed_by_seed():
+    """MAD has 80 % between L1 0.8 and 1, reverse sigmoid between 1 and 2."""
+    rows = curve([(0.0, 99.0, 98.0), (0.8, 99.0, 85.0), (1.0, 99.0, 75.0)])
+    rows += curve(
+        [(0.5, 99.0, 90.0, 1.0), (1.0, 99.0, 70.0, 2.0)],
+        defense="reverse_sigmoid",
+        entropy_mean=3.0,
+    )
+    (answer,) = told(rows, "with less distance")
+    ratios = [(0.8 + 0.2 * (5 + d) / 10) / (1 + (10 + d) / 20) for d in (-1, 0, 1)]
+    assert answer.found.ours.startswith(f"{np.mean(ratios):.2f} ± {np.std(ratios, ddof=1):.2f}")
+    assert answer.found.holds == "yes"
+    (answer,) = told(rows, "entropy of the answers of reverse sigmoid")
+    assert (answer.found.ours, answer.found.holds) == ("3.00 ± 0.00 bits", "yes")
+
+
+def test_attackers_of_labels_and_ablations_are_read_in_pairs():
+    label = {"targets": "top_label", "variant": "top label"}
+    rows = curve([(0.0, 99.0, 98.0), (0.99, 97.0, 70.0)])
+    rows += curve([(0.0, 99.0, 96.0), (0.99, 97.0, 80.0)], **label)
+    rows += curve([(1.0, 99.0, 95.5)], defense="reverse_sigmoid", **label)
+    rows += curve([(0.99, 97.0, 90.0)], layers="identity")
+    rows += curve([(0.99, 97.0, 69.0)], oracle="random_vertex")
+    (kept,) = told(rows, "back at its undefended accuracy before reverse sigmoid")
+    assert (kept.found.ours[:16], kept.found.holds) == ("0.5 points below", "yes")
+    (mad,) = told(rows, "MAD takes 9 points")
+    assert (mad.found.ours[:17], mad.found.holds) == ("16.0 points below", "yes")
+    (cut,) = told(rows, "the top label alone costs")
+    assert (cut.found.ours, cut.found.holds) == ("-2.0 [-2.0, -2.0] points", "yes")
+    (identity,) = told(rows, "G = I")
+    assert identity.found.ours == "+20.0 [+20.0, +20.0] points at epsilon 0.99"
+    assert identity.found.holds == "yes"
+    (vertex,) = told(rows, "random vertex")
+    assert vertex.found.holds == "no"
+
+
+def test_rows_that_answer_nothing_are_asked_in_vain():
+    assert answers([]) == []
+    rows = [row(dataset="mine", strength=0.5)]
+    assert {a.claim.where for a in answers(rows)} == set()
+    assert len({(c.where, c.text) for c in CLAIMS}) == len(CLAIMS)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_the_protocol_is_that_of_the_rows_beside_the_papers():
+    found = {p.what: p.ours for p in protocol(board())}
+    assert found["victims"] == "LeNet on MNIST"
+    assert found["queries of knockoff"] == "MNIST from EMNIST"
+    assert found["query budget"] == "5000"
+    assert found["seeds"] == "0; 1"
+
+
+def test_disagreements_are_measured_where_rows_can():
+    rows = curve([(0.0, 99.0, 98.0), (0.9, 98.5, 80.0)], attacker_accuracy_best=92.0)
+    rows += curve([(0.9, 98.5, 82.0)], layers="all")
+    said = {each.what: list(each.measured(rows)) for each in DISAGREEMENTS}
+    assert said["which epoch"] == ["last 80.0 ± 1.0, best 92.0 ± 0.0 at epsilon 0.9 (MNIST, n = 3)"]
+    assert said["gradients"] == [
+        "all parameters: +2.0 [+2.0, +2.0] points for the attacker beside the last layer at "
+        "epsilon 0.9 (MNIST, n = 3)"
+    ]
+    assert said["step"] == []
+
+
+def test_a_run_says_where_it_comes_from(tmp_path):
+    (run,) = runs(save(tmp_path / "mine", board()))
+    assert run[:4] == ("mine", "study", "", 14)
+    assert (run.seeds, run.commits, run.devices, run.versions) == (
+        *("0, 1", "abc1234", "cpu", "JAX 0.10.2"),
+    )
+
+
+def test_markdown_becomes_blocks():
+    text = "Two rows.\n\n### A head, b\n\n| a | b |\n| --: | --- |\n| 1 | x y |\n"
+    assert list(blocks(text)) == [
+        ("text", "Two rows."),
+        ("head", "A head, b"),
+        ("table", [["a", "b"], ["1", "x y"]]),
+    ]
+
+
+def test_a_page_holds_itself_and_says_no_more_than_its_rows(tmp_path):
+    """Text of rows is text, not HTML; nothing is fetched from elsewhere."""
+    rows = [r | {"device": "<b>cpu & more</b>"} for r in board()]
+    directory = save(tmp_path / "run", rows)
+    section = report.Section("A <figure>", "python it.py", b"PNG", "| a |\n| --- |\n| <i> |\n")
+    text = report.page(directory, title="T & U", sections=[section])
+    assert "<title>T &amp; U</title>" in text
+    assert "&lt;b&gt;cpu &amp; more&lt;/b&gt;" in text
+    assert "<b>cpu" not in text
+    assert 'src="data:image/png;base64,UE5H"' in text
+    assert "&lt;i&gt;" in text
+    assert not re.search(r"(src|href)=\"(?!data:|#|https://arxiv\.org/)", text)
+    assert "@import" not in text
+    assert "url(" not in text
+    assert "⚑ +30.5" in text
+
+
+def test_a_report_has_a_page(tmp_path):
+    directory = save(tmp_path / "run", board())
+    report.write_report(directory)
+    text = (directory / "report.html").read_text()
+    assert text.count("data:image/png") == len(list(directory.glob("*.png"))) > 1
+    assert "report.html" in report.files(directory)

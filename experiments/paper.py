@@ -78,6 +78,16 @@ class Exhibit:
         """The names of its configs at a scale."""
         return [name for study in self.studies for name in getattr(study, scale)]
 
+    def section(self, scale: str, out: Path) -> report.Section:
+        """What was made of it in OUT, for a page."""
+        picture, command = out / f"{self.file}.png", f"experiments/{self.file}.py --scale {scale}"
+        return report.Section(
+            self.title,
+            f"python {command}",
+            picture.read_bytes() if self.draw else None,
+            (out / f"{self.file}.md").read_text(encoding="utf-8"),
+        )
+
 
 def main(*exhibits: Exhibit) -> int:
     """Run what the exhibits read at the scale that the user names, and make them of its rows.
@@ -169,12 +179,11 @@ def _make(exhibit: Exhibit, scale: str, out: Path) -> report.Section:
     rows = list(filter(exhibit.chosen, rows))
     if not rows:
         raise InputError(f"no rows of {', '.join(exhibit.configs(scale))}: run it without --rows")
-    text, written = exhibit.table(rows), [out / f"{exhibit.file}.md"]
-    write_atomically(written[0], lambda draft: draft.write_text(text, encoding="utf-8"))
+    text, picture = out / f"{exhibit.file}.md", out / f"{exhibit.file}.png"
     if exhibit.draw is not None:
-        written.append(out / f"{exhibit.file}.png")
-        report.save_png(exhibit.draw(rows), written[1])
-    print(f"{exhibit.title}: {', '.join(map(str, written))}")
-    picture = written[1].read_bytes() if exhibit.draw else None
-    command = f"python experiments/{exhibit.file}.py --scale {scale}"
-    return report.Section(exhibit.title, command, picture, text)
+        report.save_png(exhibit.draw(rows), picture)
+    table = exhibit.table(rows)
+    write_atomically(text, lambda draft: draft.write_text(table, encoding="utf-8"))
+    section = exhibit.section(scale, out)
+    print(f"{exhibit.title}: {text}" + (f", {picture}" if section.picture else ""))
+    return section

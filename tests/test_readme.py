@@ -54,7 +54,8 @@ def test_the_main_page_can_be_read_whole():
 
 def test_the_table_of_results_is_that_of_the_committed_report():
     report = (RESULTS / "mnist_knockoff" / "report.md").read_text()
-    lines = [line for line in report.splitlines() if line.startswith("|")]
+    _, last = report.split("MAD, last layer")
+    lines = [line for line in last.splitlines() if line.startswith("|")]
     assert len(lines) >= 10
     assert "\n".join(lines) in README
 
@@ -62,7 +63,7 @@ def test_the_table_of_results_is_that_of_the_committed_report():
 @pytest.mark.smoke
 def test_every_cell_of_the_main_table_follows_from_the_rows():
     lines = (RESULTS / "mnist_knockoff" / "rows.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if row["layers"] == "last"]
     table = [line for line in README.splitlines() if re.match(r"\| +[\d.]+ \|", line)]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     epsilons = sorted({row["epsilon"] for row in rows})
@@ -77,6 +78,4 @@ def test_every_cell_of_the_main_table_follows_from_the_rows():
         assert n == str(len(own))
         assert (defender, attacker) == (said("defender_accuracy"), said("attacker_accuracy"))
         assert best == said("attacker_accuracy_best").partition(" ")[0]
-        fields = {"l1_mean": 3, "attacker_fidelity": 2, "fidelity": 2, "entropy_mean": 2}
-        means = {field: np.mean([row[field] for row in own]) for field in fields}
-        assert rest == [f"{means[field]:.{digits}f}" for field, digits in fields.items()]
+        assert rest == [f"{np.mean([row['l1_mean'] for row in own]):.3f}"]

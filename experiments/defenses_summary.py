@@ -13,12 +13,12 @@ seed, same strength. All are means ± sample standard deviations over seeds.
 """
 
 import argparse
-from itertools import pairwise
 from pathlib import Path
 
 from measuring import RESULTS, markdown, parse
 
 from madjax.report import read_rows, summarise
+from madjax.report.found import reading
 from madjax.report.names import MAD, defence, is_ablation, remarked
 from madjax.report.points import Stat, sound_curves, started, stat
 
@@ -104,17 +104,6 @@ def levels(rows):
         if any(found):
             lines.append([called(curve), *found])
     return markdown(["defence", *(head for head, *_ in LEVELS)], lines)
-
-
-def reading(points, at, level, field):
-    """A field where another first reaches a level on a curve; None where it does not."""
-    for low, high in pairwise(points):
-        a, b = (getattr(point, at).mean for point in (low, high))
-        if min(a, b) <= level <= max(a, b):
-            share = (level - a) / (b - a) if b != a else 0.0
-            y, z = (getattr(point, field).mean for point in (low, high))
-            return y + share * (z - y)
-    return None
 
 
 def ablations(rows):

@@ -6,6 +6,7 @@ runs, which lie in OUT/NAME, so that none is computed twice; what is made of the
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -14,6 +15,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from measuring import RESULTS
 
 from madjax import cli, config, report, stopping
 from madjax.errors import InputError
@@ -128,7 +131,8 @@ def main(*exhibits: Exhibit) -> int:
     if len(exhibits) > 1 and sections:
         names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
         title, runs = f"Prediction Poisoning, reproduced: {options.scale} scale", _there(names, out)
-        report.write_page(out / "report.html", *runs, title=title, sections=sections)
+        of_page = {"title": title, "sections": sections, "costs": costs()}
+        report.write_page(out / "report.html", *runs, **of_page)
         text = report.claims_table(report.read_rows(*runs))
         write_atomically(out / "claims.md", lambda draft: draft.write_text(text, encoding="utf-8"))
         print(f"what holds, and all on one page: {out / 'claims.md'}, {out / 'report.html'}")
@@ -165,6 +169,18 @@ def ending_after(minutes: float | None) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def costs() -> report.Costs:
+    """What experiments/bench_mad.py measured of MAD."""
+    facts = json.loads((RESULTS / "bench_mad.json").read_text())
+    found = {
+        (row["network"].lower(), row["num_classes"], row["layers"], row["oracle"]): 1e3
+        * row["madjax"]["seconds"]
+        for row in facts["rows"]
+    }
+    source = f"experiments/bench_mad.py on {facts['device']} (commit {facts['commit']})"
+    return report.Costs(found, source)
 
 
 def _there(names: Iterable[str], out: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 Claim: one command makes all of them, at the paper's sizes, reduced, or within minutes.
 Command: python experiments/reproduce.py --scale smoke
     MADJAX_DATA=DIR python experiments/reproduce.py --scale reduced [--limit MINUTES]
-Cost: smoke COST_SMOKE on 2 CPU cores; reduced some 12 hours, on data in DIR; paper, the four VGG16
+Cost: smoke 2 minutes on 2 CPU cores; reduced some 12 hours, on data in DIR; paper, the four VGG16
 victims among them, weeks on one accelerator (experiments/plan_paper.py).
 
 It goes on where it stopped. Each script of a table or figure makes its own alone.

@@ -294,6 +294,15 @@ def test_a_page_holds_itself_and_says_no_more_than_its_rows(tmp_path):
     assert "@import" not in text
     assert "url(" not in text
     assert "⚑ +30.5" in text
+    assert "ms a query" not in text
+
+
+def test_a_page_has_the_costs_that_it_is_given(tmp_path):
+    directory = save(tmp_path / "run", board())
+    costs = report.Costs({("lenet", 10, "last", "extreme"): 0.0927}, "a bench")
+    text = report.page(directory, title="T", sections=[], costs=costs)
+    assert text.count(">0.093<") == 2  # of MAD before two attacks, and of nothing else
+    assert "milliseconds are from a bench" in text
 
 
 def test_a_report_has_a_page(tmp_path):

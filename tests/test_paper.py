@@ -1,6 +1,8 @@
 """The scripts of the paper's tables and figures: what they run, and what they make of its rows."""
 
+import json
 import runpy
+import shutil
 import signal
 import sys
 from functools import partial
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from madjax import AngleStudy, InputError, config, report
+from madjax import AngleStudy, InputError, cli, config, report
 from madjax.report import read_rows
 from madjax.sweep import expand
 
@@ -32,6 +34,13 @@ def script(patch, name, *words):
 @pytest.fixture
 def run(monkeypatch):
     return partial(script, monkeypatch)
+
+
+@pytest.fixture
+def functions(monkeypatch):
+    """The functions of a script, which does not run."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    return lambda name: runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)
 
 
 def exhibits():
@@ -171,9 +180,53 @@ def test_the_committed_page_and_claims_are_made_of_the_committed_rows():
     made = [each for each in exhibits() if (RESULTS / f"{each.file}.md").is_file()]
     sections = [each.section("reduced", RESULTS) for each in made]
     title = "Prediction Poisoning, reproduced: reduced scale"
-    page = report.page(*runs, title=title, sections=sections)
+    costs = import_module("paper").costs()
+    page = report.page(*runs, title=title, sections=sections, costs=costs)
     assert page == (RESULTS / "report.html").read_text()
     claims = report.claims_table(read_rows(*runs))
     assert claims == (RESULTS / "claims.md").read_text()
     assert claims in (EXPERIMENTS / "README.md").read_text()
     assert (RESULTS / "table1.md").read_text() in (EXPERIMENTS / "README.md").read_text()
+
+
+# --- rows of an older madjax ----------------------------------------------------------------------
+
+
+def older(row):
+    """A row without what came later."""
+    later = {"status", "solver", "surrogate", "constraints", "task_settings", "attack_settings"}
+    return {name: value for name, value in row.items() if name not in later}
+
+
+def test_older_rows_are_said_anew_and_their_run_goes_on(smoke, functions, tmp_path, capsys):
+    """What was measured stays; what tells cells apart is as it would be written now."""
+    rows = read_rows(smoke / "smoke_knockoff")
+    before = tmp_path / "before"
+    before.mkdir()
+    shutil.copy(smoke / "smoke_knockoff" / "config.json", before)
+    lines = [json.dumps(older(row) | {"id": f"old{i}"}) for i, row in enumerate(rows[:-1])]
+    lines.append(json.dumps(older(rows[0]) | {"id": "of another", "strength": 0.123}))
+    (before / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    chosen, out = config.load("mnist_knockoff:smoke"), tmp_path / "out"
+    assert functions("lift_rows")["lift"](chosen, [before], out, None) == (len(rows) - 1, 1)
+    assert read_rows(out) == rows[:-1]
+    words = ["sweep", "mnist_knockoff:smoke", "--out", str(out), "--resume"]
+    assert cli.main(words) == 0
+    assert read_rows(out)[-1]["attacker_accuracies"] == rows[-1]["attacker_accuracies"]
+    assert "1 of 12 cells to run" in capsys.readouterr().out
+
+
+def test_a_row_that_says_something_else_of_its_cell_is_not_lifted(smoke, functions, tmp_path):
+    before = tmp_path / "before"
+    before.mkdir()
+    shutil.copy(smoke / "smoke_knockoff" / "config.json", before)
+    row = older(read_rows(smoke / "smoke_knockoff")[0]) | {"epochs": 7}
+    (before / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    chosen, lift = config.load("mnist_knockoff:smoke"), functions("lift_rows")["lift"]
+    with pytest.raises(InputError, match="says epochs = 7, not 1"):
+        lift(chosen, [before], tmp_path / "out", None)
+    said = json.loads((before / "config.json").read_text())
+    said["data"][0]["dataset"] += 1
+    (before / "config.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match="other images in its dataset"):
+        lift(chosen, [before], tmp_path / "out", None)

@@ -18,7 +18,7 @@ from madjax.report.figures import (
 )
 from madjax.report.labels import top_label_figure
 from madjax.report.names import NAMES
-from madjax.report.page import Section, page, write_page
+from madjax.report.page import Costs, Section, page, write_page
 from madjax.report.points import Curve, Stat, Summary, summarise
 from madjax.report.rows import read_rows
 from madjax.report.tables import table
@@ -27,6 +27,7 @@ from madjax.report.write import figures_for, files, write_report
 
 __all__ = [
     "NAMES",
+    "Costs",
     "Curve",
     "Section",
     "Stat",

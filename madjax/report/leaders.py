@@ -15,6 +15,7 @@ FIELDS = (*TASK, *RULE, "task_settings")
 class Leader(NamedTuple):
     """A defended victim and an attack on it; accuracies and fidelity in percent, L1 in [0, 2].
 
+    kind is the network, number of classes, gradients and oracle, by which a cost may be known.
     worst is the largest mean accuracy of all attacks on this defended victim. label is the accuracy
     of the same attacker where it learns from top labels alone, and gain how much more it has then.
     passes is what the defence computes for a query besides the victim's posterior.
@@ -37,6 +38,7 @@ class Leader(NamedTuple):
     label: Stat | None
     gain: Difference | None
     passes: str
+    kind: tuple[str, int | None, str, str]
     n: int
     configs: tuple[str, ...]
 
@@ -94,6 +96,7 @@ def leaders(rows: list[dict]) -> list[Leader]:
                 _stat(label, "attacker_accuracy") if label else None,
                 paired(label, own, "attacker_accuracy") if label else None,
                 "0" if is_undefended(own[0]) else _passes(curve, own[0].get("num_classes")),
+                (curve.victim, own[0].get("num_classes"), curve.layers, str(curve.oracle)),
                 len(own),
                 tuple(dict.fromkeys(row.get("config", "") for row in own)),
             )

@@ -8,7 +8,7 @@ import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from madjax.files import write_atomically
 from madjax.report import found, names
@@ -40,8 +40,26 @@ class Section(NamedTuple):
     text: str = ""
 
 
-def page(*directories: str | Path, title: str, sections: Sequence[Section]) -> str:
-    """The HTML of a report of the rows in these directories; see `read_rows` for its errors."""
+class Costs(NamedTuple):
+    """What a defence costs: milliseconds a query by network, classes, gradients and oracle.
+
+    source says what measured them, and where.
+    """
+
+    milliseconds: Mapping[tuple[str, int, str, str], float]
+    source: str
+
+
+def page(
+    *directories: str | Path,
+    title: str,
+    sections: Sequence[Section],
+    costs: Costs | None = None,
+) -> str:
+    """The HTML of a report of the rows in these directories; see `read_rows` for its errors.
+
+    Where costs are given, the leaderboard has a column of them.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # lazy: tables do not need it
 
     rows = read_rows(*directories)
@@ -70,6 +88,7 @@ def page(*directories: str | Path, title: str, sections: Sequence[Section]) -> s
         leaders=leaders(rows) if sound else [],
         pairs=[(_said(each), each) for each in pairs(sound)],
         level=f"{LEVEL:.0%}",
+        costs=costs,
         sections=sections,
         protocol=protocol(rows),
         disagreements=[(each, list(each.measured(rows))) for each in DISAGREEMENTS],
@@ -77,11 +96,9 @@ def page(*directories: str | Path, title: str, sections: Sequence[Section]) -> s
     )
 
 
-def write_page(
-    path: str | Path, *directories: str | Path, title: str, sections: Sequence[Section]
-) -> None:
-    """Write `page(...)` to a file, whole or not at all."""
-    text = page(*directories, title=title, sections=sections)
+def write_page(path: str | Path, *directories: str | Path, **of_page: Any) -> None:
+    """Write `page(*directories, **of_page)` to a file, whole or not at all."""
+    text = page(*directories, **of_page)
     write_atomically(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
 

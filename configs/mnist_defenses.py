@@ -7,8 +7,9 @@ against MAD; and what is lost without MAD's Jacobian (G = I), its oracle (a rand
 likely class), its normalised objective, or with a surrogate that is trained. (experiments/README.md
 says what of it the rows bear out.)
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_defenses.py
-Others: mnist_defenses:fashion_mnist, another victim; mnist_defenses:paper, at the paper's sizes, as
-mnist_defenses:paper_fashion and mnist_defenses:cifar10; mnist_defenses:smoke, in seconds.
+Others: mnist_defenses:more_seeds, of what three do not tell apart; mnist_defenses:fashion_mnist,
+another victim; mnist_defenses:paper, at the paper's sizes, as mnist_defenses:paper_fashion and
+mnist_defenses:cifar10; mnist_defenses:smoke, in seconds.
 Cost: some 4 hours on 2 CPU cores; it may be stopped, and --resume goes on.
 
 Differs from the paper: 10,000 queries in place of 50,000 and 10 epochs in place of 30; Kassel
@@ -72,6 +73,17 @@ def fashion_mnist() -> Sweep:
             replace(each, strengths=tuple(s for s in each.strengths if s not in dropped))
             for each in (*_compared(gamma=0.4), *_ablations(), _private())
         ),
+    )
+
+
+def more_seeds() -> Sweep:
+    """What three seeds do not tell apart, seven seeds more: MAD of either layers, and G = I."""
+    rules = [MAD(layers=name) for name in ("last", "all", "identity")]
+    return replace(
+        config(),
+        defenses=(Defended(NoDefense()), *(Defended(rule, (0.8, 0.99)) for rule in rules)),
+        seeds=tuple(range(3, 10)),
+        attacks=config().attacks[:1],
     )
 
 

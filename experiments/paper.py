@@ -1,7 +1,7 @@
 """What the scripts for the paper's tables and figures share: the runs they read, and `main`.
 
 A script selects rows of one study, and says what is made of them. Scripts of one study share its
-runs, which lie in OUT/NAME, so that none is computed twice; what is made of them lies in OUT.
+runs, which lie in OUT/CONFIG, so that none is computed twice; what is made of them lies in OUT.
 """
 
 import argparse
@@ -54,7 +54,7 @@ BUDGETS = _study(
 )
 DEFENSES = _study(
     "mnist_defenses",
-    reduced=["fashion_mnist"],
+    reduced=["more_seeds", "fashion_mnist"],
     paper=["mnist_defenses:paper", "mnist_defenses:paper_fashion", "mnist_defenses:cifar10"],
 )
 SUBVERSION = _study(
@@ -149,7 +149,7 @@ def _run(exhibits: Sequence[Exhibit], options: argparse.Namespace, out: Path) ->
             for name in names:
                 chosen = config.load(name)
                 kind = "angle" if isinstance(chosen, config.AngleStudy) else "sweep"
-                words = [kind, name, "--out", str(out / chosen.name), "--resume", *given]
+                words = [kind, name, "--out", str(directory(name, out)), "--resume", *given]
                 print(f"madjax {shlex.join(words)}", flush=True)
                 if status := cli.main(words):
                     return status
@@ -171,6 +171,11 @@ def ending_after(minutes: float | None) -> Iterator[None]:
         timer.cancel()
 
 
+def directory(name: str, out: Path) -> Path:
+    """Where the run of a config lies: "mnist_defenses:smoke" in OUT/mnist_defenses-smoke."""
+    return out / name.replace(":", "-")
+
+
 def costs() -> report.Costs:
     """What experiments/bench_mad.py measured of MAD."""
     facts = json.loads((RESULTS / "bench_mad.json").read_text())
@@ -185,7 +190,7 @@ def costs() -> report.Costs:
 
 def _there(names: Iterable[str], out: Path) -> list[Path]:
     """The directories of these configs' runs that have rows."""
-    runs = [out / config.load(name).name for name in names]
+    runs = [directory(name, out) for name in names]
     return [run for run in runs if (run / "rows.jsonl").is_file()]
 
 

@@ -579,7 +579,8 @@ def test_the_command_runs_the_study_and_refuses_what_is_none(data, tmp_path, cap
     assert main(["angle", *words]) == 0
     said = capsys.readouterr().out
     assert "angle, degrees" in said
-    assert "runs/angle/rows.jsonl, report.md, tradeoff.png, angles.png, course.png" in said
+    pictures = "tradeoff.png, angles.png, course.png"
+    assert f"runs/angle/rows.jsonl, report.md, report.html, {pictures}" in said
     rows = report.read_rows("runs/angle")
     assert [row["steps_at"] for row in rows] == [[4, 6]] * 2
     assert {(row["layers"], row["n_judged"]) for row in rows} == {("last", 60)}

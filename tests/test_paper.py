@@ -49,9 +49,13 @@ def exhibits():
         return [import_module(name).EXHIBIT for name in import_module("reproduce").SCRIPTS]
 
 
+def directory(name, out):
+    return out / name.replace(":", "-")
+
+
 def shown(exhibit, out, scale="smoke"):
     """The rows of what a script shows."""
-    runs = [out / config.load(name).name for name in exhibit.configs(scale)]
+    runs = [directory(name, out) for name in exhibit.configs(scale)]
     there = [run for run in runs if run.is_dir()]
     return list(filter(exhibit.chosen, read_rows(*there))) if there else []
 
@@ -75,7 +79,7 @@ def test_its_runs_are_configs_each_in_a_directory_of_its_own(scale, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     names = {name for exhibit in exhibits() for name in exhibit.configs(scale)}
     chosen = [config.load(name) for name in sorted(names)]
-    assert len({each.name for each in chosen}) == len(chosen) >= 6
+    assert len({directory(name, tmp_path) for name in names}) == len(names) >= 6
     for each in chosen:
         cells = expand(each.sweep() if isinstance(each, AngleStudy) else each)
         assert cells
@@ -100,8 +104,8 @@ def test_one_command_makes_all_of_them(smoke):
         "report.html",
     }
     assert len(figures) == 14
-    assert {path.name for path in smoke.iterdir() if path.is_dir()} == {
-        config.load(name).name for each in exhibits() for name in each.configs("smoke")
+    assert {path for path in smoke.iterdir() if path.is_dir()} == {
+        directory(name, smoke) for each in exhibits() for name in each.configs("smoke")
     }
 
 
@@ -175,7 +179,8 @@ def test_what_is_committed_is_made_of_the_committed_rows(exhibit):
 
 def test_the_committed_page_and_claims_are_made_of_the_committed_rows():
     """Every number of either: rows are read anew, and figures are those that lie there."""
-    runs = {RESULTS / config.load(n).name: 0 for e in exhibits() for n in e.configs("reduced")}
+    names = dict.fromkeys(n for each in exhibits() for n in each.configs("reduced"))
+    runs = [directory(name, RESULTS) for name in names]
     runs = [run for run in runs if (run / "rows.jsonl").is_file()]
     made = [each for each in exhibits() if (RESULTS / f"{each.file}.md").is_file()]
     sections = [each.section("reduced", RESULTS) for each in made]
@@ -200,10 +205,10 @@ def older(row):
 
 def test_older_rows_are_said_anew_and_their_run_goes_on(smoke, functions, tmp_path, capsys):
     """What was measured stays; what tells cells apart is as it would be written now."""
-    rows = read_rows(smoke / "smoke_knockoff")
+    rows = read_rows(smoke / "mnist_knockoff-smoke")
     before = tmp_path / "before"
     before.mkdir()
-    shutil.copy(smoke / "smoke_knockoff" / "config.json", before)
+    shutil.copy(smoke / "mnist_knockoff-smoke" / "config.json", before)
     lines = [json.dumps(older(row) | {"id": f"old{i}"}) for i, row in enumerate(rows[:-1])]
     lines.append(json.dumps(older(rows[0]) | {"id": "of another", "strength": 0.123}))
     (before / "rows.jsonl").write_text("\n".join(lines) + "\n")
@@ -219,8 +224,8 @@ def test_older_rows_are_said_anew_and_their_run_goes_on(smoke, functions, tmp_pa
 def test_a_row_that_says_something_else_of_its_cell_is_not_lifted(smoke, functions, tmp_path):
     before = tmp_path / "before"
     before.mkdir()
-    shutil.copy(smoke / "smoke_knockoff" / "config.json", before)
-    row = older(read_rows(smoke / "smoke_knockoff")[0]) | {"epochs": 7}
+    shutil.copy(smoke / "mnist_knockoff-smoke" / "config.json", before)
+    row = older(read_rows(smoke / "mnist_knockoff-smoke")[0]) | {"epochs": 7}
     (before / "rows.jsonl").write_text(json.dumps(row) + "\n")
     chosen, lift = config.load("mnist_knockoff:smoke"), functions("lift_rows")["lift"]
     with pytest.raises(InputError, match="says epochs = 7, not 1"):

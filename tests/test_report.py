@@ -262,7 +262,7 @@ def test_one_report_of_several_directories(tmp_path):
     assert report.read_rows(*folders) == rows
     text = report.write_report(*folders, out=tmp_path / "both" / "here")
     assert text == report.table(rows)
-    written = {"report.md", "tradeoff.png", "defenses.png"}
+    written = {"report.md", "report.html", "tradeoff.png", "defenses.png"}
     assert {path.name for path in (tmp_path / "both" / "here").iterdir()} == written
     with pytest.raises(InputError, match="of 2 directories has no place of its own: give --out"):
         report.write_report(*folders)
@@ -870,7 +870,8 @@ def test_write_report_of_one_defence_writes_both_files_and_leaves_no_others(tmp_
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"rows.jsonl", "report.md", "tradeoff.png"} == set(report.files(tmp_path))
+    assert names == set(report.files(tmp_path))
+    assert names == {"rows.jsonl", "report.md", "report.html", "tradeoff.png"}
 
 
 @pytest.mark.parametrize(
@@ -889,7 +890,7 @@ def test_figures_are_those_that_the_defences_call_for(tmp_path, defenses, writte
 
     save(tmp_path, *(r for r in several() if called(r) & {*defenses}))
     report.write_report(tmp_path)
-    files = ["rows.jsonl", "report.md", "tradeoff.png", *written]
+    files = ["rows.jsonl", "report.md", "report.html", "tradeoff.png", *written]
     assert report.files(tmp_path) == files
     assert {path.name for path in tmp_path.iterdir()} == {*files}
 

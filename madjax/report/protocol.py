@@ -239,6 +239,7 @@ def _command(directory: Path) -> str:
         said = store.read_config(directory)
     except InputError:  # of a damaged file; the rows say what they are
         return ""
+    found: dict[bool, str] = {}
     for form in config.forms():
         try:
             chosen = config.load(form)
@@ -249,6 +250,6 @@ def _command(directory: Path) -> str:
         if chosen.name == said.get("name"):
             own = json.loads(json.dumps(config.describe(chosen)))  # as a file has it
             same = own == {field: value for field, value in said.items() if field in own}
-            command = f"madjax {'angle' if study else 'sweep'} {form}"
-            return command if same else f"{command} (another form of it: see its config.json)"
-    return ""
+            found[same] = found.get(same, f"madjax {'angle' if study else 'sweep'} {form}")
+    near = f"{found[False]}, another form of it: see its config.json" if False in found else ""
+    return found.get(True, near)

@@ -6,7 +6,7 @@ Command: python experiments/fig1.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_budgets.py.
 """
 
-from paper import BUDGETS, Exhibit, main
+from paper import BUDGETS, Exhibit, main, where
 
 from madjax.report import budgets_figure
 
@@ -14,7 +14,7 @@ EXHIBIT = Exhibit(
     "fig1",
     "Fig. 1",
     (BUDGETS,),
-    chosen=lambda row: row["targets"] == "posteriors" or row["strength"] == 0,
+    chosen=where(lambda row: row["targets"] == "posteriors" or row["strength"] == 0),
     draw=budgets_figure,
 )
 

@@ -6,7 +6,7 @@ Command: python experiments/fig4.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_defenses.py.
 """
 
-from paper import DEFENSES, Exhibit, main
+from paper import DEFENSES, Exhibit, main, where
 
 from madjax.report import defenses_figure
 
@@ -14,7 +14,7 @@ EXHIBIT = Exhibit(
     "fig4",
     "Fig. 4",
     (DEFENSES,),
-    chosen=lambda row: row["targets"] == "posteriors",
+    chosen=where(lambda row: row["targets"] == "posteriors"),
     draw=defenses_figure,
 )
 

@@ -8,7 +8,7 @@ Cost and differences from the paper: see configs/mnist_angle.py.
 The paper shows VGG16 on CIFAR10, and so does the scale `paper` beside LeNet on MNIST.
 """
 
-from paper import ANGLE, Exhibit, main
+from paper import ANGLE, Exhibit, main, where
 
 from madjax.report import histogram_figure
 
@@ -16,7 +16,7 @@ EXHIBIT = Exhibit(
     "fig6",
     "Fig. 6",
     (ANGLE,),
-    chosen=lambda row: row["dataset"] in ("mnist", "cifar10"),
+    chosen=where(lambda row: row["dataset"] in ("mnist", "cifar10")),
     draw=histogram_figure,
 )
 

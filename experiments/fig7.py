@@ -7,7 +7,7 @@ Cost and differences from the paper: see configs/mnist_angle.py.
 The paper shows VGG16 on CIFAR10, and so does the scale `paper` beside LeNet on MNIST.
 """
 
-from paper import ANGLE, Exhibit, main
+from paper import ANGLE, Exhibit, main, where
 
 from madjax.report import test_loss_figure
 
@@ -15,7 +15,7 @@ EXHIBIT = Exhibit(
     "fig7",
     "Fig. 7",
     (ANGLE,),
-    chosen=lambda row: row["dataset"] in ("mnist", "cifar10"),
+    chosen=where(lambda row: row["dataset"] in ("mnist", "cifar10")),
     draw=test_loss_figure,
 )
 

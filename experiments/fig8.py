@@ -5,7 +5,7 @@ Command: python experiments/fig8.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_defenses.py.
 """
 
-from paper import DEFENSES, Exhibit, main
+from paper import DEFENSES, Exhibit, main, where
 
 from madjax.report import ablations_figure
 
@@ -13,7 +13,7 @@ EXHIBIT = Exhibit(
     "fig8",
     "Fig. 8",
     (DEFENSES,),
-    chosen=lambda row: row["targets"] == "posteriors" and row["dataset"] == "mnist",
+    chosen=where(lambda row: row["targets"] == "posteriors" and row["dataset"] == "mnist"),
     draw=ablations_figure,
 )
 

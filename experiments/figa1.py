@@ -5,7 +5,7 @@ Command: python experiments/figa1.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_attacks.py.
 """
 
-from paper import ATTACKS, Exhibit, main
+from paper import ATTACKS, Exhibit, main, where
 
 from madjax.report import budgets_figure
 
@@ -13,7 +13,7 @@ EXHIBIT = Exhibit(
     "figa1",
     "Fig. A1",
     (ATTACKS,),
-    chosen=lambda row: row["strength"] == 0 and "published" not in row["variant"],
+    chosen=where(lambda row: row["strength"] == 0 and "published" not in row["variant"]),
     draw=budgets_figure,
 )
 

@@ -5,12 +5,16 @@ Command: python experiments/figa2.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_budgets.py.
 """
 
-from paper import BUDGETS, Exhibit, main
+from paper import BUDGETS, Exhibit, main, where
 
 from madjax.report import budgets_figure
 
 EXHIBIT = Exhibit(
-    "figa2", "Fig. A2", (BUDGETS,), chosen=lambda row: row["strength"] == 0, draw=budgets_figure
+    "figa2",
+    "Fig. A2",
+    (BUDGETS,),
+    chosen=where(lambda row: row["strength"] == 0),
+    draw=budgets_figure,
 )
 
 if __name__ == "__main__":

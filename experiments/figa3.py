@@ -5,7 +5,7 @@ Command: python experiments/figa3.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_budgets.py.
 """
 
-from paper import BUDGETS, Exhibit, main
+from paper import BUDGETS, Exhibit, main, where
 
 from madjax.report import budgets_figure
 
@@ -13,7 +13,7 @@ EXHIBIT = Exhibit(
     "figa3",
     "Fig. A3",
     (BUDGETS,),
-    chosen=lambda row: row["targets"] == "posteriors",
+    chosen=where(lambda row: row["targets"] == "posteriors"),
     draw=budgets_figure,
 )
 

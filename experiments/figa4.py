@@ -5,7 +5,7 @@ Command: python experiments/figa4.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_defenses.py.
 """
 
-from paper import DEFENSES, Exhibit, main
+from paper import DEFENSES, Exhibit, main, where
 
 from madjax.report import defenses_figure
 
@@ -13,7 +13,7 @@ EXHIBIT = Exhibit(
     "figa4",
     "Fig. A4",
     (DEFENSES,),
-    chosen=lambda row: row["targets"] == "top_label",
+    chosen=where(lambda row: row["targets"] == "top_label"),
     draw=defenses_figure,
 )
 

@@ -5,7 +5,7 @@ Command: python experiments/figa6.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_defenses.py.
 """
 
-from paper import DEFENSES, Exhibit, main
+from paper import DEFENSES, Exhibit, main, where
 
 from madjax.report import ablations_figure
 
@@ -13,7 +13,7 @@ EXHIBIT = Exhibit(
     "figa6",
     "Fig. A6",
     (DEFENSES,),
-    chosen=lambda row: row["targets"] == "posteriors",
+    chosen=where(lambda row: row["targets"] == "posteriors"),
     draw=ablations_figure,
 )
 

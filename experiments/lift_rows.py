@@ -8,15 +8,15 @@ Cost: seconds.
 Rows of an older madjax lack fields by which curves are told apart today, and their `id` is another,
 as a field of a config that came later is part of it. A row is lifted where CONFIG has one cell of
 its data set, defence, layers, oracle, distance, strength, attack, variant, budget and seed, and
-where all that row and cell both say of their settings is the same; of the images it was made with,
-where its config.json has their checksums. Rows of which CONFIG has no cell are left and counted.
-`madjax sweep CONFIG --out OUT --resume` then runs the cells that have no row.
+where all that row and cell both say of their settings is the same, as are the images it was made
+with, where its config.json has their checksums. What a row does not say, such as a learning rate of
+before rows had one, is said as CONFIG has it: see to it that it was. Rows of which CONFIG has no
+cell are left and counted. `madjax sweep CONFIG --out OUT --resume` then runs the cells that have no
+row.
 """
 
 import argparse
 from pathlib import Path
-
-from measuring import parse
 
 from madjax import config, report, store, sweep
 from madjax.config import describe
@@ -45,8 +45,10 @@ def lifted(row, cell):
 
 def check_images(directory, checksums, sources):
     """Refuse rows that were made with other images than those which are there."""
-    said = store.read_config(directory)["data"]
+    said = store.read_config(directory).get("data")
     said = said[0] if isinstance(said, list) else said
+    if said is None:
+        return
     before = {"dataset": said["dataset"], "queryset": said.get("queryset", said.get("query"))}
     for source in {"dataset", *sources}:
         if before[source] != checksums[source]:
@@ -68,8 +70,10 @@ def lift(chosen, directories, out, data_dir):
     for directory in directories:
         for each in opened.values():
             check_images(directory, each.checksums, {attack.source for attack in chosen.attacks})
-    rows = report.read_rows(*directories)
-    found = {row_key: row for row in rows if (row_key := key(row)) in cells}
+    rows, found = report.read_rows(*directories), {}
+    for row in rows:
+        if key(row) in cells and found.setdefault(key(row), row) is not row:
+            raise InputError(f"two rows are called {key(row)}: give the directories of one of them")
     description = describe(chosen) | {"data": [each.checksums for each in opened.values()]}
     names = [cell["id"] for cell in cells.values()]
     with store.open_run(out, description, names, resume=False):
@@ -80,11 +84,12 @@ def lift(chosen, directories, out, data_dir):
 def main():
     """Lift, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", metavar="CONFIG", nargs="?", default="quickstart")
-    parser.add_argument("--from", dest="directories", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("config", metavar="CONFIG")
+    given = {"nargs": "+", "type": Path, "metavar": "DIR", "required": True}
+    parser.add_argument("--from", dest="directories", **given)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data-dir", type=Path)
-    options = parse(parser)
+    options = parser.parse_args()
     chosen = config.load(options.config)
     chosen = chosen.sweep() if isinstance(chosen, config.AngleStudy) else chosen
     made, left = lift(chosen, options.directories, options.out, options.data_dir)

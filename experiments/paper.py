@@ -12,9 +12,10 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from measuring import RESULTS
 
@@ -63,6 +64,11 @@ SUBVERSION = _study(
 ANGLE = _study("mnist_angle", paper=["mnist_angle:paper", "mnist_angle:cifar10"])
 
 
+def where(wanted: Callable[[dict], bool]) -> Callable[[list[dict]], list[dict]]:
+    """The rows of which something holds."""
+    return lambda rows: list(filter(wanted, rows))
+
+
 @dataclass(frozen=True)
 class Exhibit:
     """A table or a figure of the paper: its file, its studies, and which of their rows it shows.
@@ -73,7 +79,7 @@ class Exhibit:
     file: str
     title: str
     studies: tuple[Study, ...]
-    chosen: Callable[[dict], bool] = lambda row: True
+    chosen: Callable[[list[dict]], list[dict]] = list
     draw: Callable[[list[dict]], object] | None = None
     table: Callable[[list[dict]], str] = report.table
 
@@ -116,7 +122,13 @@ def main(*exhibits: Exhibit) -> int:
     )
     options = parser.parse_args()
     out = options.out or Path("runs") / options.scale
-    status = 0 if options.rows else _run(exhibits, options, out)
+    try:
+        names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
+        runs = {} if options.rows else {name: config.load(name) for name in names}
+    except InputError as error:  # such as weights that are not there
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    status = _run(runs, options, out)
     if status > 128:
         print(f"stopped: the same command goes on from {out}", file=sys.stderr)
     sections = []
@@ -129,25 +141,22 @@ def main(*exhibits: Exhibit) -> int:
         else:
             sections.append(section)
     if len(exhibits) > 1 and sections:
-        names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
         title, runs = f"Prediction Poisoning, reproduced: {options.scale} scale", _there(names, out)
         of_page = {"title": title, "sections": sections, "costs": costs()}
         report.write_page(out / "report.html", *runs, **of_page)
-        text = report.claims_table(report.read_rows(*runs))
+        text = report.claims_table(report.read_rows(*runs, of_each_config=True))
         write_atomically(out / "claims.md", lambda draft: draft.write_text(text, encoding="utf-8"))
         print(f"what holds, and all on one page: {out / 'claims.md'}, {out / 'report.html'}")
     return status
 
 
-def _run(exhibits: Sequence[Exhibit], options: argparse.Namespace, out: Path) -> int:
+def _run(runs: Mapping[str, Any], options: argparse.Namespace, out: Path) -> int:
     """Each run once, in order; those after one that fails or is stopped are left."""
     given = ["--data-dir", options.data_dir] if options.data_dir else []
     given += ["--quiet"] if options.quiet else []
-    names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
     try:
         with stopping.by_signal(), ending_after(options.limit):
-            for name in names:
-                chosen = config.load(name)
+            for name, chosen in runs.items():
                 kind = "angle" if isinstance(chosen, config.AngleStudy) else "sweep"
                 words = [kind, name, "--out", str(directory(name, out)), "--resume", *given]
                 print(f"madjax {shlex.join(words)}", flush=True)
@@ -183,6 +192,7 @@ def costs() -> report.Costs:
         (row["network"].lower(), row["num_classes"], row["layers"], row["oracle"]): 1e3
         * row["madjax"]["seconds"]
         for row in facts["rows"]
+        if row["network"] == "LeNet"  # a VGG16 of another width has that name too
     }
     source = f"experiments/bench_mad.py on {facts['device']} (commit {facts['commit']})"
     return report.Costs(found, source)
@@ -197,7 +207,7 @@ def _there(names: Iterable[str], out: Path) -> list[Path]:
 def _make(exhibit: Exhibit, scale: str, out: Path) -> report.Section:
     """Write what is made of the rows that are there, say where, and return it for the page."""
     rows = report.read_rows(*_there(exhibit.configs(scale), out))
-    rows = list(filter(exhibit.chosen, rows))
+    rows = exhibit.chosen(rows) if rows else []
     if not rows:
         raise InputError(f"no rows of {', '.join(exhibit.configs(scale))}: run it without --rows")
     text, picture = out / f"{exhibit.file}.md", out / f"{exhibit.file}.png"

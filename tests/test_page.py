@@ -122,7 +122,7 @@ def board():
                 "l1_max": 1.0 - s / 9,
             },
             {"strength": 0.9, "attacker_accuracy": 60.0, **label},
-            {"strength": 0.9, "attacker_accuracy": 75.0, "attack": "jbda"},
+            {"strength": 0.9, "attacker_accuracy": 75.0, "attack": "jbda", "queryset": "mnist"},
             {"defense": "reverse_sigmoid", "strength": 1.0, "attacker_accuracy": 65.0 + s},
             {"defense": "reverse_sigmoid", "strength": 1.0, "attacker_accuracy": 96.0, **label},
             {"defense": "top_label", "strength": 1.0, "attacker_accuracy": 97.0, **label},
@@ -152,7 +152,32 @@ def test_a_line_has_the_worst_attacker_the_one_of_labels_and_what_the_defence_ta
         x.attacker.mean for x in leaders(board())
     )
     undefended = next(x for x in leaders(board()) if not x.strength)
-    assert (undefended.passes, undefended.taken) == ("0", None)
+    assert (undefended.defence, undefended.passes, undefended.taken) == ("undefended", "0", None)
+
+
+def test_undefended_is_one_line_and_online_attackers_and_odd_twins_are_none():
+    """A smaller network, or another optimiser, has no twin in the plain attacker of labels."""
+    rows = [*board(), row(defense="none", defense_variant=""), row(layers="all")]
+    assert sum(line.defence == "undefended" for line in leaders(rows)) == 1
+    online = row(attack="online", strength=0.9, angle_histogram=[1, 2], attacker_accuracy=1.0)
+    assert len(leaders([*board(), online])) == len(leaders(board()))
+    small = row(strength=0.9, variant="arch-smaller", attacker_accuracy=50.0)
+    lines = {line.attack: line for line in leaders([*board(), small]) if line.strength == 0.9}
+    assert lines["knockoff (arch-smaller)"].label is None
+    assert lines["knockoff"].label.mean == 60.0
+
+
+def test_a_flag_is_for_what_seeds_tell_apart():
+    label = {"targets": "top_label", "variant": "top label", "strength": 0.9}
+    own = [row(strength=0.9, seed=s, attacker_accuracy=70.0) for s in (0, 1, 2)]
+    for gains, flag in (
+        ((1.0, 1.1, 1.2), True),
+        ((-5.0, 3.0, 9.0), False),
+        ((-1, -1.1, -1), False),
+    ):
+        twins = [row(seed=s, attacker_accuracy=70 + g, **label) for s, g in enumerate(gains)]
+        (line,) = leaders([*own, *twins])
+        assert line.is_flagged == flag
 
 
 # --- claims ---------------------------------------------------------------------------------------
@@ -232,6 +257,105 @@ def test_attackers_of_labels_and_ablations_are_read_in_pairs():
     assert vertex.found.holds == "no"
 
 
+def test_what_an_attacker_below_70_costs_is_read_in_one_run():
+    rows = curve([(0.0, 99.0, 98.0), (0.9, 97.0, 66.0), (1.1, 0.0, 20.0)])
+    rows += curve([(1.0, 60.0, 65.0)], defense="dp_sgd") + curve(
+        [(0.0, 99.0, 98.0)], defense="none"
+    )
+    rows += curve([(1.0, 70.0, 80.0)], defense="random_noise")
+    (answer,) = told(rows, "below 70 %")
+    assert answer.found.ours == (
+        "MAD 2.0 points (66.0 ± 1.0); DP-SGD 39.0 points (65.0 ± 1.0); random noise 29.0 points "
+        "(80.0 ± 1.0)"
+    )
+    assert answer.found.holds == "yes"
+    dear = [r | {"defender_accuracy": 50.0} if r["strength"] == 0.9 else r for r in rows]
+    assert told(dear, "below 70 %")[0].found.holds == "no"
+    assert told(curve([(0.0, 99.0, 98.0), (0.9, 97.0, 66.0)]), "below 70 %") == []
+
+
+def test_the_efficiency_of_queries_is_a_ratio_of_budgets():
+    """Undefended 1,000 queries give 80 %, as 10,000 do before MAD: ten times as many."""
+    rows = curve([(0.0, 99.0, 60.0)], budget=100) + curve([(0.0, 99.0, 80.0)], budget=1000)
+    rows += curve([(0.0, 99.0, 98.0), (0.9, 98.0, 80.0), (1.5, 0.0, 20.0)], budget=10_000)
+    (answer,) = told(rows, "orders of magnitude")
+    assert (answer.found.ours, answer.found.holds) == ("10 times (10 to 10) at epsilon 0.9", "yes")
+    weak = [
+        r | {"attacker_accuracy": 93.0 + r["seed"]} if r["strength"] == 0.9 else r for r in rows
+    ]
+    assert told(weak, "orders of magnitude")[0].found.holds == "no"
+
+
+def test_ways_around_are_those_before_mad():
+    rows = curve([(0.0, 99.0, 98.0), (0.9, 98.0, 70.0)])
+    rows += curve([(0.9, 98.0, 90.0)], variant="opt-adam")
+    rows += curve([(0.9, 98.0, 71.0)], variant="arch-larger")
+    rows += curve([(0.95, 98.0, 10.0)], defense="reverse_sigmoid")
+    rows += curve([(0.95, 98.0, 99.0)], defense="reverse_sigmoid", variant="opt-adam")
+    (other,) = told(rows, "another optimiser")
+    assert other.found.ours == "opt-adam: +20.0 [+20.0, +20.0] points at epsilon 0.9"
+    assert other.found.holds == "no"
+    assert told(rows, "another network")[0].found.holds == "yes"
+    assert told(rows, "asking several times") == []
+
+
+def test_mad_argmax_is_beside_reverse_sigmoid_at_each_of_its_strengths():
+    keep = {"defense": "mad_argmax", "oracle": "argmax_preserving"}
+    rows = curve([(0.0, 99.0, 98.0), (0.5, 99.0, 98.0), (1.0, 99.0, 80.0)], **keep)
+    rows += curve([(1.0, 99.0, 88.0, 1.0)], defense="reverse_sigmoid")
+    rows += curve([(0.0, 99.0, 98.0)], defense="none")
+    (answer,) = told(rows, "as far away")
+    assert answer.found.ours == "+5.0 [+5.0, +5.0] at L1 0.50; -8.0 [-8.0, -8.0] at L1 1.00"
+    assert answer.found.holds == "partly"
+
+
+def test_angles_are_of_all_parameters():
+    def online(strength, angle, **changes):
+        fields = {"attack": "online", "angle_mean": angle, "angle_max": 2 * angle}
+        fields |= {"test_losses": [1.0, None, 3.0], "steps_at": [1, 2, 3]} | changes
+        return [row(strength=strength, seed=s, **fields) for s in (0, 1)]
+
+    rows = online(0.99, 30.0, layers="all") + online(2.0, 95.0, layers="all")
+    rows += online(2.0, 10.0)
+    assert told(rows, "at epsilon 2, degrees")[0].found.ours == "95.0 ± 0.0"
+    assert told(rows, "range of the deviations")[0].found[:2] == ("up to 190", 2)
+    assert told(rows, "0.95 to 0.99")[0].found.holds == "yes"
+    assert told(rows, "test loss rises") == []  # one of them is not finite
+
+
+def test_a_cell_that_two_configs_share_answers_for_both(tmp_path):
+    """Tables have it once; claims about the second run are not to miss it."""
+    shared = [r | {"id": f"{r['seed']}"} for r in curve([(0.0, 99.0, 98.0)])]
+    lone = [r | {"id": f"lone{r['seed']}"} for r in curve([(0.9, 98.5, 70.0)])]
+    last = [r | {"id": f"last{r['seed']}"} for r in curve([(0.99, 97.0, 60.0)])]
+    one = save(tmp_path / "one", [r | {"config": "one"} for r in shared])
+    two = save(tmp_path / "two", [r | {"config": "two"} for r in (*shared, *lone, *last)])
+    assert len(report.read_rows(one, two)) == 9
+    assert told(report.read_rows(one, two), "MAD against knockoff") == []
+    rows = report.read_rows(one, two, of_each_config=True)
+    assert len(rows) == 12
+    assert told(rows, "MAD against knockoff")[0].config == "two"
+    assert "98.0 to 70.0" in report.page(one, two, title="T", sections=[])
+
+
+OPTIONAL = ("variant", "config", "l1_max", "l1_mean", "targets", "versions", "victim_accuracy")
+OPTIONAL += ("attacker_accuracy_best", "fidelity", "git_commit", "device", "num_classes", "epsilon")
+
+
+@pytest.mark.parametrize("field", OPTIONAL)
+@pytest.mark.parametrize("null", [False, True], ids=["missing", "null"])
+def test_a_page_does_without_what_older_rows_lack(tmp_path, field, null):
+    points = [(0.0, 99.0, 98.0), (0.5, 98.5, 90.0), (0.99, 97.0, 60.0)]
+    rows = [r | {"epochs": 1} for r in board()] + curve(points, epochs=9, config="other")
+    rows += [row(attack="jbda", variant="as published code", dataset="mine", seed=1)]
+    rows += [row(attack="jbda", dataset="mine"), row(dataset="mine")]
+    rows += [row(seed=9, status="diverged", attacker_accuracy=None, attacker_accuracy_best=None)]
+    if field in ("variant", "targets"):  # by which the attackers of the board are told apart
+        rows = [r for r in rows if r["targets"] == "posteriors"]
+    kept = [r | {field: None} if null else {k: v for k, v in r.items() if k != field} for r in rows]
+    assert report.page(save(tmp_path / "run", kept), title="T", sections=[])
+
+
 def test_rows_that_answer_nothing_are_asked_in_vain():
     assert answers([]) == []
     rows = [row(dataset="mine", strength=0.5)]
@@ -245,8 +369,10 @@ def test_rows_that_answer_nothing_are_asked_in_vain():
 def test_the_protocol_is_that_of_the_rows_beside_the_papers():
     found = {p.what: p.ours for p in protocol(board())}
     assert found["victims"] == "LeNet on MNIST"
-    assert found["queries of knockoff"] == "MNIST from EMNIST"
+    assert found["queries of knockoff"] == "MNIST: EMNIST"
     assert found["query budget"] == "5000"
+    both = [*board(), row(attack="online", angle_histogram=[1], budget=7, queryset="mnist")]
+    assert protocol(both)[2:4] == protocol(board())[2:4]
     assert found["seeds"] == "0; 1"
 
 
@@ -254,11 +380,16 @@ def test_disagreements_are_measured_where_rows_can():
     rows = curve([(0.0, 99.0, 98.0), (0.9, 98.5, 80.0)], attacker_accuracy_best=92.0)
     rows += curve([(0.9, 98.5, 82.0)], layers="all")
     said = {each.what: list(each.measured(rows)) for each in DISAGREEMENTS}
-    assert said["which epoch"] == ["last 80.0 ± 1.0, best 92.0 ± 0.0 at epsilon 0.9 (MNIST, n = 3)"]
-    assert said["gradients"] == [
-        "all parameters: +2.0 [+2.0, +2.0] points for the attacker beside the last layer at "
-        "epsilon 0.9 (MNIST, n = 3)"
+    assert said["which epoch"] == [
+        "last 80.0 ± 1.0, best 92.0 ± 0.0, epsilon 0.9 (MNIST, 5,000 queries, n = 3)"
     ]
+    assert said["gradients"] == [
+        "all parameters: +2.0 [+2.0, +2.0] points for the attacker beside the last layer, epsilon "
+        "0.9 (MNIST, knockoff, 5,000 queries, n = 3)"
+    ]
+    rows += curve([(0.9, 98.5, 85.0)], layers="all", oracle="extreme_unnormalised")
+    (line,) = DISAGREEMENTS[1].measured(rows)
+    assert line.startswith("un-normalised: +3.0 [+3.0, +3.0] points for the attacker beside H, all")
     assert said["step"] == []
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from madjax.report.names import is_ablation
-from madjax.report.pairs import Difference
+from madjax.report.pairs import Difference, pair_of
 from madjax.report.points import (
     Curve,
     Stat,
@@ -18,7 +18,7 @@ from madjax.report.points import (
 
 YES, PARTLY, NO = "yes", "partly", "no"
 NEAR = 2.0
-"""Points of accuracy within which ours is as good as the paper's."""
+"""Points of accuracy within which two are alike."""
 TABLE_1 = {
     "mnist": {"victim": 99.4, "jbda": 89.2, "jbself": 89.4, "jbtop3": 87.3, "knockoff": 99.0},
     "fashion_mnist": {
@@ -48,7 +48,9 @@ Reading = Callable[[list[dict]], Found | None]
 
 
 def percent(value: Stat, digits: int = 1) -> str:
-    """Mean ± sample standard deviation."""
+    """Mean ± sample standard deviation; "-" where it is not known."""
+    if value.mean is None:
+        return "-"
     spread = "" if value.std is None else f" ± {value.std:.{digits}f}"
     return f"{value.mean:.{digits}f}{spread}"
 
@@ -60,14 +62,26 @@ def interval(value: Difference, digits: int = 1) -> str:
     return f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
 
 
+def signed(value: Difference, wanted: int) -> str:
+    """Whether a difference has the wanted sign: surely, or in its mean alone."""
+    if value.mean * wanted <= 0:
+        return NO
+    return YES if value.is_told else PARTLY
+
+
 def whole(rows: list[dict]) -> list[dict]:
     """Those of attackers as described, that learn from whole answers."""
-    return [r for r in rows if r.get("targets", "posteriors") == "posteriors" and not r["variant"]]
+    return [r for r in rows if learns(r) == "posteriors" and not r.get("variant")]
 
 
 def labels_alone(rows: list[dict]) -> list[dict]:
     """Those of attackers that learn from top labels alone."""
-    return [r for r in rows if r.get("targets") == "top_label"]
+    return [r for r in rows if learns(r) == "top_label"]
+
+
+def learns(row: dict) -> str:
+    """What an attacker learns from."""
+    return row.get("targets") or "posteriors"
 
 
 def curves_of(rows: list[dict], attack: str = "knockoff") -> dict[Curve, list[Summary]]:
@@ -96,6 +110,17 @@ def mad(curves: Mapping[Curve, list[Summary]]) -> Curve | None:
     return first(curves, defense="mad")
 
 
+def parted(points: list[Summary]) -> tuple[Summary, list[Summary]] | None:
+    """The undefended point of a curve and the others; None where it has none, or no others."""
+    begin, *others = points
+    return (begin, others) if begin.is_undefended and others else None
+
+
+def loss(begin: Summary, point: Summary) -> float:
+    """Points of accuracy that the defender pays."""
+    return begin.defender_accuracy.mean - point.defender_accuracy.mean
+
+
 def reading(points: list[Summary], at: str, level: float, field: str) -> float | None:
     """A field where another first reaches a level on a curve, by linear interpolation.
 
@@ -110,12 +135,14 @@ def reading(points: list[Summary], at: str, level: float, field: str) -> float |
     return None
 
 
-def by_seed(rows: list[dict], curve: Curve, at: str, level: float, field: str) -> dict[int, float]:
-    """`reading` on the curve of each seed that reaches the level."""
+def by_pair(
+    rows: list[dict], curve: Curve, at: str, level: float, field: str
+) -> dict[tuple[int, int], float]:
+    """`reading` on the curve of each victim and seed that reaches the level."""
     found = {}
-    for seed in sorted({row["seed"] for row in rows}):
-        own = curves_of([row for row in rows if row["seed"] == seed])
+    for pair in sorted({pair_of(row) for row in rows}):
+        own = curves_of([row for row in rows if pair_of(row) == pair])
         told = reading(own[curve], at, level, field) if curve in own else None
         if told is not None:
-            found[seed] = told
+            found[pair] = told
     return found

@@ -3,13 +3,14 @@
 from statistics import fmean
 from typing import NamedTuple
 
+from madjax.report.angles import is_traced
 from madjax.report.labels import but_targets
 from madjax.report.names import attack, defence, name, remarked
 from madjax.report.pairs import Difference, grouped, paired
-from madjax.report.points import RULE, TASK, Curve, Stat, is_sound, is_undefended, stat
+from madjax.report.points import RULE, Curve, Stat, is_sound, is_undefended, stat
 
-FIELDS = (*TASK, *RULE, "task_settings")
-"""What makes a defended victim."""
+VICTIM = ("dataset", "dataset_source", "victim", *RULE)
+"""What makes a defended victim, besides how it was trained; queries are the attacker's."""
 
 
 class Leader(NamedTuple):
@@ -44,43 +45,39 @@ class Leader(NamedTuple):
 
     @property
     def is_flagged(self) -> bool:
-        """Whether an attacker does better with the top label alone than with whole answers."""
-        return self.gain is not None and self.gain.mean > 0
+        """Whether an attacker surely does better with top labels alone than with whole answers."""
+        return self.gain is not None and self.gain.is_told and self.gain.mean > 0
 
 
 def leaders(rows: list[dict]) -> list[Leader]:
     """All lines, by data set, then from the least accurate attacker among those before it.
 
-    Attackers of the top label alone are a column where the same attack with whole answers was run,
-    and else lines of their own. Rows whose stolen model diverged are left out.
+    Attackers of the top label alone are a column of the attacker as described, where there is one
+    of each, and else lines of their own. Left out are online attackers, before whom the defence
+    knows more, and rows whose stolen model diverged.
     """
-    points = grouped(rows, is_sound)
-    twins = {
-        (but_targets(curve), strength): own
-        for (curve, strength), own in points.items()
-        if curve.targets == "top_label"
-    }
+    points = grouped(rows, lambda row: is_sound(row) and not is_traced(row))
+    twins = _twins(points)
+    taken_in = {id(own) for own in twins.values()}
     worst: dict[tuple, float] = {}
     starts: dict[tuple, list[dict]] = {}
     for (curve, strength), own in points.items():
         victim = _victim(curve, strength)
         worst[victim] = max(worst.get(victim, 0.0), _mean(own, "attacker_accuracy"))
         if is_undefended(own[0]):
-            starts.setdefault(_undefended(curve), own)
+            starts.setdefault(_attacker(curve), own)
     found = []
     for (curve, strength), own in points.items():
-        twin = twins.get((but_targets(curve), strength))
-        if twin is own and any(
-            c.targets != "top_label" and but_targets(c) == but_targets(curve) and s == strength
-            for c, s in points
-        ):
+        if id(own) in taken_in:
             continue
-        start = starts.get(_undefended(curve))
-        label = twin if twin is not own else None
+        start, label = starts.get(_attacker(curve)), twins.get((curve, strength))
+        defended = not is_undefended(own[0])
+        if not defended and start is not own:  # those of other rules are the same
+            continue
         found.append(
             Leader(
                 name(curve.dataset),
-                remarked(defence(curve), curve.defense_variant),
+                remarked(defence(curve), curve.defense_variant) if defended else "undefended",
                 strength,
                 own[0].get("epsilon") is not None,
                 attack(curve),
@@ -91,17 +88,33 @@ def leaders(rows: list[dict]) -> list[Leader]:
                 max((row["l1_max"] for row in own if row.get("l1_max") is not None), default=None),
                 _stat(own, "attacker_accuracy"),
                 _stat(own, "attacker_accuracy_best"),
-                paired(start, own, "attacker_accuracy") if start and start is not own else None,
+                paired(start, own, "attacker_accuracy") if start and defended else None,
                 worst[_victim(curve, strength)],
                 _stat(label, "attacker_accuracy") if label else None,
                 paired(label, own, "attacker_accuracy") if label else None,
-                "0" if is_undefended(own[0]) else _passes(curve, own[0].get("num_classes")),
+                _passes(curve, own[0].get("num_classes")) if defended else "0",
                 (curve.victim, own[0].get("num_classes"), curve.layers, str(curve.oracle)),
                 len(own),
                 tuple(dict.fromkeys(row.get("config", "") for row in own)),
             )
         )
     return sorted(found, key=lambda line: (line.dataset, line.attacker.mean))
+
+
+def _twins(points: dict[tuple[Curve, float], list[dict]]) -> dict[tuple[Curve, float], list[dict]]:
+    """The attacker of top labels for each attacker as described that has one, and no other."""
+    sides: dict[tuple, dict[str, list]] = {}
+    for at in points:
+        curve, strength = at
+        if curve.targets == "top_label" or not curve.variant:
+            side = sides.setdefault((but_targets(curve), strength), {})
+            side.setdefault(curve.targets or "posteriors", []).append(at)
+    found = {}
+    for side in sides.values():
+        plain, labels = side.get("posteriors", []), side.get("top_label", [])
+        if len(plain) == len(labels) == 1:
+            found[plain[0]] = points[labels[0]]
+    return found
 
 
 def _stat(rows: list[dict], field: str) -> Stat:
@@ -113,16 +126,18 @@ def _mean(rows: list[dict], field: str) -> float:
 
 
 def _victim(curve: Curve, strength: float) -> tuple:
-    fields = (*FIELDS, *(f for f in Curve._fields if f.startswith("victim_")))
+    fields = (*VICTIM, *(f for f in Curve._fields if f.startswith("victim_")))
     return (*(getattr(curve, field) for field in fields), strength)
 
 
-def _undefended(curve: Curve) -> tuple:
+def _attacker(curve: Curve) -> tuple:
     return tuple(getattr(curve, field) for field in Curve._fields if field not in RULE)
 
 
 def _passes(curve: Curve, classes: int | None) -> str:
     """Passes of one image through the surrogate, by the gradients that the defence needs."""
+    if curve.oracle in ("random_vertex", "argmin"):  # which look at none
+        return "0"
     if curve.layers == "last":
         return "1 forward"
     if curve.layers == "all":

@@ -78,7 +78,7 @@ def page(
         "data": lambda picture: base64.b64encode(picture).decode(),
         "blocks": blocks,
     }
-    told = answers(rows)
+    told = answers(read_rows(*directories, of_each_config=True))
     return environment.get_template("page.html.j2").render(
         title=title,
         rows=rows,

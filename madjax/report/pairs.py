@@ -44,12 +44,16 @@ def difference(values: Iterable[float]) -> Difference | None:
 
 def paired(ours: list[dict], theirs: list[dict], field: str) -> Difference | None:
     """How much larger a field is in our rows than in theirs of the same victim and seed."""
-    both = [{_pair(row): row[field] for row in rows if is_sound(row)} for rows in (ours, theirs)]
+    both = [
+        {pair_of(row): row[field] for row in rows if is_sound(row) and row.get(field) is not None}
+        for rows in (ours, theirs)
+    ]
     return difference(both[0][at] - both[1][at] for at in both[0] if at in both[1])
 
 
-def _pair(row: dict) -> tuple:
-    return row.get("victim_seed", 0), row["seed"]
+def pair_of(row: dict) -> tuple[int, int]:
+    """By what rows of one task are paired: the victim's seed, and the attacker's."""
+    return row.get("victim_seed") or 0, row["seed"]
 
 
 class Pair(NamedTuple):
@@ -64,8 +68,8 @@ class Pair(NamedTuple):
 def pairs(rows: list[dict]) -> list[Pair]:
     """How much more the attacker has before a defence than before MAD, at equal epsilon.
 
-    MAD is that of the last layer where it was measured, else the first; undefended points are left
-    out, as are attacks that differ in any setting.
+    MAD is that of the same gradients, and of the last layer for defences without, and for MAD of
+    other layers. Undefended points are left out, as are attacks that differ in any setting.
     """
     found = []
     groups = grouped(rows, lambda row: row.get("epsilon") is not None and not is_undefended(row))
@@ -76,16 +80,22 @@ def pairs(rows: list[dict]) -> list[Pair]:
             own.append(curve)
     for curves in attacked.values():
         plain = [c for c in curves if c.defense == "mad" and not is_ablation(c)]
-        if not plain:
-            continue
-        reference = min(plain, key=lambda c: c.layers != "last")
         for curve in curves:
+            reference = _reference(curve, plain)
             for (at, strength), own in groups.items():
                 theirs = groups.get((reference, strength), [])
                 if at == curve != reference and theirs:
                     told = paired(own, theirs, "attacker_accuracy")
                     found += [Pair(curve, reference, strength, told)] if told else []
     return found
+
+
+def _reference(curve: Curve, plain: list[Curve]) -> Curve | None:
+    """Of MAD's curves the one to stand beside."""
+    same = [c for c in plain if c.layers == curve.layers]
+    return (curve not in plain and next(iter(same), None)) or min(
+        plain, key=lambda c: c.layers != "last", default=None
+    )
 
 
 def grouped(

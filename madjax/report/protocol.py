@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from madjax import config, store
 from madjax.errors import InputError
-from madjax.report.found import curves_of, interval, mad, percent, whole
-from madjax.report.names import name
-from madjax.report.pairs import pairs
-from madjax.report.points import is_sound
-from madjax.report.readings import undefended
+from madjax.report.angles import is_traced
+from madjax.report.found import interval, percent, whole
+from madjax.report.names import is_plain_mad, name
+from madjax.report.pairs import Pair, pairs
+from madjax.report.points import is_sound, stat, summarise
+from madjax.report.readings import unspoiled
 from madjax.report.rows import read_rows
 
 
@@ -25,50 +26,49 @@ class Protocol(NamedTuple):
 
 
 def protocol(rows: list[dict]) -> list[Protocol]:
-    """What was done, beside what the paper says that it did."""
+    """What was done, beside what the paper says that it did; online attackers are left out."""
+    offline = [row for row in rows if not is_traced(row)]
+    drawn = [row for row in offline if row["attack"].startswith("knockoff")]
 
-    def of(*fields: str, sign: str = " ") -> str:
-        said = dict.fromkeys(sign.join(_said(row.get(f)) for f in fields) for row in rows)
-        return "; ".join(filter(str.strip, said)) or "not recorded"
+    def of(*fields: str, sign: str = " ", own: list[dict] = offline) -> str:
+        said = [[_said(row.get(field)) for field in fields] for row in own]
+        return "; ".join(dict.fromkeys(sign.join(each) for each in said if all(each))) or "-"
 
+    rate = ("learning_rate", "momentum", "epochs")
     return [
         Protocol(
             "victims",
             "LeNet on MNIST and FashionMNIST; VGG16 on CIFAR10, CIFAR100, CUB200 and Caltech256",
-            of("victim", "dataset", sign=" on "),
+            of("victim", "dataset", sign=" on ", own=rows),
         ),
         Protocol(
-            "their training",
-            "SGD, rate 0.1, momentum 0.5; 30 epochs (LeNet) or 100; a tenth of the rate every 50",
-            of("victim_optimizer", "victim_learning_rate", "victim_momentum", "victim_epochs")
-            + " epochs; the rate drops after "
-            + of("victim_decay_epochs"),
+            "their training: SGD, with learning rate, momentum, epochs, epochs to a tenth",
+            "0.1, 0.5, 30 (LeNet) or 100, 50",
+            of(*(f"victim_{field}" for field in (*rate, "decay_epochs")), sign=", ", own=rows),
         ),
         Protocol(
             "queries of knockoff",
             "MNIST: EMNIST letters; FashionMNIST: EMNIST; CIFAR10 and CIFAR100: each other; CUB200 "
             "and Caltech256: ImageNet",
-            of("dataset", "queryset", sign=" from "),
+            of("dataset", "queryset", sign=": ", own=drawn),
         ),
         Protocol("query budget", "50,000", of("budget")),
         Protocol(
-            "training of stolen models",
-            "SGD, learning rate 0.1, momentum 0.5; 30 epochs (LeNet) or 100",
-            of("optimizer", "learning_rate", "momentum", "epochs") + " epochs",
+            "training of stolen models: learning rate, momentum, epochs",
+            "0.1, 0.5, 30 (LeNet) or 100",
+            of(*rate, sign=", "),
         ),
-        Protocol("gradients G", "of all parameters (Eq. 5)", of("layers")),
-        Protocol("surrogate", "random parameters", of("surrogate")),
-        Protocol("seeds", "not said", of("seed")),
+        Protocol("gradients G", "of all parameters (Eq. 5)", of("layers", own=rows)),
+        Protocol("surrogate", "random parameters", of("surrogate", own=rows)),
+        Protocol("seeds", "not said", of("seed", own=rows)),
         Protocol(
-            "accuracy of stolen models",
-            "of which epoch is not said",
-            "of the last; the best beside",
+            "accuracy of stolen models", "epoch not said", "of the last epoch; the best beside it"
         ),
     ]
 
 
 def _said(value) -> str:
-    if value is None or value == "none":
+    if value is None or value in ("none", ""):
         return ""
     return f"{value:,}" if isinstance(value, int) and value > 9999 else name(str(value))
 
@@ -85,49 +85,55 @@ class Disagreement:
 
 
 def _layers(rows: list[dict]) -> Iterable[str]:
-    for pair in pairs(list(filter(is_sound, rows))):
-        if pair.curve.layers == "all" and pair.curve.oracle == "extreme" and pair.strength >= 0.9:
-            yield _beside(pair, "all parameters")
+    for pair in _of_answers(rows):
+        plain = is_plain_mad(pair.curve) and pair.curve.layers == "all"
+        if plain and 0.9 <= pair.strength < 1:
+            yield _beside(pair, "all parameters", "the last layer")
 
 
 def _unnormalised(rows: list[dict]) -> Iterable[str]:
-    for pair in pairs(list(filter(is_sound, rows))):
+    for pair in _of_answers(rows):
         if pair.curve.oracle == "extreme_unnormalised":
-            yield _beside(pair, "un-normalised, all parameters")
+            yield _beside(pair, "un-normalised", f"H, {name(pair.reference.layers)}")
 
 
-def _beside(pair, said: str) -> str:
+def _of_answers(rows: list[dict]) -> list[Pair]:
+    """Pairs before attackers, as described, that learn from whole answers."""
+    return pairs([row for row in whole(rows) if is_sound(row) and not is_traced(row)])
+
+
+def _beside(pair: Pair, said: str, reference: str) -> str:
     return (
-        f"{said}: {interval(pair.difference)} points for the attacker beside the last layer at "
-        f"epsilon {pair.strength:g} ({name(pair.curve.dataset)}, n = {pair.difference.n})"
+        f"{said}: {interval(pair.difference)} points for the attacker beside {reference}, epsilon "
+        f"{pair.strength:g} ({name(pair.curve.dataset)}, {pair.curve.attack}, "
+        f"{pair.curve.budget:,} queries, n = {pair.difference.n})"
     )
 
 
 def _epochs(rows: list[dict]) -> Iterable[str]:
-    own = whole(list(filter(is_sound, rows)))
-    for dataset in dict.fromkeys(row["dataset"] for row in own):
-        curves = curves_of([row for row in own if row["dataset"] == dataset])
-        curve = mad(curves)
-        for point in curves.get(curve, []):
-            if 0.9 <= point.strength < 1:
-                yield (
-                    f"last {percent(point.attacker_accuracy)}, best "
-                    f"{percent(point.attacker_accuracy_best)} at epsilon {point.strength:g} "
-                    f"({name(dataset)}, n = {point.n})"
-                )
+    for point in summarise([row for row in whole(rows) if not is_traced(row)]):
+        curve, best = point.curve, point.attacker_accuracy_best
+        last = is_plain_mad(curve) and (curve.defense, curve.layers) == ("mad", "last")
+        known = None not in (point.attacker_accuracy.mean, best.mean)
+        if known and last and curve.attack == "knockoff" and 0.9 <= point.strength < 1:
+            yield (
+                f"last {percent(point.attacker_accuracy)}, best {percent(best)}, epsilon "
+                f"{point.strength:g} ({name(curve.dataset)}, {curve.budget:,} queries, "
+                f"n = {point.n})"
+            )
 
 
 def _as_published(rows: list[dict]) -> Iterable[str]:
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         for attack in ("jbda", "jbself", "jbtop3"):
             own = [r for r in rows if (r["dataset"], r["attack"]) == (dataset, attack)]
-            code = [r | {"variant": ""} for r in own if r["variant"]]
-            plain = [r for r in own if not r["variant"]]
-            both = [undefended(attack)(each) for each in (code, plain) if each]
-            if len(both) == 2 and all(both):
+            code = [r | {"variant": ""} for r in own if r.get("variant") == "as published code"]
+            both = [unspoiled(each, attack) for each in (code, whole(own))]
+            if all(both):
+                first, second = (stat([r["attacker_accuracy"] for r in each]) for each in both)
                 yield (
-                    f"{attack}: {both[0].ours} with the defects, {both[1].ours} without "
-                    f"({name(dataset)}, n = {both[0].n} and {both[1].n})"
+                    f"{attack}: {percent(first)} as that code, {percent(second)} as published "
+                    f"({name(dataset)}, n = {len(both[0])} and {len(both[1])})"
                 )
 
 
@@ -150,7 +156,7 @@ DISAGREEMENTS = (
         "Jacobian attacks",
         "as published",
         "clips normalised pixels, overwrites seeds, trains jbself on images it did not ask for",
-        "as published; the code's with as_published_code=True",
+        "as published; with as_published_code=True as the code has them, its training too",
         _as_published,
     ),
     Disagreement(
@@ -164,7 +170,7 @@ DISAGREEMENTS = (
         "stolen models",
         "learning rate 0.1, 30 epochs for LeNet",
         "learning rate 0.01, a tenth after 60 epochs, 50 epochs in its README",
-        "the paper's",
+        "the paper's rate; epochs as the protocol above says",
     ),
     Disagreement(
         "budgets",
@@ -227,7 +233,7 @@ def _run(directory: Path) -> Run:
         each(str(seed) for seed in sorted({row["seed"] for row in rows})),
         each(row.get("git_commit") for row in rows),
         each(row.get("device") for row in rows),
-        each(f"JAX {row['versions']['jax']}" for row in rows if "versions" in row),
+        each(f"JAX {row['versions']['jax']}" for row in rows if row.get("versions")),
     )
 
 

@@ -14,10 +14,11 @@ NAMES = ("dataset", "victim", "queryset", "defense", "layers", "oracle", "distan
 BUDGETED = ("mad", "mad_argmax")  # of older rows, the defences whose strength is epsilon
 
 
-def read_rows(*directories: str | Path) -> list[dict]:
+def read_rows(*directories: str | Path, of_each_config: bool = False) -> list[dict]:
     """Read `rows.jsonl` in each directory, one dict for each line.
 
-    A cell that several directories hold, by its `id`, is read from the first of them.
+    A cell that several directories hold, by its `id`, is read from the first of them; with
+    of_each_config from the first of each config.
     Rows from before there was a `strength`, which had every defence's as `epsilon`, come back as
     they would be written now, as far as they say it.
     A last line that is not JSON is what a crash leaves of a half-written row: it is skipped.
@@ -26,8 +27,12 @@ def read_rows(*directories: str | Path) -> list[dict]:
     """
     rows, seen = [], set()
     for directory in directories:
-        own = [row for row in _read(Path(directory)) if row.get("id") not in seen]
-        seen |= {row["id"] for row in own if "id" in row}
+        named = [
+            (row, (row.get("id"), row.get("config") if of_each_config else None))
+            for row in _read(Path(directory))
+        ]
+        own = [row for row, cell in named if cell not in seen]
+        seen |= {cell for row, cell in named if "id" in row}
         rows += own
     return rows
 

@@ -510,7 +510,7 @@ def test_the_table_and_the_figures_of_a_study(finished):
     out, rows = finished
     text = report.table(rows)
     assert "angle, degrees" in text
-    assert report.files(out)[2:] == ["tradeoff.png", "angles.png", "course.png"]
+    assert report.files(out)[3:] == ["tradeoff.png", "angles.png", "course.png"]
     for make in (report.angles_figure, report.course_figure):
         _, bottom = make(rows).get_axes()
         lines = [line for line in bottom.get_lines() if line.get_gid() == "curve"]

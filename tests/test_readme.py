@@ -60,6 +60,14 @@ def test_the_table_of_results_is_that_of_the_committed_report():
     assert "\n".join(lines) in README
 
 
+def test_the_claims_are_counted():
+    lines = (RESULTS / "claims.md").read_text().splitlines()[2:]
+    yes, partly, no = (sum(f"| {h} |" in line for line in lines) for h in ("yes", "partly", "no"))
+    assert yes + partly + no == len(lines)
+    said = f"Of {len(lines)} claims that our rows answer, {yes} hold, {partly} hold partly and {no}"
+    assert said in " ".join(README.split())
+
+
 @pytest.mark.smoke
 def test_every_cell_of_the_main_table_follows_from_the_rows():
     lines = (RESULTS / "mnist_knockoff" / "rows.jsonl").read_text().splitlines()

@@ -155,7 +155,7 @@ def test_a_limit_stops_it_and_loses_nothing(run, tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
     said = capsys.readouterr()
     assert f"the same command goes on from {tmp_path}" in said.err
-    assert "Fig. 6: no rows in" in said.err
+    assert "Fig. 6: no rows of mnist_angle:smoke" in said.err
     assert run("fig6", *words, "--limit", "100") == 0
     assert (tmp_path / "out" / "fig6.png").is_file()
 

@@ -17,6 +17,7 @@ from statistics import fmean
 from measuring import RESULTS, markdown, parse
 
 from madjax.report import read_rows, summarise
+from madjax.report.found import percent as said
 from madjax.report.names import attack, defence
 from madjax.report.points import curve_of
 
@@ -24,14 +25,6 @@ from madjax.report.points import curve_of
 def mean(points, field):
     """The mean over seeds of a field at each point, without a spread."""
     return {p.strength: getattr(p, field).mean for p in points}
-
-
-def said(stat, digits=1):
-    """Mean ± sample standard deviation over seeds, if there are several; "-" for what rows lack."""
-    if stat.mean is None:
-        return "-"
-    spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
-    return f"{stat.mean:.{digits}f}{spread}"
 
 
 def angles(points):

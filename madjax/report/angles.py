@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from madjax.report.names import attack, labels, name
-from madjax.report.panels import GREY, INK
+from madjax.report.panels import GREY, INK, tidy
 from madjax.report.points import Curve, curve_of, is_sound, is_undefended, stat
 
 ACROSS = 6
@@ -81,7 +81,7 @@ def age_figure(rows: list[dict]):
             ax.set_xticks(range(len(every)), names)
             ax.set_xlabel("steps between two looks at the attacker's parameters", color=INK)
             ax.set_ylabel(label, color=INK)
-            _plain(ax)
+            tidy(ax)
         title = f"{name(curve.dataset)}, {said[curve]}"
         axes[0, column].set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
     _legend(fig, rows, colours, len(found))
@@ -138,7 +138,7 @@ def _figure(rows: list[dict], panels: tuple):
             ax = fig.add_subplot(lines, columns, at + 1)
             for strength, own in group.items():
                 draw(ax, own, {"color": colours[strength], "lw": 1.4})
-            _plain(ax)
+            tidy(ax)
             if line == 0:
                 title = f"{name(curve.dataset)}, {attack(curve)}\n{said[curve]}"
                 ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
@@ -151,12 +151,6 @@ def _colours(strengths: list[float]) -> dict[float, Any]:
 
     shades = colormaps["viridis"](np.linspace(0, 0.93, len(strengths)))
     return dict(zip(strengths, shades, strict=True))
-
-
-def _plain(ax) -> None:
-    ax.spines[:].set_color(GREY)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color=GREY, alpha=0.2, lw=0.6)
 
 
 def _legend(fig, rows: list[dict], colours: dict[float, Any], columns: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from madjax.errors import InputError
 from madjax.report.looks import crossed, plain
 from madjax.report.names import attack, labels, name
-from madjax.report.panels import GREY, INK
+from madjax.report.panels import GREY, INK, tidy
 from madjax.report.points import RULE, Curve, Summary, is_sound, sound_curves
 
 ACROSS = 3
@@ -52,9 +52,7 @@ def budgets_figure(rows: list[dict]):
         ax.set_ylim(0, 102)
         ax.set_xlabel("queries", color=INK)
         ax.set_ylabel("attacker accuracy (%)", color=INK)
-        ax.spines[:].set_color(GREY)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color=GREY, alpha=0.2, lw=0.6)
+        tidy(ax)
         ax.set_title(name(dataset), loc="left", fontweight="bold", color=INK)
         own = [row for row in rows if row["dataset"] == dataset]
         small = ", ".join(sorted({name(row["queryset"]) for row in own}))

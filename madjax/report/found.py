@@ -135,14 +135,19 @@ def reading(points: list[Summary], at: str, level: float, field: str) -> float |
     return None
 
 
+def in_pairs(rows: list[dict], curve: Curve) -> dict[tuple[int, int], list[Summary]]:
+    """The points of a curve for each victim and seed that has it, the undefended one first."""
+    found = {}
+    for pair in sorted({pair_of(row) for row in rows}):
+        own = curves_of([row for row in rows if pair_of(row) == pair])
+        if curve in own:
+            found[pair] = own[curve]
+    return found
+
+
 def by_pair(
     rows: list[dict], curve: Curve, at: str, level: float, field: str
 ) -> dict[tuple[int, int], float]:
     """`reading` on the curve of each victim and seed that reaches the level."""
-    found = {}
-    for pair in sorted({pair_of(row) for row in rows}):
-        own = curves_of([row for row in rows if pair_of(row) == pair])
-        told = reading(own[curve], at, level, field) if curve in own else None
-        if told is not None:
-            found[pair] = told
-    return found
+    told = {pair: reading(own, at, level, field) for pair, own in in_pairs(rows, curve).items()}
+    return {pair: value for pair, value in told.items() if value is not None}

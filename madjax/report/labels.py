@@ -6,7 +6,7 @@ import numpy as np
 
 from madjax.errors import InputError
 from madjax.report.names import attack, defence, is_ablation, name, remarked
-from madjax.report.panels import GREY, INK
+from madjax.report.panels import INK, tidy
 from madjax.report.points import Curve, Summary, at_full_budget, is_sound, sound_curves, started
 
 ACROSS = 4
@@ -66,9 +66,7 @@ def top_label_figure(rows: list[dict]):
         if several:
             title = f"{name(curve.dataset)}, {attack(curve)}\n{title}"
         ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
-        ax.spines[:].set_color(GREY)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color=GREY, alpha=0.2, lw=0.6)
+        tidy(ax)
         ax.tick_params(labelbottom=True)
         if i + columns >= len(pairs):  # none is below it
             ax.set_xlabel("mean L1 distance of the answers", color=INK)

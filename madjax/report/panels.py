@@ -80,6 +80,11 @@ def draw(
         )
     ax.set_xlabel("attacker accuracy (%)  ↓  non-replicability", color=INK)
     ax.set_ylabel(utility.label, color=INK)
+    tidy(ax)
+
+
+def tidy(ax) -> None:
+    """A pale frame without its top and right side, and a paler grid: as all panels have."""
     ax.spines[:].set_color(GREY)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color=GREY, alpha=0.2, lw=0.6)

@@ -21,12 +21,14 @@ from madjax.report.found import (
     by_pair,
     curves_of,
     first,
+    in_pairs,
     interval,
     labels_alone,
     loss,
     mad,
     parted,
     percent,
+    reading,
     signed,
     whole,
 )
@@ -160,15 +162,16 @@ def closer(rows: list[dict]) -> Found | None:
     ours, theirs = first(curves, defense="mad_argmax"), first(curves, defense="reverse_sigmoid")
     if ours is None or theirs is None:
         return None
-    told = []
+    told, beside = [], in_pairs(own, theirs)
     for point in curves[ours]:
         values, far = [], []
         for row in behind(own, ours, point.strength):
-            if row.get("l1_mean") is not None and not is_undefended(row):
-                at = by_pair(own, theirs, "l1_mean", row["l1_mean"], "attacker_accuracy")
-                if pair_of(row) in at:
-                    values.append(row["attacker_accuracy"] - at[pair_of(row)])
-                    far.append(row["l1_mean"])
+            l1, points = row.get("l1_mean"), beside.get(pair_of(row), [])
+            if l1 is not None and not is_undefended(row):
+                at = reading(points, "l1_mean", l1, "attacker_accuracy")
+                if at is not None:
+                    values.append(row["attacker_accuracy"] - at)
+                    far.append(l1)
         if each := difference(values):
             told.append((fmean(far), each))
     if not told:

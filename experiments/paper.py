@@ -120,16 +120,20 @@ def main(*exhibits: Exhibit) -> int:
         metavar="MINUTES",
         help="stop after so long, at the end of the epoch under way; nothing finished is lost",
     )
+    parser.add_argument(
+        "--runs", nargs="+", metavar="CONFIG", help="of the runs at that scale these alone"
+    )
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables")
     parser.add_argument(
         "--rows", action="store_true", help="run nothing: of the rows that are in OUT already"
     )
     options = parser.parse_args()
     out = options.out or Path("runs") / options.scale
+    names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
+    asked = names if options.runs is None else dict.fromkeys(options.runs)
     try:
-        names = dict.fromkeys(name for each in exhibits for name in each.configs(options.scale))
-        runs = {} if options.rows else {name: config.load(name) for name in names}
-    except InputError as error:  # such as weights that are not there
+        runs = {} if options.rows else _loaded(asked, names)
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     status = _run(runs, options, out)
@@ -140,21 +144,33 @@ def main(*exhibits: Exhibit) -> int:
         try:
             section = _make(exhibit, options.scale, out)
         except InputError as error:
-            print(f"{exhibit.title}: {error}", file=sys.stderr)
-            status = status or 2
+            if not asked.keys().isdisjoint(exhibit.configs(options.scale)):
+                print(f"{exhibit.title}: {error}", file=sys.stderr)
+                status = status or 2
         else:
             sections.append(section)
     if len(exhibits) > 1 and sections:
-        title, there = (
-            f"Prediction Poisoning, reproduced: {options.scale} scale",
-            _there(names, out),
-        )
+        there = _there(names, out)
+        title = f"Prediction Poisoning, reproduced: {options.scale} scale"
         of_page = {"title": title, "sections": sections, "costs": costs()}
         report.write_page(out / "report.html", *there, **of_page)
-        text = report.claims_table(report.read_rows(*there, of_each_config=True))
-        write_atomically(out / "claims.md", lambda draft: draft.write_text(text, encoding="utf-8"))
+        rows = report.read_rows(*there, of_each_config=True)
+        _write(out / "claims.md", report.claims_table(rows))
+        _write(out / "runs.md", report.runs_table(*there))
         print(f"what holds, and all on one page: {out / 'claims.md'}, {out / 'report.html'}")
     return status
+
+
+def _loaded(asked: Iterable[str], names: Iterable[str]) -> dict[str, Any]:
+    """The configs that are asked for, all of them before any work; InputError for another."""
+    for name in asked:
+        if name not in names:
+            has = ", ".join(names)
+            raise InputError(f"--runs {name} is no run of this script; at this scale it has {has}")
+    try:
+        return {name: config.load(name) for name in asked}
+    except InputError as error:  # such as weights that are not there
+        raise InputError(f"{error}; --runs CONFIG... runs those alone that it names") from None
 
 
 def _run(runs: Mapping[str, Any], options: argparse.Namespace, out: Path) -> int:
@@ -220,8 +236,11 @@ def _make(exhibit: Exhibit, scale: str, out: Path) -> report.Section:
     text, picture = out / f"{exhibit.file}.md", out / f"{exhibit.file}.png"
     if exhibit.draw is not None:
         report.save_png(exhibit.draw(rows), picture)
-    table = exhibit.table(rows)
-    write_atomically(text, lambda draft: draft.write_text(table, encoding="utf-8"))
+    _write(text, exhibit.table(rows))
     section = exhibit.section(scale, out)
     print(f"{exhibit.title}: {text}" + (f", {picture}" if section.picture else ""))
     return section
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))

@@ -211,6 +211,33 @@ def test_a_claim_is_answered_from_the_run_of_the_largest_budget_on_each_data_set
     assert {a.found.n for a in found} == {3}
 
 
+def test_a_claim_is_read_in_one_task():
+    """Of two query sets of one config it is answered from one, not from both as if they were one.
+
+    The second has a point that the first lacks.
+    """
+    points = [(0.0, 99.4, 99.0), (0.9, 98.6, 71.0), (0.99, 97.0, 20.0)]
+    rows = curve(points, queryset="a", task_settings="1")
+    rows += curve([*points[:1], (0.95, 98.6, 50.0), *points[2:]], queryset="b", task_settings="2")
+    (answer,) = told(rows, "MAD against knockoff")
+    assert answer.found.ours.startswith("99.0 to 71.0 ± 1.0 at epsilon 0.9,")
+    assert answer.found.n == 3
+
+
+def test_the_strongest_attack_is_found_at_a_budget_that_all_have():
+    """That knockoff is better with ten times as many queries says nothing of the attacks."""
+    rows = curve([(0.0, 99.0, 98.0)], budget=9000) + curve([(0.0, 99.0, 60.0)], budget=900)
+    for attack, accuracy in (("jbda", 70.0), ("jbself", 50.0), ("jbtop3", 40.0)):
+        rows += curve([(0.0, 99.0, accuracy)], attack=attack, budget=900)
+    (answer,) = told(rows, "the strongest attack")
+    assert answer.found.holds == "no"
+    assert answer.found.ours == (
+        "knockoff 60.0, jbda 70.0, jbself 50.0, jbtop3 40.0 with 900 queries"
+    )
+    assert not told([r for r in rows if r["attack"] != "jbself"], "the strongest attack")
+    assert not told([r for r in rows if r["budget"] != 900], "the strongest attack")
+
+
 @pytest.mark.parametrize(
     ("attacker", "holds"), [(71.0, "yes"), (80.0, "partly"), (95.0, "no")], ids=str
 )
@@ -394,8 +421,13 @@ def test_disagreements_are_measured_where_rows_can():
 
 
 def test_a_run_says_where_it_comes_from(tmp_path):
-    (run,) = runs(save(tmp_path / "mine", board()))
+    rows = [r | {"seconds": 30.0} for r in board()]
+    mine = save(tmp_path / "mine", [*rows[:-1], rows[-1] | {"seconds": None}])
+    (run,) = runs(mine)
     assert run[:4] == ("mine", "study", "", 14)
+    assert run.minutes == 6.5
+    line = report.runs_table(mine).splitlines()[-1]
+    assert line == "| mine |  | 14 | 0, 1 | 6 | cpu |"
     assert (run.seeds, run.commits, run.devices, run.versions) == (
         *("0, 1", "abc1234", "cpu", "JAX 0.10.2"),
     )

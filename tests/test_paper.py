@@ -101,6 +101,7 @@ def test_one_command_makes_all_of_them(smoke):
     figures = {f"{each.file}.png" for each in exhibits() if each.draw}
     assert made == {f"{each.file}.md" for each in exhibits()} | figures | {
         "claims.md",
+        "runs.md",
         "report.html",
     }
     assert len(figures) == 14
@@ -164,8 +165,22 @@ def test_a_config_that_cannot_be_followed_is_said_before_anything_runs(run, tmp_
     """Two of the paper's victims start from weights that the user has to bring."""
     status = run("table1", "--scale", "paper", "--out", tmp_path / "out")
     assert status == 2
-    assert "vgg16_bn.safetensors is no file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "vgg16_bn.safetensors is no file" in said
+    assert "; --runs CONFIG... runs those alone that it names" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_some_of_the_runs_alone(run, tmp_path, capsys):
+    """What is not asked for is no failure; a name that is none of its runs is refused."""
+    out, words = tmp_path / "out", ("--scale", "smoke", "--out", tmp_path / "out", "--quiet")
+    assert run("reproduce", *words, "--runs", "mnist_angle:smoke", "cub200") == 2
+    assert "error: --runs cub200 is no run of this script; " in capsys.readouterr().err
+    assert not out.exists()
+    assert run("reproduce", *words, "--runs", "mnist_angle:smoke") == 0
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["mnist_angle-smoke"]
+    assert {path.stem for path in out.glob("*.png")} == {"fig6", "fig7", "figa5"}
+    assert capsys.readouterr().err == ""
 
 
 def test_without_rows_it_says_what_to_do(run, tmp_path, capsys):
@@ -198,6 +213,8 @@ def test_the_committed_page_and_claims_are_made_of_the_committed_rows():
     assert page == (RESULTS / "report.html").read_text()
     claims = report.claims_table(read_rows(*runs, of_each_config=True))
     assert claims == (RESULTS / "claims.md").read_text()
+    assert (RESULTS / "runs.md").read_text() == report.runs_table(*runs)
+    assert (RESULTS / "runs.md").read_text() in (EXPERIMENTS / "README.md").read_text()
     assert claims in (EXPERIMENTS / "README.md").read_text()
     assert (RESULTS / "table1.md").read_text() in (EXPERIMENTS / "README.md").read_text()
 

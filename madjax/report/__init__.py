@@ -20,6 +20,7 @@ from madjax.report.labels import top_label_figure
 from madjax.report.names import NAMES
 from madjax.report.page import Costs, Section, page, write_page
 from madjax.report.points import Curve, Stat, Summary, summarise
+from madjax.report.protocol import runs_table
 from madjax.report.rows import read_rows
 from madjax.report.tables import table
 from madjax.report.trace import read_trace, write_trace
@@ -46,6 +47,7 @@ __all__ = [
     "page",
     "read_rows",
     "read_trace",
+    "runs_table",
     "save_png",
     "summarise",
     "table",

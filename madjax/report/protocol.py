@@ -202,13 +202,18 @@ DISAGREEMENTS = (
 
 
 class Run(NamedTuple):
-    """Where numbers come from: the rows of one directory."""
+    """Where numbers come from: the rows of one directory.
+
+    minutes is what its attackers took, without victims, answers and compiling; it is shorter by
+    those that a cache or another run had.
+    """
 
     directory: str
     config: str
     command: str
     cells: int
     seeds: str
+    minutes: float
     commits: str
     devices: str
     versions: str
@@ -219,11 +224,24 @@ def runs(*directories: str | Path) -> list[Run]:
     return [_run(Path(directory)) for directory in directories]
 
 
+def runs_table(*directories: str | Path) -> str:
+    """`runs` in Markdown."""
+    lines = [
+        "| rows of | command | rows | seeds | minutes | device |",
+        "| --- | --- | --: | --- | --: | --- |",
+    ]
+    for run in runs(*directories):
+        command = f"`{run.command}`" if run.command else ""
+        said = (run.directory, command, f"{run.cells}", run.seeds)
+        lines.append("| " + " | ".join((*said, f"{run.minutes:.0f}", run.devices)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _run(directory: Path) -> Run:
     rows = read_rows(directory)
 
-    def each(values: Iterable) -> str:
-        return ", ".join(dict.fromkeys(str(value) for value in values if value))
+    def each(values: Iterable, sign: str = ", ") -> str:
+        return sign.join(dict.fromkeys(str(value) for value in values if value))
 
     return Run(
         directory.name,
@@ -231,8 +249,9 @@ def _run(directory: Path) -> Run:
         _command(directory),
         len(rows),
         each(str(seed) for seed in sorted({row["seed"] for row in rows})),
+        sum(row.get("seconds") or 0 for row in rows) / 60,
         each(row.get("git_commit") for row in rows),
-        each(row.get("device") for row in rows),
+        each((row.get("device") for row in rows), "; "),
         each(f"JAX {row['versions']['jax']}" for row in rows if row.get("versions")),
     )
 

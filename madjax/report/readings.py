@@ -72,12 +72,16 @@ def undefended(attack: str) -> Reading:
 
 
 def strongest(rows: list[dict]) -> Found | None:
-    """The accuracies of all four attacks without a defence."""
-    own = {a: unspoiled(rows, a) for a in ("knockoff", "jbda", "jbself", "jbtop3")}
-    if not all(own.values()):
+    """The accuracies of all four attacks without a defence, with equal budgets."""
+    attacks = ("knockoff", "jbda", "jbself", "jbtop3")
+    bare = [r for r in whole(rows) if is_undefended(r)]
+    common = set.intersection(*({r["budget"] for r in bare if r["attack"] == a} for a in attacks))
+    if not common:
         return None
+    own = {a: unspoiled([r for r in bare if r["budget"] == max(common)], a) for a in attacks}
     means = {a: fmean(r["attacker_accuracy"] for r in each) for a, each in own.items()}
     said = ", ".join(f"{a} {mean:.1f}" for a, mean in means.items())
+    said += f" with {max(common):,} queries"
     best = max(means, key=lambda a: means[a])
     return Found(said, min(map(len, own.values())), YES if best == "knockoff" else NO)
 

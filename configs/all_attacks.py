@@ -8,8 +8,8 @@ Cost: about 7 minutes on 2 CPU cores.
 
 The paper's Fig. 9: argmax (train on the top label), arch-* (another network), nquery (each image
 sent four times, answers averaged), nquery+aug (cropped and mirrored anew each time), opt-* (another
-optimiser, at its published rate). Its Table 1: jbda, jbself, jbtop3 and knockoff, the first three
-also as the authors' code has them. Knockoff Nets' adaptive strategy with each of its rewards.
+optimiser, at a rate of 0.01, Adam 0.001). Its Table 1: jbda, jbself, jbtop3 and knockoff, the first
+three also as the authors' code has them. Knockoff Nets' adaptive strategy with each of its rewards.
 """
 
 from dataclasses import replace

@@ -17,7 +17,7 @@ is best on the test images. The victim's weight decay and its crops and flips ar
 steps away from the top class as in the code, where appendix C of the paper steps towards it. The
 Jacobian attacks are without the code's defects, on which Table 1 may rest (as_published_code=True
 has them). The surrogate's BatchNorm is in inference mode (--set
-defenses.rule.query_statistics=true is the code's).
+defenses.rule.query_statistics=True is the code's).
 """
 
 from dataclasses import replace

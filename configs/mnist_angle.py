@@ -6,7 +6,7 @@ degrees on the average, and its test loss rises.
 Command: MADJAX_DATA=DIR madjax angle configs/mnist_angle.py
 Others: mnist_angle:fashion_mnist, another victim; mnist_angle:paper and mnist_angle:cifar10, of the
 paper's victims; mnist_angle:smoke, in seconds.
-Cost: about 25 minutes on 2 CPU cores.
+Cost: about 30 minutes on 2 CPU cores.
 
 Differs from the paper, which has this figure for VGG16 on CIFAR10 in its text and for all victims
 in its appendix, and says neither N nor B: here N = 10,000 steps over B = 5,000 distinct images.

@@ -6,7 +6,7 @@ costs the defender less than a point.
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_attacks.py
 Others: mnist_attacks:fashion_mnist, another victim; mnist_attacks:as_published, the attacks as the
 authors' code has them; mnist_attacks:paper, at the paper's sizes; mnist_attacks:smoke, in seconds.
-Cost: about an hour on 2 CPU cores.
+Cost: about 100 minutes on 2 CPU cores.
 
 Differs from the paper: a fifth of the budget; 20 epochs of final training in place of 30; Kassel
 letters stand in for EMNIST letters as knockoff's queries. jbda, jbself and jbtop3 start from 100

@@ -5,7 +5,7 @@ as from whole posteriors; before MAD no budget brings the attacker back.
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_budgets.py
 Others: mnist_budgets:fashion_mnist, another victim; mnist_budgets:paper, both at the paper's sizes,
 and mnist_budgets:cifar10; mnist_budgets:smoke, in seconds.
-Cost: about 20 minutes on 2 CPU cores.
+Cost: about 30 minutes on 2 CPU cores.
 
 Differs from the paper as configs/mnist_knockoff.py does. Each stolen model starts from scratch,
 where the authors' code goes on from the weights of the smaller budget. Every budget trains for as

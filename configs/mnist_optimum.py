@@ -1,7 +1,7 @@
 """Does a better optimum within the same budget make a better defence? Knockoff on MNIST.
 
 Claim: an answer that turns the surrogate's gradient farther at equal L1 distance
-takes more from the attacker. (The rows bear it out only where the label must be kept: README.)
+takes more from the attacker. (The rows bear it out only where the label must be kept.)
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_optimum.py
 Cost: about 40 minutes on 2 CPU cores.
 

@@ -6,7 +6,8 @@ examples at 10,000 queries, which both sides do at about the speed of the cores.
 Command: pip install -e ".[bench]" && python experiments/bench_jbda.py --out OUT
 Cost: about 10 minutes on 2 CPU cores.
 
-The attack (Papernot et al. 2017): 100 seed images, labelled by the victim's posteriors, are D.
+The attack, after Papernot et al. (2017), with the step of MAD's authors: 100 seed images, labelled
+by the victim's posteriors, are D.
 A round trains a fresh substitute on D for 20 epochs, moves every image of D by 0.1 sign(gradient of
 the substitute's loss at the victim's top label), asks the victim for the new images, and adds them:
 D doubles, until the budget is spent. A fresh network trained on all of D is the stolen model.

@@ -1,7 +1,7 @@
 """Seconds a query and memory of MAD, against a plain PyTorch version of the authors' procedure.
 
-Claim: on the same CPU the exact defence is 25 to 900 times faster than one backward pass a class
-and a loop over candidate answers with the Jacobian in memory, and its memory does not grow with D.
+Claim: on the same CPU the exact defence is 3 to 1,300 times faster than one backward pass a class
+and a loop over candidate answers with the Jacobian in memory, and no K x D array is in its memory.
 Command: pip install -e ".[bench]" && python experiments/bench_mad.py --out OUT
 Cost: about 15 minutes on 2 CPU cores, most of it PyTorch's VGG16 rows (`--quick` leaves them out).
 Where PyTorch is not installed, or with `--no-torch`, only madjax is measured. JAX takes a GPU where

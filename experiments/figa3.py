@@ -1,6 +1,6 @@
 """Fig. A3: accuracy by budget at several epsilons.
 
-Claim: before MAD the attacker gains little from more queries.
+Claim: before MAD no query budget brings the attacker back to its undefended accuracy.
 Command: python experiments/figa3.py --scale reduced --data-dir DIR
 Cost and differences from the paper: see configs/mnist_budgets.py.
 """

@@ -1,7 +1,8 @@
 """How far the line search is from the best answer within the budget, and `Ascend` from a bound.
 
 Claim: Algorithm 1's line search towards a vertex leaves much of the angle that its budget allows;
-comparing the vertices where the budget ends gets little of it back, ascending gets all of it.
+comparing the vertices where the budget ends gets little of it back, ascending gets all of it for up
+to 10 classes.
 Command: MADJAX_DATA=DIR python experiments/optimum.py --out DIR2     (MNIST, Kassel letters)
          python experiments/optimum.py --embedded                      (without any data files)
 Cost: about 10 minutes on 2 CPU cores, of which the victim takes three.

@@ -6,7 +6,8 @@ any that does not fall along a ray leaving y (star-shaped balls about y).
 A constraint is a function (y_tilde[K], y[K]) -> residuals, a scalar or an array, all of which are
 <= 0 where it holds; `functools.partial` sets its parameters, which all have names:
 
-    solve(y, gram, epsilon=0.99, constraints=(partial(keep_label, margin=0.1), bound_entropy))
+    constraints = (partial(keep_label, margin=0.1), bound_entropy)
+    solve(y, gram, epsilon=0.99, solver=LineSearch(constraints=constraints))
 
 Those here are examples: any function that is differentiable in y_tilde will do.
 """

@@ -126,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="also write every step of the run's online attackers to FILE.npz or FILE.parquet",
+        help="also write every query of the run's online attackers to FILE.npz or FILE.parquet",
     )
     command.set_defaults(command=commands.show_report)
 

@@ -11,8 +11,8 @@ from madjax.errors import InputError
 from madjax.report.angles import is_traced
 from madjax.report.found import interval, percent, whole
 from madjax.report.names import is_plain_mad, name
-from madjax.report.pairs import Pair, pairs
-from madjax.report.points import is_sound, stat, summarise
+from madjax.report.pairs import Pair, pair_of, pairs
+from madjax.report.points import curve_of, is_sound, stat, summarise
 from madjax.report.readings import unspoiled
 from madjax.report.rows import read_rows
 
@@ -249,11 +249,22 @@ def _run(directory: Path) -> Run:
         _command(directory),
         len(rows),
         each(str(seed) for seed in sorted({row["seed"] for row in rows})),
-        sum(row.get("seconds") or 0 for row in rows) / 60,
+        _seconds(rows) / 60,
         each(row.get("git_commit") for row in rows),
         each((row.get("device") for row in rows), "; "),
         each(f"JAX {row['versions']['jax']}" for row in rows if row.get("versions")),
     )
+
+
+def _seconds(rows: list[dict]) -> float:
+    """What stolen models took, and their transfer sets, each of which may have several budgets."""
+    learning, collecting = 0.0, dict[tuple, float]()
+    for row in rows:
+        told = row.get("seconds_collecting") or 0
+        learning += (row.get("seconds") or 0) - told
+        of = (curve_of(row)._replace(budget=None), row["strength"], *pair_of(row))
+        collecting[of] = max(told, collecting.get(of, 0))
+    return learning + sum(collecting.values())
 
 
 def _command(directory: Path) -> str:

@@ -243,6 +243,30 @@ def test_what_mad_takes_for_less_than_a_point(attacker, holds):
     assert answer.found.ours == (f"99.0 to {attacker:.1f} ± 1.0 at epsilon 0.9, for 0.8 points")
 
 
+def test_what_mad_takes_is_counted_from_the_attackers_own_accuracy():
+    """In the paper jbtop3 has 87.3 %, and 51.6 points less before MAD."""
+    points = [(0.0, 99.4, 90.0), (0.9, 98.6, 40.0), (0.99, 97.0, 20.0)]
+    rows = curve(points, attack="jbtop3")
+    (answer,) = told(rows, "MAD against jbtop3")
+    assert answer.found.holds == "yes"
+    assert not told(rows, "every attack")
+
+
+@pytest.mark.parametrize(
+    ("jbda", "knockoff", "holds"), [(75.0, 60.0, "yes"), (85.0, 60.0, "partly"), (95.0, 99.0, "no")]
+)
+def test_mad_reduces_every_attack_or_some(jbda, knockoff, holds):
+    left = {"knockoff": knockoff, "jbda": jbda, "jbself": jbda, "jbtop3": jbda}
+    rows = [
+        each
+        for attack, at in left.items()
+        for each in curve([(0.0, 99.4, 90.0), (0.9, 98.6, at), (0.99, 97, 2.0)], attack=attack)
+    ]
+    (answer,) = told(rows, "every attack")
+    taken = ", ".join(f"{attack} {90 - at:.1f}" for attack, at in left.items())
+    assert answer.found == (f"{taken} points at epsilon 0.9", 3, holds)
+
+
 def test_levels_on_curves_are_found_seed_by_seed():
     """MAD has 80 % between L1 0.8 and 1, reverse sigmoid between 1 and 2."""
     rows = curve([(0.0, 99.0, 98.0), (0.8, 99.0, 85.0), (1.0, 99.0, 75.0)])

@@ -1,4 +1,4 @@
-"""How rows answer the paper's claims: each reading takes the rows of one run on one data set.
+"""How rows answer the paper's claims: each reading takes the rows of one task.
 
 It returns None where they do not answer. Points of a curve are means over seeds; differences are
 taken seed by seed.
@@ -35,6 +35,8 @@ from madjax.report.found import (
 from madjax.report.names import is_plain_mad
 from madjax.report.pairs import difference, pair_of, paired
 from madjax.report.points import Curve, Summary, curve_of, is_undefended, stat
+
+ATTACKS = ("knockoff", "jbda", "jbself", "jbtop3")
 
 
 def unspoiled(rows: list[dict], attack: str) -> list[dict]:
@@ -73,12 +75,11 @@ def undefended(attack: str) -> Reading:
 
 def strongest(rows: list[dict]) -> Found | None:
     """The accuracies of all four attacks without a defence, with equal budgets."""
-    attacks = ("knockoff", "jbda", "jbself", "jbtop3")
     bare = [r for r in whole(rows) if is_undefended(r)]
-    common = set.intersection(*({r["budget"] for r in bare if r["attack"] == a} for a in attacks))
+    common = set.intersection(*({r["budget"] for r in bare if r["attack"] == a} for a in ATTACKS))
     if not common:
         return None
-    own = {a: unspoiled([r for r in bare if r["budget"] == max(common)], a) for a in attacks}
+    own = {a: unspoiled([r for r in bare if r["budget"] == max(common)], a) for a in ATTACKS}
     means = {a: fmean(r["attacker_accuracy"] for r in each) for a, each in own.items()}
     said = ", ".join(f"{a} {mean:.1f}" for a, mean in means.items())
     said += f" with {max(common):,} queries"
@@ -101,17 +102,11 @@ def at_little_cost(attack: str, start: float, end: float) -> Reading:
     """What MAD takes at the largest measured epsilon that costs the defender less than a point."""
 
     def read(rows: list[dict]) -> Found | None:
-        curves = curves_of(whole(rows), attack)
-        curve = mad(curves)
-        parts = curve and parted(curves[curve])
-        if not parts:
+        both = _affordable(rows, attack)
+        if not both:
             return None
-        begin, points = parts
-        kept = [p for p in points if loss(begin, p) < 1]
-        if not kept or kept == points:  # a dearer epsilon says that none above was left out
-            return None
-        point = kept[-1]
-        taken = begin.attacker_accuracy.mean - point.attacker_accuracy.mean
+        begin, point = both
+        taken = _taken(begin, point)
         good, half = taken >= start - end - NEAR, taken >= (start - end) / 2
         said = (
             f"{begin.attacker_accuracy.mean:.1f} to {percent(point.attacker_accuracy)} at epsilon "
@@ -120,6 +115,38 @@ def at_little_cost(attack: str, start: float, end: float) -> Reading:
         return Found(said, point.n, YES if good else PARTLY if half else NO)
 
     return read
+
+
+def from_every_attack(rows: list[dict]) -> Found | None:
+    """What MAD takes from each of the four attacks at so little a cost."""
+    found = {attack: both for attack in ATTACKS if (both := _affordable(rows, attack))}
+    if len(found) < len(ATTACKS):
+        return None
+    taken = {attack: _taken(*both) for attack, both in found.items()}
+    points = [point for _, point in found.values()]
+    said = ", ".join(f"{attack} {value:.1f}" for attack, value in taken.items())
+    at = ", ".join(dict.fromkeys(f"{point.strength:g}" for point in points))
+    told = [value >= 10 for value in taken.values()]
+    holds = YES if all(told) else PARTLY if any(told) else NO
+    return Found(f"{said} points at epsilon {at}", min(point.n for point in points), holds)
+
+
+def _affordable(rows: list[dict], attack: str) -> tuple[Summary, Summary] | None:
+    """The undefended point, and that of MAD at the largest epsilon that costs less than a point."""
+    curves = curves_of(whole(rows), attack)
+    curve = mad(curves)
+    parts = curve and parted(curves[curve])
+    if not parts:
+        return None
+    begin, points = parts
+    kept = [p for p in points if loss(begin, p) < 1]
+    if not kept or kept == points:  # a dearer epsilon says that none above was left out
+        return None
+    return begin, kept[-1]
+
+
+def _taken(begin: Summary, point: Summary) -> float:
+    return begin.attacker_accuracy.mean - point.attacker_accuracy.mean
 
 
 def less_distance(rows: list[dict]) -> Found | None:
@@ -149,7 +176,7 @@ def most_taken(defense: str) -> Reading:
             return None
         begin, points = parts
         best = min(points, key=lambda p: p.attacker_accuracy.mean)
-        taken = begin.attacker_accuracy.mean - best.attacker_accuracy.mean
+        taken = _taken(begin, best)
         said = f"{taken:.1f} points at strength {best.strength:g}"
         return Found(said, best.n, YES if taken >= 20 else PARTLY if taken >= 10 else NO)
 
@@ -250,7 +277,7 @@ def of_labels_alone(defense: str) -> Reading:
         if not usable:
             return None
         point = usable[-1]
-        lost = begin.attacker_accuracy.mean - point.attacker_accuracy.mean
+        lost = _taken(begin, point)
         holds = lost >= 9 if defense == "mad" else lost <= NEAR
         said = (
             f"{lost:.1f} points below ({percent(point.attacker_accuracy)} at strength "
@@ -336,53 +363,3 @@ def not_helped_by(kinds: tuple[str, ...]) -> Reading:
         return Found(said, known[best].n, holds)
 
     return read
-
-
-# --- of the white-box study -----------------------------------------------------------------------
-
-
-def _angles(rows: list[dict], low: float, high: float) -> list[dict]:
-    """MAD's rows over all parameters, of the attacker as described, in a range of epsilons."""
-    own = [r for r in whole(rows) if r.get("angle_mean") is not None and r["layers"] == "all"]
-    own = [r for r in own if r["defense"] == "mad" and is_plain_mad(curve_of(r))]
-    return [r for r in own if low <= r["strength"] <= high and not is_undefended(r)]
-
-
-def widest_angle(rows: list[dict]) -> Found | None:
-    """The largest deviation that any step had."""
-    own = [row for row in _angles(rows, 0, 2) if row.get("angle_max") is not None]
-    if not own:
-        return None
-    most, n = max(row["angle_max"] for row in own), len({pair_of(row) for row in own})
-    return Found(f"up to {most:.0f}", n, YES if most >= 115 else NO)
-
-
-def useful_angle(rows: list[dict]) -> Found | None:
-    """The mean deviation at epsilons from 0.95 to 0.99."""
-    own = _angles(rows, 0.95, 0.99)
-    if not own:
-        return None
-    strengths = sorted({row["strength"] for row in own})
-    means = [fmean(r["angle_mean"] for r in own if r["strength"] == e) for e in strengths]
-    said = f"{min(means):.1f}" + (f" to {max(means):.1f}" if len(means) > 1 else "")
-    return Found(said, len({pair_of(row) for row in own}), YES if min(means) >= 24.9 else NO)
-
-
-def flipped(rows: list[dict]) -> Found | None:
-    """The mean deviation at epsilon 2."""
-    own = _angles(rows, 2, 2)
-    if not own:
-        return None
-    value = stat([row["angle_mean"] for row in own])
-    return Found(percent(value), len(own), YES if value.mean > 90 else NO)
-
-
-def loss_rises(rows: list[dict]) -> Found | None:
-    """The test loss at epsilon 2, from the first evaluation to the last."""
-    own = [r for r in _angles(rows, 2, 2) if None not in r.get("test_losses", [None])]
-    if not own or len(own[0]["test_losses"]) < 2:
-        return None
-    begin, end = (fmean(row["test_losses"][i] for row in own) for i in (0, -1))
-    steps = own[0]["steps_at"]
-    said = f"{begin:.1f} nats after {steps[0]:,} steps, {end:.1f} after {steps[-1]:,}"
-    return Found(said, len(own), YES if end > begin else NO)

@@ -121,6 +121,11 @@ def loss(begin: Summary, point: Summary) -> float:
     return begin.defender_accuracy.mean - point.defender_accuracy.mean
 
 
+def taken_by(begin: Summary, point: Summary) -> float:
+    """Points of accuracy that the attacker loses."""
+    return begin.attacker_accuracy.mean - point.attacker_accuracy.mean
+
+
 def reading(points: list[Summary], at: str, level: float, field: str) -> float | None:
     """A field where another first reaches a level on a curve, by linear interpolation.
 

@@ -30,6 +30,7 @@ from madjax.report.found import (
     percent,
     reading,
     signed,
+    taken_by,
     whole,
 )
 from madjax.report.names import is_plain_mad
@@ -106,7 +107,7 @@ def at_little_cost(attack: str, start: float, end: float) -> Reading:
         if not both:
             return None
         begin, point = both
-        taken = _taken(begin, point)
+        taken = taken_by(begin, point)
         good, half = taken >= start - end - NEAR, taken >= (start - end) / 2
         said = (
             f"{begin.attacker_accuracy.mean:.1f} to {percent(point.attacker_accuracy)} at epsilon "
@@ -122,7 +123,7 @@ def from_every_attack(rows: list[dict]) -> Found | None:
     found = {attack: both for attack in ATTACKS if (both := _affordable(rows, attack))}
     if len(found) < len(ATTACKS):
         return None
-    taken = {attack: _taken(*both) for attack, both in found.items()}
+    taken = {attack: taken_by(*both) for attack, both in found.items()}
     points = [point for _, point in found.values()]
     said = ", ".join(f"{attack} {value:.1f}" for attack, value in taken.items())
     at = ", ".join(dict.fromkeys(f"{point.strength:g}" for point in points))
@@ -143,10 +144,6 @@ def _affordable(rows: list[dict], attack: str) -> tuple[Summary, Summary] | None
     if not kept or kept == points:  # a dearer epsilon says that none above was left out
         return None
     return begin, kept[-1]
-
-
-def _taken(begin: Summary, point: Summary) -> float:
-    return begin.attacker_accuracy.mean - point.attacker_accuracy.mean
 
 
 def less_distance(rows: list[dict]) -> Found | None:
@@ -176,7 +173,7 @@ def most_taken(defense: str) -> Reading:
             return None
         begin, points = parts
         best = min(points, key=lambda p: p.attacker_accuracy.mean)
-        taken = _taken(begin, best)
+        taken = taken_by(begin, best)
         said = f"{taken:.1f} points at strength {best.strength:g}"
         return Found(said, best.n, YES if taken >= 20 else PARTLY if taken >= 10 else NO)
 
@@ -277,7 +274,7 @@ def of_labels_alone(defense: str) -> Reading:
         if not usable:
             return None
         point = usable[-1]
-        lost = _taken(begin, point)
+        lost = taken_by(begin, point)
         holds = lost >= 9 if defense == "mad" else lost <= NEAR
         said = (
             f"{lost:.1f} points below ({percent(point.attacker_accuracy)} at strength "

@@ -6,7 +6,7 @@ it 9 points.
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_subversion.py
 Others: mnist_subversion:paper and mnist_subversion:cifar10, at the paper's sizes;
 mnist_subversion:smoke, in seconds.
-Cost: about 25 minutes on 2 CPU cores.
+Cost: about 50 minutes on 2 CPU cores.
 
 argmax trains on the top label; arch-* is another network; nquery sends each image four times and
 trains on the mean answer; nquery+aug crops and mirrors it anew each time; opt-* is another

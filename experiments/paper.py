@@ -120,11 +120,12 @@ def main(*exhibits: Exhibit) -> int:
         metavar="MINUTES",
         help="stop after so long, at the end of the epoch under way; nothing finished is lost",
     )
-    parser.add_argument(
+    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--runs", nargs="+", metavar="CONFIG", help="of the runs at that scale these alone"
     )
-    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables")
-    parser.add_argument(
+    either.add_argument(
         "--rows", action="store_true", help="run nothing: of the rows that are in OUT already"
     )
     options = parser.parse_args()

@@ -445,9 +445,10 @@ def test_a_run_says_where_it_comes_from(tmp_path):
     (run,) = runs(mine)
     assert run[:4] == ("mine", "study", "", 14)
     assert run.minutes == 6.5
-    set_of_two = [{"seconds": 50.0, "seconds_collecting": 20.0, "budget": b} for b in (10, 20)]
-    (two,) = runs(save(tmp_path / "two", [row(**changes) for changes in set_of_two]))
-    assert two.minutes == 80 / 60  # its queries were asked once
+    each = {"seconds": 50.0, "seconds_collecting": 20.0}
+    cells = [{"budget": 10}, {"budget": 20}, {"seed": 1}, {"strength": 0.9}, {"attack": "jbda"}]
+    (five,) = runs(save(tmp_path / "five", [row(**each, **cell) for cell in cells]))
+    assert five.minutes == (5 * 30 + 4 * 20) / 60  # the first two share a transfer set
     line = report.runs_table(mine).splitlines()[-1]
     assert line == "| mine |  | 14 | 0, 1 | 6 | cpu |"
     assert (run.seeds, run.commits, run.devices, run.versions) == (

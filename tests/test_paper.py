@@ -176,6 +176,8 @@ def test_some_of_the_runs_alone(run, tmp_path, capsys):
     out, words = tmp_path / "out", ("--scale", "smoke", "--out", tmp_path / "out", "--quiet")
     assert run("reproduce", *words, "--runs", "mnist_angle:smoke", "cub200") == 2
     assert "error: --runs cub200 is no run of this script; " in capsys.readouterr().err
+    assert run("reproduce", *words, "--rows", "--runs", "mnist_angle:smoke") == 2
+    assert "argument --runs: not allowed with argument --rows" in capsys.readouterr().err
     assert not out.exists()
     assert run("reproduce", *words, "--runs", "mnist_angle:smoke") == 0
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["mnist_angle-smoke"]

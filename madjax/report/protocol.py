@@ -221,7 +221,8 @@ class Run(NamedTuple):
 
 def runs(*directories: str | Path) -> list[Run]:
     """The provenance of the rows in each directory."""
-    return [_run(Path(directory)) for directory in directories]
+    shipped = _shipped()
+    return [_run(Path(directory), shipped) for directory in directories]
 
 
 def runs_table(*directories: str | Path) -> str:
@@ -237,7 +238,7 @@ def runs_table(*directories: str | Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(directory: Path) -> Run:
+def _run(directory: Path, shipped: list[tuple[str, dict]]) -> Run:
     rows = read_rows(directory)
 
     def each(values: Iterable, sign: str = ", ") -> str:
@@ -246,7 +247,7 @@ def _run(directory: Path) -> Run:
     return Run(
         directory.name,
         each(row.get("config") for row in rows),
-        _command(directory),
+        _command(directory, shipped),
         len(rows),
         each(str(seed) for seed in sorted({row["seed"] for row in rows})),
         _seconds(rows) / 60,
@@ -267,7 +268,22 @@ def _seconds(rows: list[dict]) -> float:
     return learning + sum(collecting.values())
 
 
-def _command(directory: Path) -> str:
+def _shipped() -> list[tuple[str, dict]]:
+    """The configs that come with madjax: the command that runs each, and what its file says."""
+    found = []
+    for form in config.forms():
+        try:
+            chosen = config.load(form)
+        except InputError:  # such as weights that are not there
+            continue
+        study = isinstance(chosen, config.AngleStudy)
+        described = config.describe(chosen.sweep() if study else chosen)
+        own = json.loads(json.dumps(described))  # as a file has it
+        found.append((f"madjax {'angle' if study else 'sweep'} {form}", own))
+    return found
+
+
+def _command(directory: Path, shipped: list[tuple[str, dict]]) -> str:
     """The command that makes the rows, where their config is one that comes with madjax."""
     if not (directory / store.CONFIG).is_file():
         return ""
@@ -276,16 +292,9 @@ def _command(directory: Path) -> str:
     except InputError:  # of a damaged file; the rows say what they are
         return ""
     found: dict[bool, str] = {}
-    for form in config.forms():
-        try:
-            chosen = config.load(form)
-        except InputError:  # such as weights that are not there
-            continue
-        study = isinstance(chosen, config.AngleStudy)
-        chosen = chosen.sweep() if study else chosen
-        if chosen.name == said.get("name"):
-            own = json.loads(json.dumps(config.describe(chosen)))  # as a file has it
+    for command, own in shipped:
+        if own["name"] == said.get("name"):
             same = own == {field: value for field, value in said.items() if field in own}
-            found[same] = found.get(same, f"madjax {'angle' if study else 'sweep'} {form}")
+            found.setdefault(same, command)
     near = f"{found[False]}, another form of it: see its config.json" if False in found else ""
     return found.get(True, near)

@@ -119,7 +119,7 @@ def at_little_cost(attack: str, start: float, end: float) -> Reading:
 
 
 def from_every_attack(rows: list[dict]) -> Found | None:
-    """What MAD takes from each of the four attacks at so little a cost."""
+    """What MAD takes from each of the four attacks, each at its largest such epsilon."""
     found = {attack: both for attack in ATTACKS if (both := _affordable(rows, attack))}
     if len(found) < len(ATTACKS):
         return None

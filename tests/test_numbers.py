@@ -1,0 +1,281 @@
+"""Numbers in the sentences of experiments/README.md: each is made anew from the rows it is about.
+
+The tables there have tests of their own (test_experiments.py, test_paper.py).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+RESULTS = EXPERIMENTS / "results"
+TEXT = " ".join((EXPERIMENTS / "README.md").read_text().split())
+UNALTERED = {"oracle": "extreme", "objective": "none", "defense_variant": ""}
+LAST = {"defense": "mad", "layers": "last", **UNALTERED}
+ALL = {"defense": "mad", "layers": "all", **UNALTERED}
+WHOLE, LABELS = {"targets": "posteriors"}, {"targets": "top_label"}
+
+
+def rows_of(*names, **fields):
+    """The rows of these runs in which the fields have these values."""
+    lines = [
+        line for name in names for line in (RESULTS / name / "rows.jsonl").read_text().splitlines()
+    ]
+    return [r for r in map(json.loads, lines) if all(r[f] == v for f, v in fields.items())]
+
+
+def defended(*names, **fields):
+    """The rows of mnist_defenses in which the fields have these values."""
+    return rows_of("mnist_defenses", *names, **fields)
+
+
+def values(rows, field="attacker_accuracy"):
+    """A field by seed, of one row a seed."""
+    rows = sorted(rows, key=lambda row: row["seed"])
+    assert rows
+    assert len({row["seed"] for row in rows}) == len(rows)
+    return np.array([row[field] for row in rows])
+
+
+def said(numbers, digits=1):
+    """Mean ± sample standard deviation."""
+    return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
+
+
+def accuracy(rows):
+    return said(values(rows))
+
+
+def test_where_dp_sgd_has_the_attacker():
+    """On straight lines between measured strengths, seed by seed."""
+    far, low = [], []
+    for seed in range(3):
+        own = defended(defense="dp_sgd", seed=seed, **WHOLE)
+        own = sorted(own + defended(defense="none", seed=seed, **WHOLE), key=lambda r: r["l1_mean"])
+        l1, accuracies = ([r[f] for r in own] for f in ("l1_mean", "attacker_accuracy"))
+        assert accuracies == sorted(accuracies, reverse=True)
+        far.append(np.interp(-80, np.negative(accuracies), l1))
+        low.append(np.interp(0.5, l1, accuracies))
+    assert f"the attacker has 80 % at L1 {np.mean(far):.2f} and {said(low)} % at 0.5" in TEXT
+
+
+def test_the_defences_that_keep_the_top_label():
+    sigmoid = {"defense": "reverse_sigmoid", "strength": 1}
+    assert f"and has the attacker at {accuracy(defended(**sigmoid, **WHOLE))}" in TEXT
+    assert f"undoes it ({accuracy(defended(**sigmoid, **LABELS))}; Fig. 5" in TEXT
+    (kept,) = {r["defender_accuracy"] for r in defended(**sigmoid)}
+    assert {kept} == {r["defender_accuracy"] for r in defended(defense="none")}
+    assert f"MNIST victim of {kept:.2f} %, knockoff attacker with 10,000 queries" in TEXT
+    assert f"[{len(defended())} rows, report](results/mnist_defenses/report.md)" in TEXT
+
+
+def test_what_mad_takes_from_the_attacker_of_top_labels():
+    bare, before = defended(defense="none", **LABELS), defended(**LAST, strength=0.99, **LABELS)
+    few = np.mean(values(bare) - values(before))
+    most = rows_of("mnist_budgets", budget=50_000, **LABELS)
+    bare, before = ([r for r in most if r["strength"] == s] for s in (0, 0.99))
+    many = np.mean(values(bare) - values(before))
+    assert f"MAD takes {few:.0f} points, and {many:.1f} where it has 50,000 queries" in TEXT
+
+
+def test_the_surrogate_that_was_trained():
+    own = defended(defense_variant="surrogate of 15 epochs", strength=0.99, **WHOLE)
+    more = values(own) - values(defended(**LAST, strength=0.99, **WHOLE))
+    assert f"One of 15 epochs leaves the attacker {said(more)} points more" in TEXT
+    own = defended(defense_variant="the victim as surrogate", **WHOLE)
+    assert {row["undefended_share"] for row in own} == {1.0}
+
+
+def test_the_ablations():
+    mad = {e: values(defended(**LAST, strength=e, **WHOLE)) for e in (0.8, 0.99)}
+    every = {e: values(defended(**ALL, strength=e, **WHOLE)) for e in (0.8, 0.99)}
+    identity = values(defended(layers="identity", strength=0.99, **WHOLE))
+    least = values(defended(oracle="argmin", strength=0.99, **WHOLE))
+    assert f"G = I is {said(identity - mad[0.99])} points behind MAD with the last layer" in TEXT
+    assert f"ahead of all parameters ({said(every[0.99])})" in TEXT
+    assert f"which the authors' code has too ({said(least - mad[0.99])} behind)" in TEXT
+    un = {
+        e: values(defended(oracle="extreme_unnormalised", strength=e, **WHOLE)) for e in (0.8, 0.99)
+    }
+    by = [said(un[e] - every[e]) for e in (0.8, 0.99)]
+    assert f"by {by[0]} points at 0.8 and {by[1]} at 0.99 (all parameters, in pairs)" in TEXT
+
+
+def test_the_largest_entropy_at_a_distance_of_one():
+    """Half of the mass stays, the other half is spread over nine classes."""
+    largest = np.array([0.5, *9 * [0.5 / 9]])
+    nats = -np.sum(largest * np.log(largest))
+    bits = nats / np.log(2)
+    assert bits == pytest.approx(1 / 2 + np.log2(18) / 2)
+    assert f"1/2 + log2(18)/2 = {bits:.2f} bits, or {nats:.2f} nats" in TEXT
+    for defense in ("mad_argmax", "reverse_sigmoid"):  # nothing measured is beyond it
+        near = [r for r in defended(defense=defense) if r["l1_mean"] <= 1]
+        assert max(r["entropy_mean"] for r in near) <= bits
+
+
+def test_the_solvers():
+    """The table of attackers before each solver, and the sentence below it."""
+    epsilons, ours = (0.5, 0.99), rows_of("mnist_optimum")
+
+    def line(rows, *layers):
+        cells = []
+        for each in layers:
+            own = [[r for r in rows if (r["layers"], r["epsilon"]) == (each, e)] for e in epsilons]
+            cells.append(", ".join(map(accuracy, own)))
+        last = [r for r in rows if r["epsilon"] == 0.99]
+        kept = (
+            values([r for r in last if r["layers"] == each], "defender_accuracy") for each in layers
+        )
+        blank = [""] * (2 - len(layers))
+        cells = [*cells, *blank, ", ".join(f"{own.mean():.1f}" for own in kept)]
+        return " | ".join(cells).replace("|  |", "| |")
+
+    plain = [r for r in ours if r["constraints"] == "none"]
+    ascend = [r for r in plain if r["solver"] == "ascend"]
+    vertices = [r for r in plain if r["oracle"] == "extreme_at_budget"]
+    kept = [r for r in ours if "keep_label" in r["constraints"]]
+    search = [r for rule in (LAST, ALL) for r in defended(**rule, **WHOLE)]
+    assert f"| line search | {line(search, 'last', 'all')} |" in TEXT
+    assert f"| extreme_at_budget | {line(vertices, 'last', 'all')} |" in TEXT
+    assert f"| ascend | {line(ascend, 'last', 'all')} |" in TEXT
+    assert f"| ascend, `keep_label` | {line(kept, 'last')} |" in TEXT
+    (own,), (theirs,) = ({r["victim_accuracy"] for r in rows} for rows in (search, ours))
+    assert f"{own:.2f} % in place of {theirs:.2f}" in TEXT
+    argmax = defended(defense="mad_argmax", strength=1, **WHOLE)
+    at_099 = [r for r in kept if r["epsilon"] == 0.99]
+    assert f"{accuracy(at_099)} % against {accuracy(argmax)} for MAD-argmax" in TEXT
+
+
+def test_no_solver_leaves_the_budget():
+    lines = (RESULTS / "optimum" / "study.jsonl").read_text().splitlines()
+    excess = max(
+        row["excess"] for row in map(json.loads, lines) if row["queries"] == "kassel_letters"
+    )
+    assert f"every answer is within the budget to {excess:.0e}.".replace("e-0", "e-") in TEXT
+
+
+def test_the_ways_around_mad():
+    def around(variant, strength):
+        return rows_of("mnist_subversion", variant=variant, strength=strength)
+
+    plain = {e: values(around("", e)) for e in (0, 0.9, 0.99)}
+    for strength, same in plain.items():
+        assert list(values(around("nquery", strength))) == list(same)
+    cropped, labels = around("nquery+aug", 0), around("argmax", 0.9)
+    assert f"harm the attacker undefended already ({accuracy(cropped)})" in TEXT
+    assert f"best at 0.9 ({accuracy(labels)}, where whole answers give {said(plain[0.9])})" in TEXT
+    assert f"a network twice as wide is ({accuracy(around('arch-larger', 0.99))})" in TEXT
+    names = {row["variant"] for row in rows_of("mnist_subversion")}
+    for strength, best in ((0.9, "argmax"), (0.99, "arch-larger")):
+        means = {name: values(around(name, strength)).mean() for name in names}
+        assert max(means, key=means.get) == best
+    most = rows_of("mnist_budgets", budget=50_000, strength=0.99)
+    labels, whole = ([r for r in most if r["targets"] == t] for t in ("top_label", "posteriors"))
+    assert f"top labels ({accuracy(labels)}, where whole answers give {accuracy(whole)})" in TEXT
+
+
+def test_the_angles():
+    half = [row["angle_means"] for row in rows_of("mnist_angle", epsilon=0.5)]
+    first, *_, last = np.mean(half, axis=0)
+    steps = rows_of("mnist_angle")[0]["steps_at"]
+    assert (steps[0], steps[-2]) == (1_000, 9_000)
+    told = f"from {first:.0f} degrees in the first 1,000 steps to {last:.0f} in the last"
+    assert told in TEXT
+    counts = np.sum([r["angle_histogram"] for r in rows_of("mnist_angle", epsilon=2)], axis=0)
+    width = 180 / len(counts)
+    assert 2 % width == 0
+    share = 100 * counts[-int(2 / width) :].sum() / counts.sum()
+    assert f"At epsilon 2, {share:.0f} % of the angles are above 178 degrees" in TEXT
+
+
+def test_the_attackers_that_learn_otherwise():
+    own = {
+        (r["layers"], r["defense"], r["variant"], r["epsilon"]): []
+        for r in rows_of("mnist_angle_variants")
+    }
+    for row in rows_of("mnist_angle_variants"):
+        own[row["layers"], row["defense"], row["variant"], row["epsilon"]].append(row)
+    (adam,) = [rows for (layers, *key), rows in own.items() if key == ["mad_argmax", "Adam", 2]]
+    turned = np.mean(values(adam, "update_angle_mean"))
+    assert f"at 2 it turns Adam's updates by {turned:.1f} degrees" in TEXT
+    (queries,) = {r["queries"] for r in rows_of("mnist_angle_variants") if r["batch_size"] == 16}
+    assert f"A batch of 16 sends {queries:,} queries" in TEXT
+
+
+def test_cifar10():
+    bare, half, most = sorted(rows_of("cifar10_reduced"), key=lambda row: row["epsilon"])
+    victim, own = bare["victim_accuracy"], bare["attacker_accuracy"]
+    assert f"the attacker reaches {own / victim:.2f} of the victim's {victim:.1f} %" in TEXT
+    taken, cost = own - half["attacker_accuracy"], victim - half["defender_accuracy"]
+    best = bare["attacker_accuracy_best"] - half["attacker_accuracy_best"]
+    said = f"takes {taken:.1f} points from the attacker and costs {cost:.1f}. The attacker's best"
+    assert f"{said} epoch loses {best:.1f}." in TEXT
+    assert f"0.99 the defender falls to {most['defender_accuracy']:.0f} %" in TEXT
+    (sure,) = {f"{r['entropy_mean']:.2f}" for r in rows_of("mnist_budgets", epsilon=0)}
+    assert (
+        f"have {bare['entropy_mean']:.2f} bits of entropy, those of the MNIST victim {sure}" in TEXT
+    )
+
+
+def test_the_surrogates_by_width():
+    lines = (RESULTS / "last_vs_all" / "study.jsonl").read_text().splitlines()
+    rows = list(map(json.loads, lines))
+    (accuracy,) = {row["victim_accuracy"] for row in rows}
+    assert f"MNIST victim of {accuracy:.2f} % after {rows[0]['victim_epochs']} epochs" in TEXT
+    narrow = np.mean([row["agreement"] for row in rows if row["width"] == 1])
+    assert round(narrow / 25) == 1
+    assert "they choose the same y* for a quarter of the queries" in TEXT
+    widths = sorted({row["width"] for row in rows})
+    far = [np.mean([r["distance"] for r in rows if r["width"] == w]) for w in widths]
+    slope, _ = np.polyfit(np.log(widths), np.log(far), 1)
+    assert slope == pytest.approx(-0.5, abs=0.05)
+
+
+def facts_of(name):
+    """What a benchmark left, and its results by what they are called."""
+    facts = json.loads((RESULTS / f"{name}.json").read_text())
+    return facts, {next(iter(each.values())): each for each in facts.get("results", [])}
+
+
+def test_the_speed_of_the_defence():
+    facts, _ = facts_of("bench_mad")
+    large, count = facts["largest"], 135_317_824
+    assert f"all {count:,} parameters, one query: {large['seconds']:.0f} s in" in TEXT
+    alone = 256 * count * 4 / 1e9  # G is float32
+    assert f"in {large['peak_gb']:.1f} GB, where G alone would be {alone:.0f} GB" in TEXT
+    (many,) = [each for each in facts["curves"]["epsilons"] if each["x"] == 21]
+    assert f"21 budgets in one call cost {many['ratio_to_one']:.2f} times one" in TEXT
+
+
+def test_the_speed_of_white_box_steps():
+    _, results = facts_of("bench_angle")
+    queries = 7  # of a step of the grid
+    ms = {name: 1e3 / queries / each["steps_per_second"][0] for name, each in results.items()}
+    slow, lean, ours, _ = ms.values()
+    assert f"a query takes the first loop {slow:.0f} ms here, the second {lean:.0f} ms" in TEXT
+    assert f"and madjax {ours:.1f} ms" in TEXT
+
+
+def test_the_speed_of_training_and_of_the_pipeline():
+    _, parts = facts_of("bench_step")
+    products, whole = parts["matrix products"]["madjax"][0], parts["and shuffled batches"]
+    share, times = 100 * products / whole["madjax"][0], whole["PyTorch"][0] / products
+    told = f"take {share:.0f} % of our step, and PyTorch's whole step {times:.2f} times as long"
+    assert told in TEXT
+    _, stages = facts_of("bench_pipeline")
+    answers = stages["queries and MAD, last layer"]["ratio"][0]
+    assert f"answers are made {answers:.0f} times as fast" in TEXT
+    training, (_, variants) = stages["training and tests"]["ratio"][0], facts_of("bench_training")
+    itself = variants["grid of 8, lax.map"]["ratio"][0]
+    assert f"Of the factor {training} in training about {itself:.1f} is the training" in TEXT
+
+
+def test_the_cost_of_the_reduced_run_of_cifar10():
+    lines = (RESULTS / "cifar10_reduced" / "rates.jsonl").read_text().splitlines()
+    spent = [(rate["kind"], rate["seconds"] / 60) for rate in map(json.loads, lines)]
+    stolen = sum(minutes for kind, minutes in spent if kind.startswith("stolen"))
+    whole = sum(minutes for _, minutes in spent)
+    told = f"The run took {stolen:.0f} and {whole:.0f}, part of them beside other work"
+    assert f"{told}: {71 / stolen:.2f} and {92 / whole:.2f}." in TEXT

@@ -345,6 +345,25 @@ def test_ways_around_are_those_before_mad():
     assert told(rows, "asking several times") == []
 
 
+def test_the_best_way_around_is_told_at_each_epsilon():
+    """That of top labels, by whatever name; answers without use to anyone do not count."""
+    labels = {"variant": "argmax", "targets": "top_label"}
+    rows = curve([(0.0, 99.0, 98.0), (0.5, 99.0, 90.0), (0.9, 98.0, 70.0), (1.5, 0.0, 9.0)])
+    rows += curve([(0.5, 99.0, 97.0), (0.9, 98.0, 80.0), (1.5, 0.0, 5.0)], **labels)
+    assert told(rows, "best way around") == []  # no other network, no other optimiser
+    adam = curve([(0.5, 99.0, 96.0), (0.9, 98.0, 81.0)], variant="opt-adam")
+    (answer,) = told(rows + adam[:4] + adam[5:], "best way around")  # a row is missing
+    assert told([r for r in rows + adam if r["targets"] != "top_label"], "best way around") == []
+    both = "the top label 97.0 at epsilon 0.5; opt-adam 81.0, the top label 80.0 at epsilon 0.9"
+    assert answer.found == (both, 2, "partly")
+    weak = curve([(0.5, 99.0, 96.0), (0.9, 98.0, 79.0)], variant="opt-adam")
+    assert told(rows + weak, "best way around")[0].found.holds == "yes"
+    strong = curve([(0.5, 99.0, 98.0), (0.9, 98.0, 81.0)], variant="arch-larger")
+    assert told(rows + strong, "best way around")[0].found.holds == "no"
+    others = [{**r, "layers": "all"} for r in strong]
+    assert told(rows + weak + others, "best way around")[0].found.holds == "yes"
+
+
 def test_mad_argmax_is_beside_reverse_sigmoid_at_each_of_its_strengths():
     keep = {"defense": "mad_argmax", "oracle": "argmax_preserving"}
     rows = curve([(0.0, 99.0, 98.0), (0.5, 99.0, 98.0), (1.0, 99.0, 80.0)], **keep)

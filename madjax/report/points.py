@@ -127,7 +127,7 @@ def sound_curves(rows: list[dict]) -> dict[Curve, list[Summary]]:
     if not found:
         raise InputError(
             f"all {len(rows)} stolen models diverged: there is nothing to draw; give the attack's "
-            "recipe a smaller learning_rate"
+            "recipe, or its substitute, a smaller learning_rate"
         )
     return found
 

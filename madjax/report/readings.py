@@ -24,6 +24,7 @@ from madjax.report.found import (
     in_pairs,
     interval,
     labels_alone,
+    learns,
     loss,
     mad,
     parted,
@@ -38,6 +39,8 @@ from madjax.report.pairs import difference, pair_of, paired
 from madjax.report.points import Curve, Summary, curve_of, is_undefended, stat
 
 ATTACKS = ("knockoff", "jbda", "jbself", "jbtop3")
+OTHERWISE = ("arch-", "opt-")
+"""How variants of an attack are called that have another network, or another optimiser."""
 
 
 def unspoiled(rows: list[dict], attack: str) -> list[dict]:
@@ -313,8 +316,7 @@ def efficiency(rows: list[dict]) -> Found | None:
     the logarithms of measured budgets.
     """
     own = [r for r in whole(rows) if r["attack"] == "knockoff"]
-    mads = [r for r in own if is_plain_mad(curve_of(r)) and r["defense"] == "mad"]
-    mads = [r for r in mads if 0 < r["strength"] < 1 and r["layers"] == "last"]
+    mads = _before_mad(own)
     at = max((r["strength"] for r in mads), default=0)
     most = max((r["budget"] for r in mads), default=0)
     times = []
@@ -340,10 +342,9 @@ def not_helped_by(kinds: tuple[str, ...]) -> Reading:
     """How much more the best of these attackers has than the plain one, before MAD."""
 
     def read(rows: list[dict]) -> Found | None:
-        own = [r for r in rows if r["attack"] == "knockoff" and r["defense"] == "mad"]
-        own = [r for r in own if r["layers"] == "last" and is_plain_mad(curve_of(r))]
-        at = max((r["strength"] for r in own if r["strength"] < 1), default=0)
-        own = [r for r in own if r["strength"] == at > 0]
+        own = _before_mad(rows)
+        at = max((r["strength"] for r in own), default=0)
+        own = [r for r in own if r["strength"] == at]
         plain = whole(own)
         names = {r["variant"] for r in own if (r.get("variant") or "").startswith(kinds)}
         told = {
@@ -360,3 +361,32 @@ def not_helped_by(kinds: tuple[str, ...]) -> Reading:
         return Found(said, known[best].n, holds)
 
     return read
+
+
+def best_way(rows: list[dict]) -> Found | None:
+    """The attacker that has most before MAD, at each epsilon, beside that of top labels alone."""
+    own, label = _before_mad(rows), "the top label"
+    told, best, n = [], [], []
+    for at in sorted({r["strength"] for r in own}):
+        by_way: dict[str, list[float]] = {}
+        for row in (r for r in own if r["strength"] == at):
+            way = label if learns(row) == "top_label" else row.get("variant") or "as described"
+            by_way.setdefault(way, []).append(row["attacker_accuracy"])
+        if label not in by_way or not any(way.startswith(OTHERWISE) for way in by_way):
+            return None
+        means = {way: fmean(values) for way, values in by_way.items()}
+        best.append(max(means, key=lambda way: means[way]))
+        ways = dict.fromkeys((best[-1], label))
+        told.append(", ".join(f"{way} {means[way]:.1f}" for way in ways) + f" at epsilon {at:g}")
+        n += [len(by_way[way]) for way in ways]
+    if not told:
+        return None
+    holds = YES if set(best) == {label} else PARTLY if label in best else NO
+    return Found("; ".join(told), min(n), holds)
+
+
+def _before_mad(rows: list[dict]) -> list[dict]:
+    """Those of knockoff attackers before MAD of the last layer, at useful epsilons."""
+    own = [r for r in rows if r["attack"] == "knockoff" and r["defense"] == "mad"]
+    own = [r for r in own if r["layers"] == "last" and 0 < r["strength"] < 1]
+    return [r for r in own if is_plain_mad(curve_of(r))]

@@ -176,6 +176,36 @@ def test_the_ways_around_mad():
     assert f"top labels ({accuracy(labels)}, where whole answers give {accuracy(whole)})" in TEXT
 
 
+def test_the_attacks_on_fashion_mnist():
+    rows = rows_of("mnist_attacks-fashion_mnist", strength=0, budget=10_000)
+    rows += rows_of("mnist_knockoff-fashion_mnist", strength=0, layers="last")
+    knockoff = [[r for r in rows if r["budget"] == b] for b in (10_000, 50_000)]
+    knockoff[0] = [r for r in knockoff[0] if r["attack"] == "knockoff"]
+    few, many = map(accuracy, knockoff)
+    assert f"knockoff is below ({few} with 10,000 queries, {many} with 50,000)" in TEXT
+    for name, paper in (("jbda", 38.7), ("jbself", 45.8), ("jbtop3", 68.7)):
+        own = values([r for r in rows if r["attack"] == name])
+        assert own.min() > paper
+        assert own.min() > values(knockoff[1]).max()
+
+
+def test_mad_on_fashion_mnist():
+    def own(strength, field="attacker_accuracy"):
+        rows = rows_of("mnist_knockoff-fashion_mnist", strength=strength, layers="last")
+        assert len(rows) == 3
+        return values(rows, field)
+
+    half, more = ((own(0) - own(e)).mean() for e in (0.5, 0.9))
+    free, cost = (
+        (own(0, "defender_accuracy") - own(e, "defender_accuracy")).mean() for e in (0.5, 0.9)
+    )
+    assert free == 0
+    told = f"{half:.1f} points at epsilon 0.5, for nothing, and {more:.1f} at 0.9, for {cost:.1f}"
+    assert told in TEXT
+    (unsure,) = set(own(0, "entropy_mean"))
+    assert unsure > rows_of("mnist_budgets", epsilon=0)[0]["entropy_mean"]
+
+
 def test_the_angles():
     half = [row["angle_means"] for row in rows_of("mnist_angle", epsilon=0.5)]
     first, *_, last = np.mean(half, axis=0)

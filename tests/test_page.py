@@ -211,6 +211,21 @@ def test_a_claim_is_answered_from_the_run_of_the_largest_budget_on_each_data_set
     assert {a.found.n for a in found} == {3}
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "holds"),
+    [(87.3, "yes"), (91.1, "yes"), (91.3, "partly"), (83.3, "partly"), (83.1, "no")],
+    ids=str,
+)
+def test_an_attack_is_the_papers_within_two_points(accuracy, holds):
+    """The paper has 89.2 %, and the standard deviation here is 3: one that does better is not."""
+    rows = [
+        r | {"attacker_accuracy": accuracy + 3 * (r["seed"] - 1)}
+        for r in curve([(0.0, 99.0, accuracy)], attack="jbda")
+    ]
+    (answer,) = told(rows, "jbda on the undefended victim")
+    assert answer.found == (f"{accuracy} ± 3.0 with 5,000 queries", 3, holds)
+
+
 def test_a_claim_is_read_in_one_task():
     """Of two query sets of one config it is answered from one, not from seeds of both."""
     rows = curve([(0.0, 99.0, 98.0)], queryset="a", task_settings="1")

@@ -70,9 +70,9 @@ def undefended(attack: str) -> Reading:
             return None
         value = stat([r["attacker_accuracy"] for r in own])
         short = paper[attack] - value.mean
-        within = short <= 2 * (value.std or 0)
+        near, within = abs(short) <= NEAR, short <= 2 * (value.std or 0)
         said = f"{percent(value)} with {own[0]['budget']:,} queries"
-        return Found(said, len(own), YES if short <= NEAR else PARTLY if within else NO)
+        return Found(said, len(own), YES if near else PARTLY if within else NO)
 
     return read
 

@@ -145,7 +145,9 @@ def _title(ax, dataset: str, attack: str, rows: list[dict]) -> None:
     small = f"victim {runs[0]} · queries {runs[1]} · {_seeds(rows)}"
     if lost := len(rows) - sum(map(is_sound, rows)):
         small += f" · {lost} diverged"
-    # A longer title stands on a line of its own.
-    large = f"{dataset}, {attack}\n" if attack else dataset
+    large = f"{dataset}, {attack}" if attack else dataset
+    inches = ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.8  # less the axis beside it
+    if attack or 0.12 * len(large) + 0.058 * len(small) > inches:
+        large += "\n"  # it stands on a line of its own
     ax.set_title(large, loc="left", fontweight="bold", color=INK)
     ax.set_title(small, loc="right", fontsize=8, color=GREY)

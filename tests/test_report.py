@@ -785,15 +785,17 @@ def test_legend_lies_inside_the_figure_and_outside_the_panels(make, attacks):
         assert not any(box.overlaps(later) for later in boxes[i + 1 :])
 
 
+@pytest.mark.parametrize("make", [report.figure, report.budgets_figure])
 @pytest.mark.parametrize("columns", [1, 2, 3])
 @pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "a_data_set_of_a_long_name"])
-def test_the_titles_of_a_panel_are_beside_each_other(dataset, columns):
+def test_the_titles_of_a_panel_are_beside_each_other(dataset, columns, make):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
     names = [dataset, *"xy"][:columns]
     rows = [{**r, "dataset": name, "queryset": name} for name in names for r in grid()[:8]]
-    fig = report.figure(rows + [{**r, "queryset": "kassel_letters"} for r in rows])
+    rows += [{**r, "queryset": "kassel_letters"} for r in rows]
+    fig = make(rows + [{**r, "budget": 3} for r in rows])
     renderer = FigureCanvasAgg(fig).get_renderer()
     fig.draw(renderer)
     for ax in fig.get_axes():

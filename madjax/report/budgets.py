@@ -7,7 +7,7 @@ import numpy as np
 from madjax.errors import InputError
 from madjax.report.looks import crossed, plain
 from madjax.report.names import attack, labels, name
-from madjax.report.panels import GREY, INK, tidy
+from madjax.report.panels import GREY, INK, seeds_of, tidy, titled
 from madjax.report.points import RULE, Curve, Summary, is_sound, sound_curves
 
 ACROSS = 3
@@ -53,12 +53,9 @@ def budgets_figure(rows: list[dict]):
         ax.set_xlabel("queries", color=INK)
         ax.set_ylabel("attacker accuracy (%)", color=INK)
         tidy(ax)
-        ax.set_title(name(dataset), loc="left", fontweight="bold", color=INK)
         own = [row for row in rows if row["dataset"] == dataset]
-        small = ", ".join(sorted({name(row["queryset"]) for row in own}))
-        seeds = len({row["seed"] for row in own})
-        small = f"queries {small} · {seeds} seed" + "s" * (seeds > 1)
-        ax.set_title(small, loc="right", fontsize=8, color=GREY)
+        queries = ", ".join(sorted({name(row["queryset"]) for row in own}))
+        titled(ax, name(dataset), f"queries {queries} · {seeds_of(own)}")
     told = Line2D([], [], color=GREY, **DEFENDER, label="accuracy of the answers")
     style = {"frameon": False, "fontsize": 8.5, "loc": "outside lower center", "ncols": abreast}
     style["handlelength"] = 3.4  # dashes are to be seen beside the mark

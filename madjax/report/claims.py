@@ -123,7 +123,8 @@ CLAIMS = (
             "Table 1",
             f"accuracy of {attack} on the undefended victim",
             _table_1(attack),
-            f"within {readings.NEAR:g} points; partly: above, or 2 standard deviations below",
+            f"within {readings.NEAR:g} points; partly: above, or at most 2 standard deviations "
+            "below",
             readings.undefended(attack),
         )
         for attack in ("jbda", "jbself", "jbtop3", "knockoff")

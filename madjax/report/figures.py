@@ -14,13 +14,14 @@ from madjax.report.panels import (
     CIRCLE,
     CROSS,
     DIAGONAL,
-    GREY,
     IDEAL,
     INK,
     L1,
     Line,
     Utility,
     draw,
+    seeds_of,
+    titled,
 )
 from madjax.report.points import Curve, at_full_budget, is_sound, sound_curves, started
 
@@ -135,19 +136,9 @@ def _canvas(lines: int, columns: int, looks: dict[str, dict]):
     return fig
 
 
-def _seeds(rows: list[dict]) -> str:
-    count = len({row["seed"] for row in rows})
-    return f"{count} seed" + "s" * (count > 1)
-
-
 def _title(ax, dataset: str, attack: str, rows: list[dict]) -> None:
     runs = [", ".join(sorted({name(row[f]) for row in rows})) for f in ("victim", "queryset")]
-    small = f"victim {runs[0]} · queries {runs[1]} · {_seeds(rows)}"
+    small = f"victim {runs[0]} · queries {runs[1]} · {seeds_of(rows)}"
     if lost := len(rows) - sum(map(is_sound, rows)):
         small += f" · {lost} diverged"
-    large = f"{dataset}, {attack}" if attack else dataset
-    inches = ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.8  # less the axis beside it
-    if attack or 0.12 * len(large) + 0.058 * len(small) > inches:
-        large += "\n"  # it stands on a line of its own
-    ax.set_title(large, loc="left", fontweight="bold", color=INK)
-    ax.set_title(small, loc="right", fontsize=8, color=GREY)
+    titled(ax, f"{dataset}, {attack}" if attack else dataset, small, apart=bool(attack))

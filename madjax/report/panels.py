@@ -83,6 +83,24 @@ def draw(
     tidy(ax)
 
 
+def titled(ax, large: str, small: str, *, apart: bool = False) -> None:
+    """Write a panel's title at its left, and at its right what was run.
+
+    The title stands on a line of its own where apart says so, or where both have no room on one.
+    """
+    inches = ax.figure.get_figwidth() / ax.get_gridspec().ncols - 0.8  # less the axis beside it
+    if apart or 0.115 * len(large) + 0.058 * len(small) > inches:
+        large += "\n"
+    ax.set_title(large, loc="left", fontweight="bold", color=INK)
+    ax.set_title(small, loc="right", fontsize=8, color=GREY)
+
+
+def seeds_of(rows: list[dict]) -> str:
+    """How many seeds there are, in words."""
+    count = len({row["seed"] for row in rows})
+    return f"{count} seed" + "s" * (count > 1)
+
+
 def tidy(ax) -> None:
     """A pale frame without its top and right side, and a paler grid: as all panels have."""
     ax.spines[:].set_color(GREY)

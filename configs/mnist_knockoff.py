@@ -3,8 +3,8 @@
 Claim: the undefended attacker reaches >= 98 % with 50,000 queries; at epsilon 0.99 it loses at
 least 12 points while the defender loses less than half of that.
 Command: MADJAX_DATA=DIR madjax sweep configs/mnist_knockoff.py
-Others: mnist_knockoff:fashion_mnist, another victim; mnist_knockoff:paper, both at the paper's
-sizes; mnist_knockoff:smoke, in seconds.
+Others: mnist_knockoff:fashion_mnist, another victim; mnist_knockoff:fashion_digits, that victim and
+other queries; mnist_knockoff:paper, both at the paper's sizes; mnist_knockoff:smoke, in seconds.
 Cost: about 90 minutes on 2 CPU cores.
 
 Differs from the paper: Kassel letters (train and test part, 52,152 images) stand in for EMNIST
@@ -49,6 +49,14 @@ def fashion_mnist() -> Sweep:
     base = config()
     tasks = tuple(replace(task, dataset="fashion_mnist") for task in base.tasks)
     return replace(base, name="fashion_knockoff", tasks=tasks)
+
+
+def fashion_digits() -> Sweep:
+    """Fashion-MNIST asked about MNIST's digits, undefended: what the queries make of the attack."""
+    base = fashion_mnist()
+    tasks = tuple(replace(task, queryset="mnist", query_splits=("train",)) for task in base.tasks)
+    none = (Defended(MAD(layers="last"), (0.0,)),)
+    return replace(base, name="fashion_knockoff_digits", tasks=tasks, defenses=none)
 
 
 def paper() -> Sweep:

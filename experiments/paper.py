@@ -44,7 +44,7 @@ def _study(name: str, *, reduced: Sequence[str] = (), paper: Sequence[str]) -> S
 
 ATTACKS = _study(
     "mnist_attacks",
-    reduced=["fashion_mnist", "as_published"],
+    reduced=["fashion_mnist", "as_published", "fashion_as_published"],
     paper=["mnist_attacks:paper", *VGG],
 )
 KNOCKOFF = _study("mnist_knockoff", reduced=["fashion_mnist"], paper=["mnist_knockoff:paper"])

@@ -10,7 +10,7 @@ Cost and differences from the paper: see configs/mnist_attacks.py and configs/mn
 from measuring import markdown
 from paper import ATTACKS, KNOCKOFF, Exhibit, main, where
 
-from madjax.report.found import TABLE_1, percent
+from madjax.report.found import TABLE_1, percent, victims
 from madjax.report.names import name
 from madjax.report.points import at_full_budget, sound_curves, stat
 
@@ -24,10 +24,9 @@ def table(rows):
         paper = TABLE_1[curve.dataset]
         if curve.dataset not in seen:
             seen.add(curve.dataset)
-            own = [row for row in rows if row["dataset"] == curve.dataset]
-            victims = {row.get("victim_seed"): row["victim_accuracy"] for row in own}
-            said = [percent(stat(list(victims.values()))), "", "", f"{len(victims)}"]
-            lines.append([name(curve.dataset), "(victim)", "", f"{paper['victim']}", *said])
+            own = victims([row for row in rows if row["dataset"] == curve.dataset])
+            said = [f"{paper['victim']}", percent(stat(own)), "", "", f"{len(own)}"]
+            lines.append([name(curve.dataset), "(victim)", "", *said])
         own = [percent(point.attacker_accuracy), f"{curve.budget:,}"]
         reading = curve.variant or "as described"
         line = [name(curve.dataset), curve.attack, reading, f"{paper[curve.attack]}", *own]

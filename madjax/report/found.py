@@ -84,6 +84,12 @@ def learns(row: dict) -> str:
     return row.get("targets") or "posteriors"
 
 
+def victims(rows: list[dict]) -> list[float]:
+    """The accuracy of each victim as it is: DP-SGD's are others."""
+    own = [r for r in rows if r["defense"] != "dp_sgd" and r.get("victim_accuracy") is not None]
+    return list({r.get("victim_seed") or 0: r["victim_accuracy"] for r in own}.values())
+
+
 def curves_of(rows: list[dict], attack: str = "knockoff") -> dict[Curve, list[Summary]]:
     """The curves against one attack at its full budget, from the undefended point on."""
     own = [row for row in rows if row["attack"] == attack]

@@ -32,6 +32,7 @@ from madjax.report.found import (
     reading,
     signed,
     taken_by,
+    victims,
     whole,
 )
 from madjax.report.names import is_plain_mad
@@ -52,13 +53,12 @@ def unspoiled(rows: list[dict], attack: str) -> list[dict]:
 
 def victim(rows: list[dict]) -> Found | None:
     """The accuracy of victims as they are, one a victim."""
-    own = [r for r in rows if r["defense"] != "dp_sgd" and r.get("victim_accuracy") is not None]
-    victims = {r.get("victim_seed") or 0: r["victim_accuracy"] for r in own}
-    if not victims or rows[0]["dataset"] not in TABLE_1:
+    own, dataset = victims(rows), rows[0]["dataset"]
+    if not own or dataset not in TABLE_1:
         return None
-    value = stat(list(victims.values()))
-    good = value.mean >= TABLE_1[rows[0]["dataset"]]["victim"] - NEAR
-    return Found(percent(value), len(victims), YES if good else NO)
+    value = stat(own)
+    good = value.mean >= TABLE_1[dataset]["victim"] - NEAR
+    return Found(percent(value), len(own), YES if good else NO)
 
 
 def undefended(attack: str) -> Reading:

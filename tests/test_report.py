@@ -805,6 +805,20 @@ def test_the_titles_of_a_panel_are_beside_each_other(dataset, columns, make):
         assert large != "MNIST\n"  # there is room
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([row()], "1 seed"),
+        ([row(seed=4), row(seed=5), row(seed=5, victim_seed=1)], "2 seeds"),
+        ([row(seed=s) for s in range(3)] + [row(strength=0.9, seed=9)], "1 to 3 seeds"),
+        ([row(seed=1), row(seed=2, layers="all")], "1 seed"),
+    ],
+)
+def test_a_panel_says_how_many_seeds_its_points_have(rows, said):
+    (ax,) = report.figure(rows).get_axes()
+    assert ax.get_title(loc="right").endswith(f"· {said}")
+
+
 def test_png_has_the_same_bytes_twice_and_no_version(tmp_path):
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:

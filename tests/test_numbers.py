@@ -205,6 +205,38 @@ def test_the_attacks_on_fashion_mnist():
     assert max(values(few).max(), values(many).max()) < paper["knockoff"]
     for name in ("jbda", "jbself", "jbtop3"):
         assert values(bare(name)).min() > max(paper[name], values(many).max())
+    digits = rows_of("mnist_knockoff-fashion_digits")
+    assert {row["budget"] for row in digits} == {50_000}
+    assert f"{accuracy(many)} with letters and {accuracy(digits)} with as many" in TEXT
+
+
+def test_the_jacobian_attacks_as_published_code_on_fashion_mnist():
+    paper = TABLE_1["fashion_mnist"]
+    code, described = (
+        {attack: rows_of(name, attack=attack) for attack in ("jbself", "jbda", "jbtop3")}
+        for name in ("mnist_attacks-fashion_as_published", "fashion_training")
+    )
+    had = [f"({accuracy(own)}; {paper[attack]})" for attack, own in code.items()]
+    near = had[0].replace(";", " %, the paper")
+    assert f"jbself is at the paper's number {near}, jbda on the way to it {had[1]}" in TEXT
+    assert f"and jbtop3 where it was {had[2]}" in TEXT
+    told = [accuracy(described[attack]) for attack in ("jbself", "jbda")]
+    assert f"it gives jbself {told[0]} and jbda {told[1]} (" in TEXT
+    for attack in ("jbself", "jbda"):
+        assert values(code[attack]).max() < values(described[attack]).min() - 10
+    recipe = ("learning_rate", "momentum", "weight_decay", "epochs")
+    own, others = (
+        {tuple(r[f] for f in recipe) for rows in each.values() for r in rows}
+        for each in (code, described)
+    )
+    assert own == others
+
+
+def test_the_substitutes_that_diverge():
+    rows = rows_of("fashion_momentum", budget=1_000)
+    told = {a: [r["status"] for r in rows if r["attack"] == a] for a in ("jbda", "jbself")}
+    assert told == {"jbda": ["diverged", "diverged", "ok"], "jbself": ["diverged", "diverged"]}
+    assert "diverge for two of three seeds of jbda and for both of jbself that were run" in TEXT
 
 
 def test_mad_on_fashion_mnist():

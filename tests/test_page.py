@@ -226,6 +226,15 @@ def test_an_attack_is_the_papers_within_two_points(accuracy, holds):
     assert answer.found == (f"{accuracy} ± 3.0 with 5,000 queries", 3, holds)
 
 
+def test_victims_count_once_and_those_of_dp_sgd_not_at_all():
+    """Three seeds attack each of two victims; a third is private."""
+    rows = curve([(0.0, 99.0, 98.0)], victim_seed=0)
+    rows += curve([(0.0, 99.0, 98.0)], victim_seed=1, victim_accuracy=98.0)
+    rows += [row(defense="dp_sgd", strength=0.7, victim_seed=2, victim_accuracy=60.0)]
+    (answer,) = told(rows, "accuracy of the victim")
+    assert answer.found == ("98.5 ± 0.7", 2, "yes")
+
+
 def test_a_claim_is_read_in_one_task():
     """Of two query sets of one config it is answered from one, not from seeds of both."""
     rows = curve([(0.0, 99.0, 98.0)], queryset="a", task_settings="1")

@@ -252,6 +252,19 @@ def test_mad_on_fashion_mnist():
     assert free == 0
     told = f"{half:.1f} points at epsilon 0.5, for nothing, and {more:.1f} at 0.9, for {cost:.1f}"
     assert told in TEXT
+
+    def taken(strength):
+        for attack in ("knockoff", "jbda", "jbself", "jbtop3"):
+            of = {"attack": attack, "budget": 10_000}
+            bare, before = (
+                values(rows_of("mnist_attacks-fashion_mnist", strength=s, **of))
+                for s in (0, strength)
+            )
+            yield (bare - before).mean()
+
+    half, more = ("{:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*taken(e)) for e in (0.5, 0.9))
+    told = f"jbtop3 with 10,000 queries it takes {half} points at 0.5, and {more} at 0.9 ("
+    assert told in TEXT
     (unsure,) = set(own(0, "entropy_mean"))
     assert unsure > rows_of("mnist_budgets", epsilon=0)[0]["entropy_mean"]
 

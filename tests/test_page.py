@@ -354,6 +354,11 @@ def test_the_efficiency_of_queries_is_a_ratio_of_budgets():
         r | {"attacker_accuracy": 93.0 + r["seed"]} if r["strength"] == 0.9 else r for r in rows
     ]
     assert told(weak, "orders of magnitude")[0].found.holds == "no"
+    seed, few = {"strength": 0.9, "seed": 1}, {"attacker_accuracy": 50.0}  # below 100 queries
+    lost = [r | few if seed.items() <= r.items() else r for r in rows]
+    (answer,) = told(lost, "orders of magnitude")
+    assert answer.found.ours == "at least 22 times (10 to 100) at epsilon 0.9"
+    assert (answer.found.n, answer.found.holds) == (3, "yes")
 
 
 def test_ways_around_are_those_before_mad():

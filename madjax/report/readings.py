@@ -313,17 +313,22 @@ def efficiency(rows: list[dict]) -> Found | None:
     """How many times fewer queries steal as much of the undefended victim as all do before MAD.
 
     At the largest epsilon below 1, where the answers are of use; by linear interpolation between
-    the logarithms of measured budgets.
+    the logarithms of measured budgets. A seed below the fewest queries that were measured has lost
+    more than they tell: it counts as theirs, and the mean is "at least".
     """
     own = [r for r in whole(rows) if r["attack"] == "knockoff"]
     mads = _before_mad(own)
     at = max((r["strength"] for r in mads), default=0)
     most = max((r["budget"] for r in mads), default=0)
-    times = []
+    times, below = [], False
     for row in (r for r in mads if r["strength"] == at and r["budget"] == most):
         clean = [r for r in own if is_undefended(r) and pair_of(r) == pair_of(row)]
         by_budget = {r["budget"]: r for r in clean}
         curve = [by_budget[budget] for budget in sorted(by_budget)]
+        if curve[1:] and row["attacker_accuracy"] < curve[0]["attacker_accuracy"]:
+            times.append(most / curve[0]["budget"])
+            below = True
+            continue
         for low, high in pairwise(curve):
             a, b = low["attacker_accuracy"], high["attacker_accuracy"]
             if a <= row["attacker_accuracy"] <= b and a < b:
@@ -335,7 +340,8 @@ def efficiency(rows: list[dict]) -> Found | None:
         return None
     mean = math.exp(fmean(map(math.log, times)))
     said = f"{mean:.0f} times ({min(times):.0f} to {max(times):.0f}) at epsilon {at:g}"
-    return Found(said, len(times), YES if mean >= 10 else PARTLY if mean >= 3 else NO)
+    holds = YES if mean >= 10 else PARTLY if mean >= 3 else NO
+    return Found("at least " * below + said, len(times), holds)
 
 
 def not_helped_by(kinds: tuple[str, ...]) -> Reading:

@@ -85,7 +85,7 @@ def learns(row: dict) -> str:
 
 
 def victims(rows: list[dict]) -> list[float]:
-    """The accuracy of each victim as it is: DP-SGD's are others."""
+    """One accuracy for each victim; those that DP-SGD trained are left out."""
     own = [r for r in rows if r["defense"] != "dp_sgd" and r.get("victim_accuracy") is not None]
     return list({r.get("victim_seed") or 0: r["victim_accuracy"] for r in own}.values())
 

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from madjax.report.points import Summary, curve_of
+from madjax.report.pairs import grouped
+from madjax.report.points import Summary
 
 GREY, INK = "#9AA0A6", "#30343A"
 MARK = {"ls": "", "mfc": "white", "zorder": 4}
@@ -97,12 +98,9 @@ def titled(ax, large: str, small: str, *, apart: bool = False) -> None:
 
 def seeds_of(rows: list[dict]) -> str:
     """How many seeds the points have, from the fewest to the most, in words."""
-    seeds: dict[tuple, set[int]] = {}
-    for row in rows:
-        seeds.setdefault((curve_of(row), row["strength"]), set()).add(row["seed"])
-    counts = sorted(map(len, seeds.values()))
-    said = " to ".join(dict.fromkeys(f"{count}" for count in (counts[0], counts[-1])))
-    return f"{said} seed" + "s" * (counts[-1] > 1)
+    counts = {len({row["seed"] for row in own}) for own in grouped(rows).values()}
+    said = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{said} seed" + "s" * (max(counts) > 1)
 
 
 def tidy(ax) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from madjax import report
 from madjax.report.claims import CLAIMS, answers
+from madjax.report.found import queries_for
 from madjax.report.leaders import leaders
 from madjax.report.page import blocks
 from madjax.report.pairs import difference, paired, pairs
@@ -359,6 +360,28 @@ def test_the_efficiency_of_queries_is_a_ratio_of_budgets():
     (answer,) = told(lost, "orders of magnitude")
     assert answer.found.ours == "at least 22 times (10 to 100) at epsilon 0.9"
     assert (answer.found.n, answer.found.holds) == (3, "yes")
+    ahead = [r | {"attacker_accuracy": 99.5} if seed.items() <= r.items() else r for r in rows]
+    (answer,) = told(ahead, "orders of magnitude")  # MAD took nothing from it
+    assert answer.found.ours == "at most 5 times (1 to 10) at epsilon 0.9"
+    assert (answer.found.n, answer.found.holds) == (3, "partly")
+    other = {"strength": 0.9, "seed": 2}
+    both = [r | few if other.items() <= r.items() else r for r in ahead]
+    assert told(both, "orders of magnitude")[0].found.ours.startswith("about 10 times (1 to 100)")
+    alone = [r for r in rows if r["budget"] == 10_000]
+    assert told(alone, "orders of magnitude") == []
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "queries", "beyond"),
+    [(59, 100, -1), (60, 100, 0), (70, 1_000, 0), (75, 3_162.28, 0), (80, 10_000, 0), (81, 1e5, 1)],
+)
+def test_the_queries_that_reach_an_accuracy(accuracy, queries, beyond):
+    """The fewest, where more of them do no better; the nearest measured budget beyond all."""
+    measured = {10**5: 65.0, 1_000: 70.0, 300: 60.0, 100: 60.0, 10_000: 80.0}
+    rows = [{"budget": b, "attacker_accuracy": a} for b, a in measured.items()]
+    found = queries_for(rows, accuracy)
+    assert found == (pytest.approx(queries, rel=1e-5), beyond)
+    assert queries_for(rows[:1], accuracy) is None
 
 
 def test_ways_around_are_those_before_mad():

@@ -146,6 +146,32 @@ def reading(points: list[Summary], at: str, level: float, field: str) -> float |
     return None
 
 
+class Queries(NamedTuple):
+    """How many queries it takes; -1 or 1 where it is fewer, or more, than were measured."""
+
+    queries: float
+    beyond: int
+
+
+def queries_for(rows: list[dict], accuracy: float) -> Queries | None:
+    """The fewest queries that reach an accuracy, of the rows of one seed, one for each budget.
+
+    By linear interpolation between the logarithms of measured budgets; the nearest of them where
+    the accuracy is beyond all. None where fewer than two budgets were measured.
+    """
+    by_budget = {row["budget"]: row["attacker_accuracy"] for row in rows}
+    points = sorted(by_budget.items())
+    if len(points) < 2:
+        return None
+    if accuracy < points[0][1]:
+        return Queries(points[0][0], -1)
+    for (few, a), (many, b) in pairwise(points):
+        if a <= accuracy <= b:
+            share = (accuracy - a) / (b - a) if b > a else 0.0
+            return Queries(few * (many / few) ** share, 0)
+    return Queries(points[-1][0], 1)
+
+
 def in_pairs(rows: list[dict], curve: Curve) -> dict[tuple[int, int], list[Summary]]:
     """The points of a curve for each victim and seed that has it, the undefended one first."""
     found = {}

@@ -6,7 +6,6 @@ taken seed by seed.
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from statistics import fmean
 
 from madjax.report.found import (
@@ -29,6 +28,7 @@ from madjax.report.found import (
     mad,
     parted,
     percent,
+    queries_for,
     reading,
     signed,
     taken_by,
@@ -312,36 +312,27 @@ def ablated(wanted: Callable[[Curve], bool]) -> Reading:
 def efficiency(rows: list[dict]) -> Found | None:
     """How many times fewer queries steal as much of the undefended victim as all do before MAD.
 
-    At the largest epsilon below 1, where the answers are of use; by linear interpolation between
-    the logarithms of measured budgets. A seed below the fewest queries that were measured has lost
-    more than they tell: it counts as theirs, and the mean is "at least".
+    At the largest epsilon below 1, where the answers are of use. A seed beyond the budgets that
+    were measured without a defence counts as the nearest: the mean is "at least" where it has lost
+    more than they tell, "at most" where it has more than all of them, "about" where both are met.
     """
     own = [r for r in whole(rows) if r["attack"] == "knockoff"]
     mads = _before_mad(own)
     at = max((r["strength"] for r in mads), default=0)
     most = max((r["budget"] for r in mads), default=0)
-    times, below = [], False
+    times, beyond = [], set()
     for row in (r for r in mads if r["strength"] == at and r["budget"] == most):
         clean = [r for r in own if is_undefended(r) and pair_of(r) == pair_of(row)]
-        by_budget = {r["budget"]: r for r in clean}
-        curve = [by_budget[budget] for budget in sorted(by_budget)]
-        if curve[1:] and row["attacker_accuracy"] < curve[0]["attacker_accuracy"]:
-            times.append(most / curve[0]["budget"])
-            below = True
-            continue
-        for low, high in pairwise(curve):
-            a, b = low["attacker_accuracy"], high["attacker_accuracy"]
-            if a <= row["attacker_accuracy"] <= b and a < b:
-                share = (row["attacker_accuracy"] - a) / (b - a)
-                few = math.log(low["budget"]) * (1 - share) + math.log(high["budget"]) * share
-                times.append(most / math.exp(few))
-                break
+        if found := queries_for(clean, row["attacker_accuracy"]):
+            times.append(most / found.queries)
+            beyond |= {found.beyond} - {0}
     if not times:
         return None
     mean = math.exp(fmean(map(math.log, times)))
+    bound = {(): "", (-1,): "at least ", (1,): "at most "}.get(tuple(beyond), "about ")
     said = f"{mean:.0f} times ({min(times):.0f} to {max(times):.0f}) at epsilon {at:g}"
     holds = YES if mean >= 10 else PARTLY if mean >= 3 else NO
-    return Found("at least " * below + said, len(times), holds)
+    return Found(bound + said, len(times), holds)
 
 
 def not_helped_by(kinds: tuple[str, ...]) -> Reading:

@@ -1,5 +1,6 @@
 """Every kind of data set name, subset rules, validation and preprocessing."""
 
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -266,12 +267,15 @@ def test_embedded_sets_are_the_heads_of_the_full_sets():
     )
 
 
-def test_embedding_script_is_deterministic_and_cuts_heads(tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        "make_embedded_data", ROOT / "experiments" / "make_embedded_data.py"
-    )
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_embedding_script_is_deterministic_and_cuts_heads(tmp_path):
+    script = load_script("make_embedded_data")
     np.savez(tmp_path / "full.npz", **arrays())
     for out in ("a.npz", "b.npz"):
         script.write_npz(tmp_path / out, script.cut(tmp_path / "full.npz", 4, 3, tuple("xyz")))
@@ -280,6 +284,63 @@ def test_embedding_script_is_deterministic_and_cuts_heads(tmp_path):
     np.testing.assert_array_equal(small.x_train, arrays()["x_train"][:4])
     np.testing.assert_array_equal(small.y_test, arrays()["y_test"][:3])
     assert small.classes == ("x", "y", "z")
+
+
+def line_of(letter, fold, raster):
+    pixels = "\t".join(map(str, np.ravel(raster).astype(int)))
+    return f"1\t{letter}\t-1\t1\t1\t{fold}\t{pixels}\t\n"  # as in the file, a tab at its end
+
+
+def test_the_letters_are_scaled_and_centred_and_parted_by_fold(tmp_path):
+    """A block of all 16x8 pixels is 20 high and 14 wide; 4x4 pixels grow 2.2-fold alone."""
+    script = load_script("make_kassel_letters")
+    block, dot = np.ones((16, 8)), np.zeros((16, 8))
+    dot[2:6, 4:] = 1
+    lines = "".join(line_of(*each) for each in (("b", 0, block), ("b", 9, dot), ("a", 8, dot)))
+    with gzip.open(tmp_path / "letter.data.gz", "wt") as file:
+        file.write(lines)
+    script.convert(tmp_path / "letter.data.gz", tmp_path / "letters.npz")
+    made = open_dataset(f"npz:{tmp_path / 'letters.npz'}")
+    assert (made.y_train.tolist(), made.y_test.tolist()) == ([1, 0], [1])
+    image = made.x_train[0, ..., 0].astype(int)
+    np.testing.assert_array_equal(image, image[::-1, ::-1])
+    inside = image > 127
+    assert (inside.any(axis=1).sum(), inside.any(axis=0).sum()) == (20, 14)
+    spot = made.x_test[0, ..., 0] > 127
+    rows, columns = map(np.flatnonzero, (spot.any(axis=1), spot.any(axis=0)))
+    assert (len(rows), len(columns)) == (10, 12)  # 9.3, in 14 rows
+    assert (abs(rows.mean() - 13.5) <= 0.5, abs(columns.mean() - 13.5) <= 0.5) == (True, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", line_of("a", 0, np.ones((16, 7))), line_of("a", 0, np.zeros((16, 8)))],
+    ids=["empty", "short", "blank"],
+)
+def test_a_line_without_a_letter_is_refused(line, tmp_path, monkeypatch, capsys):
+    script = load_script("make_kassel_letters")
+    (tmp_path / "letter.data").write_text(line_of("a", 0, np.ones((16, 8))) + line + "\n")
+    out = tmp_path / "letters.npz"
+    words = ["make_kassel_letters", str(tmp_path / "letter.data"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    assert script.main() == 2
+    assert "line 2 has no letter of 16x8 pixels" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.skipif(not (FULL / "kassel_letters.npz").is_file(), reason="full data are not here")
+def test_the_letters_are_those_of_the_runs():
+    script = load_script("make_kassel_letters")
+    with np.load(FULL / "kassel_letters.npz") as full:
+        if "raw_test" not in full:
+            pytest.skip("the rasters are not here")
+        rasters = np.unpackbits(full["raw_test"], axis=1).reshape(-1, 16, 8)
+        lines = [
+            line_of(chr(ord("a") + y), 9, r) for y, r in zip(full["y_test"], rasters, strict=True)
+        ]
+        made = script.letters(lines[::9])
+        np.testing.assert_array_equal(made["x_test"], full["x_test"][::9])
+        np.testing.assert_array_equal(made["y_test"], full["y_test"][::9])
 
 
 # .npz

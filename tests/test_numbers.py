@@ -120,6 +120,15 @@ def test_the_ablations_over_ten_seeds():
     assert f"that was trained alike ({victim:.2f} %)" in TEXT
 
 
+def test_dp_sgd():
+    for strength in (0.7, 2, 8):
+        own = defended(defense="dp_sgd", strength=strength, **WHOLE)
+        (epsilon,) = {f"{row['dp_epsilon']:.2f}" for row in own}
+        victim, l1 = said(values(own, "defender_accuracy")), np.mean(values(own, "l1_mean"))
+        told = f"{strength:g} | {victim} | {accuracy(own)} | {l1:.2f} | {epsilon}"
+        assert f"| {told} |" in TEXT
+
+
 def test_the_largest_entropy_at_a_distance_of_one():
     """Half of the mass stays, the other half is spread over nine classes."""
     largest = np.array([0.5, *9 * [0.5 / 9]])
@@ -127,6 +136,8 @@ def test_the_largest_entropy_at_a_distance_of_one():
     bits = nats / np.log(2)
     assert bits == pytest.approx(1 / 2 + np.log2(18) / 2)
     assert f"1/2 + log2(18)/2 = {bits:.2f} bits, or {nats:.2f} nats" in TEXT
+    assert "1.79 for MAD-argmax would be it in nats" in TEXT
+    assert f"{nats:.2f}" == "1.79"
     for defense in ("mad_argmax", "reverse_sigmoid"):  # nothing measured is beyond it
         near = [r for r in defended(defense=defense) if r["l1_mean"] <= 1]
         assert max(r["entropy_mean"] for r in near) <= bits
@@ -190,7 +201,8 @@ def test_the_ways_around_mad():
         assert max(means, key=means.get) == best
     most = rows_of("mnist_budgets", budget=50_000, strength=0.99)
     labels, whole = ([r for r in most if r["targets"] == t] for t in ("top_label", "posteriors"))
-    assert f"top labels ({accuracy(labels)}, where whole answers give {accuracy(whole)})" in TEXT
+    told = f"{accuracy(labels)} there, where whole answers give {accuracy(whole)}; others were not"
+    assert f"With 50,000 queries top labels give {told}" in TEXT
 
 
 def test_the_attacks_on_fashion_mnist():
@@ -218,8 +230,10 @@ def test_the_jacobian_attacks_as_published_code_on_fashion_mnist():
     )
     had = [f"({accuracy(own)}; {paper[attack]})" for attack, own in code.items()]
     near = had[0].replace(";", " %, the paper")
-    assert f"jbself is at the paper's number {near}, jbda on the way to it {had[1]}" in TEXT
+    assert f"jbself ends at the paper's number {near}, jbda on the way to it {had[1]}" in TEXT
     assert f"and jbtop3 where it was {had[2]}" in TEXT
+    best = [said(values(code[a], "attacker_accuracy_best")) for a in ("jbself", "jbda")]
+    assert f"the best epoch, in which jbself has {best[0]} and jbda {best[1]}." in TEXT
     told = [accuracy(described[attack]) for attack in ("jbself", "jbda")]
     assert f"it gives jbself {told[0]} and jbda {told[1]} (" in TEXT
     for attack in ("jbself", "jbda"):
@@ -281,6 +295,8 @@ def test_the_angles():
     assert 2 % width == 0
     share = 100 * counts[-int(2 / width) :].sum() / counts.sum()
     assert f"At epsilon 2, {share:.0f} % of the angles are above 178 degrees" in TEXT
+    ((few, many),) = {(row["n_judged"], row["n_test"]) for row in rows_of("mnist_angle")}
+    assert f"is judged on {few:,} test images, the attacker on all {many:,}" in TEXT
 
 
 def test_the_attackers_that_learn_otherwise():

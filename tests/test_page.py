@@ -214,11 +214,11 @@ def test_a_claim_is_answered_from_the_run_of_the_largest_budget_on_each_data_set
 
 @pytest.mark.parametrize(
     ("accuracy", "holds"),
-    [(87.3, "yes"), (91.1, "yes"), (91.3, "partly"), (83.3, "partly"), (83.1, "no")],
+    [(87.3, "yes"), (91.1, "yes"), (91.3, "partly"), (95.3, "no"), (83.3, "partly"), (83.1, "no")],
     ids=str,
 )
 def test_an_attack_is_the_papers_within_two_points(accuracy, holds):
-    """The paper has 89.2 %, and the standard deviation here is 3: one that does better is not."""
+    """The paper has 89.2 %, and the standard deviation here is 3: one far above is not either."""
     rows = [
         r | {"attacker_accuracy": accuracy + 3 * (r["seed"] - 1)}
         for r in curve([(0.0, 99.0, accuracy)], attack="jbda")
@@ -234,6 +234,11 @@ def test_victims_count_once_and_those_of_dp_sgd_not_at_all():
     rows += [row(defense="dp_sgd", strength=0.7, victim_seed=2, victim_accuracy=60.0)]
     (answer,) = told(rows, "accuracy of the victim")
     assert answer.found == ("98.5 ± 0.7", 2, "yes")
+    again = [
+        r | {"victim_accuracy": 97.0} if (r["seed"], r["victim_seed"]) == (2, 1) else r
+        for r in rows
+    ]
+    assert told(again, "accuracy of the victim")[0].found.n == 3  # trained twice from seed 1
 
 
 def test_a_claim_is_read_in_one_task():
@@ -312,11 +317,13 @@ def test_attackers_of_labels_and_ablations_are_read_in_pairs():
     label = {"targets": "top_label", "variant": "top label"}
     rows = curve([(0.0, 99.0, 98.0), (0.99, 97.0, 70.0)])
     rows += curve([(0.0, 99.0, 96.0), (0.99, 97.0, 80.0)], **label)
-    rows += curve([(1.0, 99.0, 95.5)], defense="reverse_sigmoid", **label)
+    rows += curve([(0.5, 99.0, 60.0), (1.0, 99.0, 95.5)], defense="reverse_sigmoid", **label)
     rows += curve([(0.99, 97.0, 90.0)], layers="identity")
     rows += curve([(0.99, 97.0, 69.0)], oracle="random_vertex")
-    (kept,) = told(rows, "back at its undefended accuracy before reverse sigmoid")
-    assert (kept.found.ours[:16], kept.found.holds) == ("0.5 points below", "yes")
+    (kept,) = told(rows, "undefended whole answers before reverse sigmoid")
+    assert kept.found == ("0.97 times (95.5 ± 1.0 at strength 1)", 3, "yes")
+    elsewhere = [r | {"budget": 900} if r["targets"] == "posteriors" else r for r in rows]
+    assert not told(elsewhere, "undefended whole answers before reverse sigmoid")
     (mad,) = told(rows, "MAD takes 9 points")
     assert (mad.found.ours[:17], mad.found.holds) == ("16.0 points below", "yes")
     (cut,) = told(rows, "the top label alone costs")
@@ -336,10 +343,12 @@ def test_what_an_attacker_below_70_costs_is_read_in_one_run():
     rows += curve([(1.0, 70.0, 80.0)], defense="random_noise")
     (answer,) = told(rows, "below 70 %")
     assert answer.found.ours == (
-        "MAD 2.0 points (66.0 ± 1.0); DP-SGD 39.0 points (65.0 ± 1.0); random noise 29.0 points "
-        "(80.0 ± 1.0)"
+        "MAD 2.0 points (66.0 ± 1.0); DP-SGD 39.0 points (65.0 ± 1.0); random noise not for 29.0 "
+        "points (80.0 ± 1.0)"
     )
     assert answer.found.holds == "yes"
+    near = [r | {"attacker_accuracy": 68 + r["seed"]} if r["strength"] == 0.9 else r for r in rows]
+    assert told(near, "below 70 %")[0].found.holds == "partly"  # 69 ± 1: up to 71.5
     dear = [r | {"defender_accuracy": 50.0} if r["strength"] == 0.9 else r for r in rows]
     assert told(dear, "below 70 %")[0].found.holds == "no"
     assert told(curve([(0.0, 99.0, 98.0), (0.9, 97.0, 66.0)]), "below 70 %") == []
@@ -350,7 +359,8 @@ def test_the_efficiency_of_queries_is_a_ratio_of_budgets():
     rows = curve([(0.0, 99.0, 60.0)], budget=100) + curve([(0.0, 99.0, 80.0)], budget=1000)
     rows += curve([(0.0, 99.0, 98.0), (0.9, 98.0, 80.0), (1.5, 0.0, 20.0)], budget=10_000)
     (answer,) = told(rows, "orders of magnitude")
-    assert (answer.found.ours, answer.found.holds) == ("10 times (10 to 10) at epsilon 0.9", "yes")
+    said = "10 times (10 to 10) at epsilon 0.9, for 1.0 points"
+    assert (answer.found.ours, answer.found.holds) == (said, "yes")
     weak = [
         r | {"attacker_accuracy": 93.0 + r["seed"]} if r["strength"] == 0.9 else r for r in rows
     ]
@@ -358,11 +368,11 @@ def test_the_efficiency_of_queries_is_a_ratio_of_budgets():
     seed, few = {"strength": 0.9, "seed": 1}, {"attacker_accuracy": 50.0}  # below 100 queries
     lost = [r | few if seed.items() <= r.items() else r for r in rows]
     (answer,) = told(lost, "orders of magnitude")
-    assert answer.found.ours == "at least 22 times (10 to 100) at epsilon 0.9"
+    assert answer.found.ours == "at least 22 times (10 to 100) at epsilon 0.9, for 1.0 points"
     assert (answer.found.n, answer.found.holds) == (3, "yes")
     ahead = [r | {"attacker_accuracy": 99.5} if seed.items() <= r.items() else r for r in rows]
     (answer,) = told(ahead, "orders of magnitude")  # MAD took nothing from it
-    assert answer.found.ours == "at most 5 times (1 to 10) at epsilon 0.9"
+    assert answer.found.ours == "at most 5 times (1 to 10) at epsilon 0.9, for 1.0 points"
     assert (answer.found.n, answer.found.holds) == (3, "partly")
     other = {"strength": 0.9, "seed": 2}
     both = [r | few if other.items() <= r.items() else r for r in ahead]
@@ -395,6 +405,40 @@ def test_ways_around_are_those_before_mad():
     assert other.found.holds == "no"
     assert told(rows, "another network")[0].found.holds == "yes"
     assert told(rows, "asking several times") == []
+    rows += curve([(0.5, 99.0, 90.0)]) + curve([(0.5, 99.0, 94.0)], variant="arch-larger")
+    (network,) = told(rows, "another network")
+    assert network.found.ours == "arch-larger: +4.0 [+4.0, +4.0] points at epsilon 0.5"
+    assert network.found.holds == "no"
+
+
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [((1, 1, 1), "yes"), ((-9, 0, 9), "partly"), ((0.9, 1, 2.6), "partly"), ((4, 5, 6), "no")],
+    ids=str,
+)
+def test_a_way_around_gains_little_by_its_interval(gains, holds):
+    """The third has a mean of 1.5 and an interval that leaves 2 in: little by its mean alone."""
+    rows = curve([(0.0, 99.0, 98.0), (0.9, 98.0, 70.0)])
+    other = curve([(0.9, 98.0, 70.0)], variant="opt-adam")
+    rows += [r | {"attacker_accuracy": r["attacker_accuracy"] + gains[r["seed"]]} for r in other]
+    assert told(rows, "another optimiser")[0].found.holds == holds
+
+
+def test_claims_are_answered_of_best_epochs_too():
+    """With the reason where the verdict is another; empty where it is the same, or not known."""
+    rows = curve([(0.0, 99.4, 99.0), (0.9, 98.6, 71.0), (0.99, 97.0, 20.0)])
+    rows = [r | {"attacker_accuracy_best": r["attacker_accuracy"]} for r in rows]
+    (answer,) = told(rows, "MAD against knockoff")
+    assert (answer.found.holds, answer.at_best) == ("yes", "")
+    kept = [r | {"attacker_accuracy_best": max(r["attacker_accuracy"], 80.0)} for r in rows]
+    (answer,) = told(kept, "MAD against knockoff")
+    assert answer.found.holds == "yes"
+    assert answer.at_best == "partly: 99.0 to 80.0 ± 0.0 at epsilon 0.9, for 0.8 points"
+    assert "| yes | partly: 99.0 to 80.0 ± 0.0 at " in report.claims_table(kept)
+    near = [r | {"attacker_accuracy_best": r["attacker_accuracy"] + 0.1} for r in rows]
+    assert told(near, "MAD against knockoff")[0].at_best == "yes"
+    (lacking,) = told([*kept[1:], kept[0] | {"attacker_accuracy_best": None}], "MAD against kno")
+    assert (lacking.best, lacking.at_best) == (None, "")
 
 
 def test_the_best_way_around_is_told_at_each_epsilon():
@@ -435,7 +479,7 @@ def test_angles_are_of_all_parameters():
     rows = online(0.99, 30.0, layers="all") + online(2.0, 95.0, layers="all")
     rows += online(2.0, 10.0)
     assert told(rows, "at epsilon 2, degrees")[0].found.ours == "95.0 ± 0.0"
-    assert told(rows, "range of the deviations")[0].found[:2] == ("up to 190", 2)
+    assert told(rows, "surprisingly large")[0].found[:2] == ("up to 190", 2)
     assert told(rows, "0.95 to 0.99")[0].found.holds == "yes"
     assert told(rows, "test loss rises") == []  # one of them is not finite
 
@@ -498,7 +542,7 @@ def test_disagreements_are_measured_where_rows_can():
     rows += curve([(0.9, 98.5, 82.0)], layers="all")
     said = {each.what: list(each.measured(rows)) for each in DISAGREEMENTS}
     assert said["which epoch"] == [
-        "last 80.0 ± 1.0, best 92.0 ± 0.0, epsilon 0.9 (MNIST, 5,000 queries, n = 3)"
+        "last 80.0 ± 1.0, best 92.0 ± 0.0, epsilon 0.9 (MNIST, 5,000 queries, n = 3, study)"
     ]
     assert said["gradients"] == [
         "all parameters: +2.0 [+2.0, +2.0] points for the attacker beside the last layer, epsilon "

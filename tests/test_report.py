@@ -183,6 +183,8 @@ def test_seeds_of_several_victims_are_points_of_one_curve():
     assert (one.n, one.victims) == (2, 1)
     (unknown,) = report.summarise([row(seed=0), row(seed=1)])
     assert unknown.victims is None
+    elsewhere = [{**r, "victim_accuracy": 98.0 + (r["seed"] == 1)} for r in rows]
+    assert report.summarise(elsewhere)[0].victims == 6  # each was trained twice
 
 
 def test_the_agreement_with_the_victim_has_a_column_where_rows_have_it():
@@ -367,7 +369,9 @@ def test_provenance_is_of_all_rows():
         "test examples: 1797, 10000",
     ):
         assert text in first
+    assert "of the defender" not in first
     assert "jax: not recorded" in report.table([row(versions=None)])
+    assert "; test examples of the defender: 500." in report.table([row(n_judged=500)])
 
 
 def test_columns_appear_only_in_the_tables_of_curves_that_have_them():

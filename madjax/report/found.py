@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from madjax.report.names import is_ablation
+from madjax.report.names import is_ablation, is_plain_mad
 from madjax.report.pairs import Difference, pair_of
 from madjax.report.points import (
     Curve,
@@ -12,6 +12,7 @@ from madjax.report.points import (
     Summary,
     at_full_budget,
     curve_of,
+    is_undefended,
     sound_curves,
     started,
 )
@@ -84,10 +85,25 @@ def learns(row: dict) -> str:
     return row.get("targets") or "posteriors"
 
 
+def unspoiled(rows: list[dict], attack: str) -> list[dict]:
+    """The undefended rows of an attack at its largest budget, one for each victim and seed."""
+    own = [r for r in whole(rows) if r["attack"] == attack and is_undefended(r)]
+    most = max((r["budget"] for r in own), default=0)
+    return list({pair_of(r): r for r in own if r["budget"] == most}.values())
+
+
+def before_mad(rows: list[dict]) -> list[dict]:
+    """Those of knockoff attackers before MAD of the last layer, at epsilons below 1."""
+    own = [r for r in rows if r["attack"] == "knockoff" and r["defense"] == "mad"]
+    own = [r for r in own if r["layers"] == "last" and 0 < r["strength"] < 1]
+    return [r for r in own if is_plain_mad(curve_of(r))]
+
+
 def victims(rows: list[dict]) -> list[float]:
     """One accuracy for each victim; those that DP-SGD trained are left out."""
     own = [r for r in rows if r["defense"] != "dp_sgd" and r.get("victim_accuracy") is not None]
-    return list({r.get("victim_seed") or 0: r["victim_accuracy"] for r in own}.values())
+    trained = dict.fromkeys((r.get("victim_seed") or 0, r["victim_accuracy"]) for r in own)
+    return [accuracy for _, accuracy in trained]
 
 
 def curves_of(rows: list[dict], attack: str = "knockoff") -> dict[Curve, list[Summary]]:

@@ -182,7 +182,8 @@ def stat(values: list) -> Stat:
 
 
 def _summary(curve: Curve, strength: float, rows: list[dict]) -> Summary:
-    victims = {row.get("victim_seed") for row in rows}
+    # Victims of one seed, trained on machines that round differently, are as many victims.
+    victims = {(row.get("victim_seed"), row.get("victim_accuracy")) for row in rows}
     seeds = Counter((row.get("victim_seed"), row["seed"]) for row in rows)
     (_, seed), times = seeds.most_common(1)[0]
     if times > 1:
@@ -197,7 +198,7 @@ def _summary(curve: Curve, strength: float, rows: list[dict]) -> Summary:
         curve,
         strength,
         any(row.get("epsilon") is not None for row in rows),
-        None if None in victims else len(victims),
+        None if any(seed is None for seed, _ in victims) else len(victims),
         len(sound),
         len(rows) - len(sound),
         **stats,

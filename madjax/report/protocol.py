@@ -111,16 +111,18 @@ def _beside(pair: Pair, said: str, reference: str) -> str:
 
 
 def _epochs(rows: list[dict]) -> Iterable[str]:
-    for point in summarise([row for row in whole(rows) if not is_traced(row)]):
-        curve, best = point.curve, point.attacker_accuracy_best
-        last = is_plain_mad(curve) and (curve.defense, curve.layers) == ("mad", "last")
-        known = None not in (point.attacker_accuracy.mean, best.mean)
-        if known and last and curve.attack == "knockoff" and 0.9 <= point.strength < 1:
-            yield (
-                f"last {percent(point.attacker_accuracy)}, best {percent(best)}, epsilon "
-                f"{point.strength:g} ({name(curve.dataset)}, {curve.budget:,} queries, "
-                f"n = {point.n})"
-            )
+    own = [row for row in whole(rows) if not is_traced(row)]
+    for run in dict.fromkeys(row.get("config", "") for row in own):
+        for point in summarise([row for row in own if row.get("config", "") == run]):
+            curve, best = point.curve, point.attacker_accuracy_best
+            last = is_plain_mad(curve) and (curve.defense, curve.layers) == ("mad", "last")
+            known = None not in (point.attacker_accuracy.mean, best.mean)
+            if known and last and curve.attack == "knockoff" and 0.9 <= point.strength < 1:
+                yield (
+                    f"last {percent(point.attacker_accuracy)}, best {percent(best)}, epsilon "
+                    f"{point.strength:g} ({name(curve.dataset)}, {curve.budget:,} queries, "
+                    f"n = {point.n}, {run})"
+                )
 
 
 def _as_published(rows: list[dict]) -> Iterable[str]:

@@ -1,7 +1,7 @@
-"""How rows answer the paper's claims: each reading takes the rows of one task.
+"""How rows answer the paper's claims on attacks and defences.
 
-It returns None where they do not answer. Points of a curve are means over seeds; differences are
-taken seed by seed.
+Each reading takes the rows of one task, and returns None where they do not answer. Points of a
+curve are means over seeds; differences are taken seed by seed.
 """
 
 import math
@@ -16,14 +16,13 @@ from madjax.report.found import (
     YES,
     Found,
     Reading,
+    before_mad,
     behind,
     by_pair,
     curves_of,
     first,
     in_pairs,
     interval,
-    labels_alone,
-    learns,
     loss,
     mad,
     parted,
@@ -32,23 +31,14 @@ from madjax.report.found import (
     reading,
     signed,
     taken_by,
+    unspoiled,
     victims,
     whole,
 )
-from madjax.report.names import is_plain_mad
 from madjax.report.pairs import difference, pair_of, paired
-from madjax.report.points import Curve, Summary, curve_of, is_undefended, stat
+from madjax.report.points import Curve, Summary, is_undefended, stat
 
 ATTACKS = ("knockoff", "jbda", "jbself", "jbtop3")
-OTHERWISE = ("arch-", "opt-")
-"""How variants of an attack are called that have another network, or another optimiser."""
-
-
-def unspoiled(rows: list[dict], attack: str) -> list[dict]:
-    """The undefended rows of an attack at its largest budget, one for each victim and seed."""
-    own = [r for r in whole(rows) if r["attack"] == attack and is_undefended(r)]
-    most = max((r["budget"] for r in own), default=0)
-    return list({pair_of(r): r for r in own if r["budget"] == most}.values())
 
 
 def victim(rows: list[dict]) -> Found | None:
@@ -69,8 +59,8 @@ def undefended(attack: str) -> Reading:
         if not own or not paper:
             return None
         value = stat([r["attacker_accuracy"] for r in own])
-        short = paper[attack] - value.mean
-        near, within = abs(short) <= NEAR, short <= 2 * (value.std or 0)
+        off = abs(paper[attack] - value.mean)
+        near, within = off <= NEAR, off <= 2 * (value.std or 0)
         said = f"{percent(value)} with {own[0]['budget']:,} queries"
         return Found(said, len(own), YES if near else PARTLY if within else NO)
 
@@ -89,17 +79,6 @@ def strongest(rows: list[dict]) -> Found | None:
     said += f" with {max(common):,} queries"
     best = max(means, key=lambda a: means[a])
     return Found(said, min(map(len, own.values())), YES if best == "knockoff" else NO)
-
-
-def truncated(rows: list[dict]) -> Found | None:
-    """What knockoff has more from top labels alone, without a defence."""
-    answers = unspoiled(rows, "knockoff")
-    own = [r for r in labels_alone(rows) if is_undefended(r) and r["attack"] == "knockoff"]
-    own = [r for r in own if answers and r["budget"] == answers[0]["budget"]]
-    told = paired(own, answers, "attacker_accuracy")
-    if told is None:
-        return None
-    return Found(f"{interval(told)} points", told.n, YES if told.mean >= -NEAR else NO)
 
 
 def at_little_cost(attack: str, start: float, end: float) -> Reading:
@@ -230,8 +209,12 @@ def entropy(defense: str, paper: float) -> Reading:
 
 
 def below_70(rows: list[dict]) -> Found | None:
-    """What it costs the defender to bring the attacker below 70 %: MAD beside what adds noise."""
-    curves = curves_of(whole(rows))
+    """What it costs the defender to bring the attacker below 70 %: MAD beside what adds noise.
+
+    Of a defence that never does, what its lowest attacker costs.
+    """
+    own = whole(rows)
+    curves = curves_of(own)
     rules = {
         "MAD": mad(curves),
         "DP-SGD": first(curves, defense="dp_sgd"),
@@ -246,46 +229,19 @@ def below_70(rows: list[dict]) -> Found | None:
         lowest = min(points, key=lambda p: p.attacker_accuracy.mean)
         point = min(below, key=lambda p: loss(begin, p)) if below else lowest
         told[said] = loss(begin, point), point
-    mean = {said: point.attacker_accuracy.mean for said, (_, point) in told.items()}
     said = "; ".join(
-        f"{name} {cost:.1f} points ({percent(point.attacker_accuracy)})"
+        f"{name} {'' if point.attacker_accuracy.mean < 70 else 'not for '}{cost:.1f} points "
+        f"({percent(point.attacker_accuracy)})"
         for name, (cost, point) in told.items()
     )
     n = min(point.n for _, point in told.values())
-    cost = told["MAD"][0]
-    dearer = [other for name, (other, _) in told.items() if name != "MAD"]
-    if mean["MAD"] >= 70 or cost >= min(dearer):
+    (cost, point), *others = told.values()  # MAD's comes first
+    below = difference(
+        r["attacker_accuracy"] - 70 for r in behind(own, point.curve, point.strength)
+    )
+    if point.attacker_accuracy.mean >= 70 or cost >= min(other for other, _ in others):
         return Found(said, n, NO)
-    return Found(said, n, YES if cost <= 1 + NEAR else PARTLY)
-
-
-def of_labels_alone(defense: str) -> Reading:
-    """What an attacker of top labels has below the undefended attacker of top labels.
-
-    Of MAD at the largest epsilon that costs the defender less than 5 points; of defences that keep
-    the label at their largest strength.
-    """
-
-    def read(rows: list[dict]) -> Found | None:
-        curves = curves_of(labels_alone(rows))
-        curve = mad(curves) if defense == "mad" else first(curves, defense=defense)
-        parts = curve and parted(curves[curve])
-        if not parts:
-            return None
-        begin, points = parts
-        usable = [p for p in points if loss(begin, p) < 5]
-        if not usable:
-            return None
-        point = usable[-1]
-        lost = taken_by(begin, point)
-        holds = lost >= 9 if defense == "mad" else lost <= NEAR
-        said = (
-            f"{lost:.1f} points below ({percent(point.attacker_accuracy)} at strength "
-            f"{point.strength:g})"
-        )
-        return Found(said, point.n, YES if holds else NO)
-
-    return read
+    return Found(said, n, YES if cost <= 1 + NEAR and signed(below, -1) == YES else PARTLY)
 
 
 def ablated(wanted: Callable[[Curve], bool]) -> Reading:
@@ -312,78 +268,27 @@ def ablated(wanted: Callable[[Curve], bool]) -> Reading:
 def efficiency(rows: list[dict]) -> Found | None:
     """How many times fewer queries steal as much of the undefended victim as all do before MAD.
 
-    At the largest epsilon below 1, where the answers are of use. A seed beyond the budgets that
+    At the largest epsilon below 1, with what it costs the defender. A seed beyond the budgets that
     were measured without a defence counts as the nearest: the mean is "at least" where it has lost
     more than they tell, "at most" where it has more than all of them, "about" where both are met.
     """
     own = [r for r in whole(rows) if r["attack"] == "knockoff"]
-    mads = _before_mad(own)
+    mads = before_mad(own)
     at = max((r["strength"] for r in mads), default=0)
     most = max((r["budget"] for r in mads), default=0)
-    times, beyond = [], set()
+    bare = [r for r in own if is_undefended(r)]
+    times, costs, beyond = [], [], set()
     for row in (r for r in mads if r["strength"] == at and r["budget"] == most):
-        clean = [r for r in own if is_undefended(r) and pair_of(r) == pair_of(row)]
+        clean = [r for r in bare if pair_of(r) == pair_of(row)]
         if found := queries_for(clean, row["attacker_accuracy"]):
             times.append(most / found.queries)
+            costs.append(clean[0]["defender_accuracy"] - row["defender_accuracy"])
             beyond |= {found.beyond} - {0}
     if not times:
         return None
     mean = math.exp(fmean(map(math.log, times)))
     bound = {(): "", (-1,): "at least ", (1,): "at most "}.get(tuple(beyond), "about ")
     said = f"{mean:.0f} times ({min(times):.0f} to {max(times):.0f}) at epsilon {at:g}"
+    said += f", for {fmean(costs):.1f} points"
     holds = YES if mean >= 10 else PARTLY if mean >= 3 else NO
     return Found(bound + said, len(times), holds)
-
-
-def not_helped_by(kinds: tuple[str, ...]) -> Reading:
-    """How much more the best of these attackers has than the plain one, before MAD."""
-
-    def read(rows: list[dict]) -> Found | None:
-        own = _before_mad(rows)
-        at = max((r["strength"] for r in own), default=0)
-        own = [r for r in own if r["strength"] == at]
-        plain = whole(own)
-        names = {r["variant"] for r in own if (r.get("variant") or "").startswith(kinds)}
-        told = {
-            name: paired([r for r in own if r["variant"] == name], plain, "attacker_accuracy")
-            for name in names
-        }
-        known = {name: each for name, each in told.items() if each is not None}
-        if not known:
-            return None
-        best = max(known, key=lambda name: known[name].mean)
-        small = known[best].mean <= NEAR
-        holds = YES if small else NO if known[best].is_told else PARTLY
-        said = f"{best}: {interval(known[best])} points at epsilon {at:g}"
-        return Found(said, known[best].n, holds)
-
-    return read
-
-
-def best_way(rows: list[dict]) -> Found | None:
-    """The attacker that has most before MAD, at each epsilon, beside that of top labels alone."""
-    own, label = _before_mad(rows), "the top label"
-    told, best, n = [], [], []
-    for at in sorted({r["strength"] for r in own}):
-        by_way: dict[str, list[float]] = {}
-        for row in (r for r in own if r["strength"] == at):
-            way = label if learns(row) == "top_label" else row.get("variant") or "as described"
-            by_way.setdefault(way, []).append(row["attacker_accuracy"])
-        if label not in by_way or not any(way.startswith(OTHERWISE) for way in by_way):
-            return None
-        means = {way: fmean(values) for way, values in by_way.items()}
-        best.append(max(means, key=lambda way: means[way]))
-        ways = dict.fromkeys((best[-1], label))
-        told.append(", ".join(f"{way} {means[way]:.1f}" for way in ways) + f" at epsilon {at:g}")
-        n += [len(by_way[way]) for way in ways]
-    if not told:
-        return None
-    holds = YES if set(best) == {label} else PARTLY if label in best else NO
-    return Found("; ".join(told), min(n), holds)
-
-
-def _before_mad(rows: list[dict]) -> list[dict]:
-    """Those of knockoff attackers before MAD of the last layer, at useful epsilons."""
-    own = [r for r in rows if r["attack"] == "knockoff" and r["defense"] == "mad"]
-    own = [r for r in own if r["layers"] == "last" and 0 < r["strength"] < 1]
-    return [r for r in own if is_plain_mad(curve_of(r))]

@@ -107,6 +107,9 @@ def _distinct(rows: list[dict], name: str) -> str:
 def _provenance(rows: list[dict]) -> str:
     flat = [{**row, "jax": (row.get("versions") or {}).get("jax")} for row in rows]
     parts = ("seeds=seed", "device", "config", "config hash=config_hash", "commit=git_commit")
-    parts = [part.split("=") for part in (*parts, "jax", "test examples=n_test")]
+    parts = (*parts, "jax", "test examples=n_test")
+    if any(row.get("n_judged") for row in rows):
+        parts = (*parts, "test examples of the defender=n_judged")
+    parts = [part.split("=") for part in parts]
     text = "; ".join(f"{part[0]}: {_distinct(flat, part[-1])}" for part in parts)
     return f"{len(rows)} rows; {text}. Mean ± sample standard deviation over seeds."

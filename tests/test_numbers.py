@@ -254,8 +254,8 @@ def test_the_substitutes_that_diverge():
 
 
 def test_mad_on_fashion_mnist():
-    def own(strength, field="attacker_accuracy"):
-        rows = rows_of("mnist_knockoff-fashion_mnist", strength=strength, layers="last")
+    def own(strength, field="attacker_accuracy", layers="last"):
+        rows = rows_of("mnist_knockoff-fashion_mnist", strength=strength, layers=layers)
         assert len(rows) == 3
         return values(rows, field)
 
@@ -266,6 +266,11 @@ def test_mad_on_fashion_mnist():
     assert free == 0
     told = f"{half:.1f} points at epsilon 0.5, for nothing, and {more:.1f} at 0.9, for {cost:.1f}"
     assert told in TEXT
+    taken = (own(0) - own(e, layers="all") for e in (0.5, 0.9))
+    assert "MAD of all parameters takes {:.1f} and {:.1f}; at".format(*map(np.mean, taken)) in TEXT
+    for epsilon in (0.1, 0.3, 0.5, 0.8, 0.9, 0.99, 1.1, 1.5):
+        more = own(epsilon, layers="all") - own(epsilon)
+        assert abs(more.mean()) < 4.303 * more.std(ddof=1) / np.sqrt(3)  # Student's, n = 3
 
     def taken(strength):
         for attack in ("knockoff", "jbda", "jbself", "jbtop3"):

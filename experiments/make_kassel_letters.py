@@ -15,6 +15,7 @@ Cost: about 10 seconds on one CPU core.
 
 import argparse
 import gzip
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -29,6 +30,11 @@ ASPECT, LONGEST, ENLARGED = 1.4, 20, 2.2
 """Width of a pixel over its height; the longer side of the ink in pixels; the largest factor."""
 TEST_FOLD = 9
 SIDE = 28
+LINE = re.compile(
+    r"\S+\s(?P<letter>[a-z])\s\S+\s\S+\s\S+\s(?P<fold>\d)\s"
+    rf"(?P<pixels>([01]\s){{{HIGH * WIDE - 1}}}[01])"
+)
+"""An id, the letter, the next one's id, word, position, fold, and the pixels row by row."""
 
 
 def centred(raster: np.ndarray) -> np.ndarray:
@@ -58,12 +64,15 @@ def letters(lines: Iterable[str]) -> dict[str, np.ndarray]:
     """The arrays of the .npz, of lines as letter.names describes them. ValueError for another."""
     images, labels, folds = [], [], []
     for number, line in enumerate(lines, start=1):
-        _, letter, _, _, _, fold, *pixels = line.split() or [""] * 6
-        if len(pixels) != HIGH * WIDE or not set(pixels) <= {"0", "1"} or "1" not in pixels:
+        found = LINE.fullmatch(line.strip())
+        if not found or "1" not in found["pixels"]:
             raise ValueError(f"line {number} has no letter of {HIGH}x{WIDE} pixels; is it whole?")
-        images.append(centred(np.array(pixels).reshape(HIGH, WIDE) == "1"))
-        labels.append(ord(letter) - ord("a"))
-        folds.append(int(fold))
+        raster = np.array(found["pixels"].split()).reshape(HIGH, WIDE) == "1"
+        images.append(centred(raster))
+        labels.append(ord(found["letter"]) - ord("a"))
+        folds.append(int(found["fold"]))
+    if not images:
+        raise ValueError("the file is empty")
     x, y = np.array(images)[..., None], np.array(labels, np.uint8)
     test = np.array(folds) == TEST_FOLD
     return {"x_train": x[~test], "y_train": y[~test], "x_test": x[test], "y_test": y[test]}

@@ -314,8 +314,15 @@ def test_the_letters_are_scaled_and_centred_and_parted_by_fold(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["", line_of("a", 0, np.ones((16, 7))), line_of("a", 0, np.zeros((16, 8)))],
-    ids=["empty", "short", "blank"],
+    [
+        "",
+        line_of("a", 0, np.ones((16, 7))),
+        line_of("a", 0, np.zeros((16, 8))),
+        line_of("a", 0, np.full((16, 8), 2)),
+        line_of("A", 0, np.ones((16, 8))),
+        line_of("a", "x", np.ones((16, 8))),
+    ],
+    ids=["empty", "short", "blank", "grey", "letter", "fold"],
 )
 def test_a_line_without_a_letter_is_refused(line, tmp_path, monkeypatch, capsys):
     script = load_script("make_kassel_letters")
@@ -326,6 +333,9 @@ def test_a_line_without_a_letter_is_refused(line, tmp_path, monkeypatch, capsys)
     assert script.main() == 2
     assert "line 2 has no letter of 16x8 pixels" in capsys.readouterr().err
     assert not out.exists()
+    (tmp_path / "letter.data").write_text("")
+    assert script.main() == 2
+    assert "letter.data: the file is empty" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (FULL / "kassel_letters.npz").is_file(), reason="full data are not here")

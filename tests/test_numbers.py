@@ -288,6 +288,23 @@ def test_mad_on_fashion_mnist():
     assert unsure > rows_of("mnist_budgets", epsilon=0)[0]["entropy_mean"]
 
 
+def test_top_labels_on_fashion_mnist():
+    def own(name, targets, strength, field="attacker_accuracy"):
+        fields = {"targets": targets, "strength": strength, "budget": 50_000}
+        return values(rows_of(name, **fields), field)
+
+    both = ("mnist_budgets-fashion_mnist", "mnist_budgets")
+    lost = [(own(n, "posteriors", 0) - own(n, "top_label", 0)).mean() for n in both]
+    told = f"{lost[0]:.1f} points with 50,000 queries, and {lost[1]:.1f} on MNIST"
+    assert f"undefended they cost it {told}" in TEXT
+    whole, labels = (
+        (own(both[0], t, 0) - own(both[0], t, 0.99)).mean() for t in ("posteriors", "top_label")
+    )
+    kept = [own(both[0], "posteriors", e, "defender_accuracy") for e in (0, 0.99)]
+    told = f"{whole:.1f} points from whole answers and {labels:.1f} from top labels"
+    assert f"At 0.99 MAD takes {told}, for {(kept[0] - kept[1]).mean():.1f} of" in TEXT
+
+
 def test_the_angles():
     half = [row["angle_means"] for row in rows_of("mnist_angle", epsilon=0.5)]
     first, *_, last = np.mean(half, axis=0)
@@ -302,6 +319,19 @@ def test_the_angles():
     assert f"At epsilon 2, {share:.0f} % of the angles are above 178 degrees" in TEXT
     ((few, many),) = {(row["n_judged"], row["n_test"]) for row in rows_of("mnist_angle")}
     assert f"is judged on {few:,} test images, the attacker on all {many:,}" in TEXT
+
+
+def test_the_angles_on_fashion_mnist():
+    def own(epsilon, field="angle_mean"):
+        return values(rows_of("mnist_angle-fashion_mnist", epsilon=epsilon), field)
+
+    low, high, flipped = (own(e).mean() for e in (0.95, 0.99, 2))
+    told = f"{low:.1f} to {high:.1f} degrees at 0.95 to 0.99, and {flipped:.1f} at 2."
+    assert f"the angles are alike: {told}" in TEXT
+    bare, before = (said(own(e, "attacker_accuracy")) for e in (0, 0.95))
+    steps = {f"{row['steps']:,}" for row in rows_of("mnist_angle-fashion_mnist")}
+    told = f"{bare} % after its {steps.pop()} steps, before an epsilon of 0.95 {before}."
+    assert f"undefended it has {told}" in TEXT
 
 
 def test_the_attackers_that_learn_otherwise():

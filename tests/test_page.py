@@ -361,6 +361,8 @@ def test_the_efficiency_of_queries_is_a_ratio_of_budgets():
     (answer,) = told(rows, "orders of magnitude")
     said = "10 times (10 to 10) at epsilon 0.9, for 1.0 points"
     assert (answer.found.ours, answer.found.holds) == (said, "yes")
+    dear = [r | {"defender_accuracy": 88.0} if r["strength"] == 0.9 else r for r in rows]
+    assert told(dear, "orders of magnitude")[0].found.holds == "partly"
     weak = [
         r | {"attacker_accuracy": 93.0 + r["seed"]} if r["strength"] == 0.9 else r for r in rows
     ]

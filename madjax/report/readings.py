@@ -289,6 +289,7 @@ def efficiency(rows: list[dict]) -> Found | None:
     mean = math.exp(fmean(map(math.log, times)))
     bound = {(): "", (-1,): "at least ", (1,): "at most "}.get(tuple(beyond), "about ")
     said = f"{mean:.0f} times ({min(times):.0f} to {max(times):.0f}) at epsilon {at:g}"
-    said += f", for {fmean(costs):.1f} points"
-    holds = YES if mean >= 10 else PARTLY if mean >= 3 else NO
+    cost = fmean(costs)
+    said += f", for {cost:.1f} points"
+    holds = YES if mean >= 10 and cost <= 10 else PARTLY if mean >= 3 else NO
     return Found(bound + said, len(times), holds)

@@ -18,6 +18,7 @@ import gzip
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -79,9 +80,12 @@ def letters(lines: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def convert(source: Path, out: Path) -> None:
-    """Write the .npz, and print how many letters it has."""
-    with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as lines:
-        arrays = letters(lines)
+    """Write the .npz, and print how many letters it has. ValueError for a file that is none."""
+    try:
+        with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as lines:
+            arrays = letters(lines)
+    except (EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
     np.savez_compressed(out, **arrays)
     print(f"{out.name}: {len(arrays['x_train']):,} train and {len(arrays['x_test']):,} test images")
 
@@ -99,7 +103,7 @@ def main() -> int:
         try:
             convert(args.source, args.out)
         except (OSError, ValueError) as error:
-            print(f"error: {args.source}: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
     with tempfile.TemporaryDirectory() as folder:

@@ -338,6 +338,22 @@ def test_a_line_without_a_letter_is_refused(line, tmp_path, monkeypatch, capsys)
     assert "letter.data: the file is empty" in capsys.readouterr().err
 
 
+def test_half_a_download_of_letters_is_refused(tmp_path, monkeypatch, capsys):
+    script = load_script("make_kassel_letters")
+    lines = "".join(line_of("a", 0, pixels(i, 16, 8) % 2) for i in range(50))
+    packed, source = gzip.compress(lines.encode()), tmp_path / "letter.data.gz"
+    out = tmp_path / "none" / "letters.npz"
+    monkeypatch.setattr("sys.argv", ["make_kassel_letters", str(source), "--out", str(out)])
+    broken = packed[:200] + bytes([packed[200] ^ 255]) + packed[201:]
+    for damaged in (packed[: len(packed) // 2], broken):
+        source.write_bytes(damaged)
+        assert script.main() == 2
+        assert f"error: {source}: " in capsys.readouterr().err
+    source.write_bytes(packed)
+    assert script.main() == 2
+    assert f"No such file or directory: '{out}'" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not (FULL / "kassel_letters.npz").is_file(), reason="full data are not here")
 def test_the_letters_are_those_of_the_runs():
     script = load_script("make_kassel_letters")

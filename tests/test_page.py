@@ -324,6 +324,8 @@ def test_attackers_of_labels_and_ablations_are_read_in_pairs():
     assert kept.found == ("0.97 times (95.5 ± 1.0 at strength 1)", 3, "yes")
     elsewhere = [r | {"budget": 900} if r["targets"] == "posteriors" else r for r in rows]
     assert not told(elsewhere, "undefended whole answers before reverse sigmoid")
+    lost = [r | {"attacker_accuracy": 0.0} if r["targets"] == "posteriors" else r for r in rows]
+    assert not told(lost, "undefended whole answers before reverse sigmoid")
     (mad,) = told(rows, "MAD takes 9 points")
     assert (mad.found.ours[:17], mad.found.holds) == ("16.0 points below", "yes")
     (cut,) = told(rows, "the top label alone costs")
@@ -349,6 +351,12 @@ def test_what_an_attacker_below_70_costs_is_read_in_one_run():
     assert answer.found.holds == "yes"
     near = [r | {"attacker_accuracy": 68 + r["seed"]} if r["strength"] == 0.9 else r for r in rows]
     assert told(near, "below 70 %")[0].found.holds == "partly"  # 69 ± 1: up to 71.5
+    cheap = [r | {"defender_accuracy": 98.9} if r["defense"] == "random_noise" else r for r in rows]
+    assert told(cheap, "below 70 %")[0].found.holds == "yes"  # noise costs less, and does nothing
+    alone = [r | {"attacker_accuracy": 75.0} if r["defense"] == "dp_sgd" else r for r in rows]
+    assert told(alone, "below 70 %")[0].found.holds == "yes"
+    costly = [r | {"defender_accuracy": 88.0} if r["strength"] == 0.9 else r for r in alone]
+    assert told(costly, "below 70 %")[0].found.holds == "no"
     dear = [r | {"defender_accuracy": 50.0} if r["strength"] == 0.9 else r for r in rows]
     assert told(dear, "below 70 %")[0].found.holds == "no"
     assert told(curve([(0.0, 99.0, 98.0), (0.9, 97.0, 66.0)]), "below 70 %") == []
@@ -376,6 +384,10 @@ def test_the_efficiency_of_queries_is_a_ratio_of_budgets():
     (answer,) = told(ahead, "orders of magnitude")  # MAD took nothing from it
     assert answer.found.ours == "at most 5 times (1 to 10) at epsilon 0.9, for 1.0 points"
     assert (answer.found.n, answer.found.holds) == (3, "partly")
+    all_ahead = [r | {"attacker_accuracy": 99.5} if r["strength"] == 0.9 else r for r in rows]
+    more = [r | {"budget": 900_000} if r["strength"] == 0.9 else r for r in all_ahead]
+    (answer,) = told(more, "orders of magnitude")
+    assert (answer.found.ours[:16], answer.found.holds) == ("at most 90 times", "partly")
     other = {"strength": 0.9, "seed": 2}
     both = [r | few if other.items() <= r.items() else r for r in ahead]
     assert told(both, "orders of magnitude")[0].found.ours.startswith("about 10 times (1 to 100)")
@@ -426,8 +438,27 @@ def test_a_way_around_gains_little_by_its_interval(gains, holds):
     assert told(rows, "another optimiser")[0].found.holds == holds
 
 
+def test_a_way_around_is_asked_at_each_epsilon_at_its_largest_budget():
+    """That it may gain much at one epsilon is not undone by a small gain at another."""
+    rows = curve([(0.0, 99.0, 98.0), (0.5, 98.0, 70.0), (0.9, 98.0, 70.0)])
+    other = curve([(0.5, 98.0, 71.5), (0.9, 98.0, 71.0)], variant="opt-adam")
+    assert told(rows + other, "another optimiser")[0].found.holds == "yes"
+    wide = [
+        r | {"attacker_accuracy": 71 + 10 * (r["seed"] - 1)} if r["strength"] == 0.9 else r
+        for r in other
+    ]
+    (answer,) = told(rows + wide, "another optimiser")
+    assert answer.found.ours == "opt-adam: +1.5 [+1.5, +1.5] points at epsilon 0.5"
+    assert answer.found.holds == "partly"
+    one = [r | {"attacker_accuracy": 90.0} for r in other if (r["seed"], r["strength"]) == (0, 0.9)]
+    assert told(rows + one, "another optimiser")[0].found.holds == "no"  # 21 points, of one seed
+    small = [r | {"budget": 100, "attacker_accuracy": 99.0} for r in other]
+    for mixed in (rows + other + small, rows + small + other):
+        assert told(mixed, "another optimiser")[0].found.holds == "yes"
+
+
 def test_claims_are_answered_of_best_epochs_too():
-    """With the reason where the verdict is another; empty where it is the same, or not known."""
+    """With the reason where the verdict is another; empty where the same is found."""
     rows = curve([(0.0, 99.4, 99.0), (0.9, 98.6, 71.0), (0.99, 97.0, 20.0)])
     rows = [r | {"attacker_accuracy_best": r["attacker_accuracy"]} for r in rows]
     (answer,) = told(rows, "MAD against knockoff")
@@ -440,7 +471,7 @@ def test_claims_are_answered_of_best_epochs_too():
     near = [r | {"attacker_accuracy_best": r["attacker_accuracy"] + 0.1} for r in rows]
     assert told(near, "MAD against knockoff")[0].at_best == "yes"
     (lacking,) = told([*kept[1:], kept[0] | {"attacker_accuracy_best": None}], "MAD against kno")
-    assert (lacking.best, lacking.at_best) == (None, "")
+    assert (lacking.best, lacking.at_best) == (None, "not known")
 
 
 def test_the_best_way_around_is_told_at_each_epsilon():

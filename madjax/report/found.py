@@ -15,11 +15,14 @@ from madjax.report.points import (
     is_undefended,
     sound_curves,
     started,
+    trained,
 )
 
 YES, PARTLY, NO = "yes", "partly", "no"
 NEAR = 2.0
 """Points of accuracy within which two are alike."""
+REASONABLE = 10.0
+"""Points of the defender's accuracy that a reasonable operating point costs at most (5.2.3)."""
 TABLE_1 = {
     "mnist": {"victim": 99.4, "jbda": 89.2, "jbself": 89.4, "jbtop3": 87.3, "knockoff": 99.0},
     "fashion_mnist": {
@@ -93,17 +96,24 @@ def unspoiled(rows: list[dict], attack: str) -> list[dict]:
 
 
 def before_mad(rows: list[dict]) -> list[dict]:
-    """Those of knockoff attackers before MAD of the last layer, at epsilons below 1."""
+    """Those of knockoff attackers before MAD of the last layer, at epsilons below 1.
+
+    Of the largest budget that each attacker has.
+    """
     own = [r for r in rows if r["attack"] == "knockoff" and r["defense"] == "mad"]
     own = [r for r in own if r["layers"] == "last" and 0 < r["strength"] < 1]
-    return [r for r in own if is_plain_mad(curve_of(r))]
+    own = [r for r in own if is_plain_mad(curve_of(r))]
+    most: dict[tuple, int] = {}
+    for row in own:
+        attacker = (row.get("variant"), learns(row))
+        most[attacker] = max(row["budget"], most.get(attacker, 0))
+    return [r for r in own if r["budget"] == most[r.get("variant"), learns(r)]]
 
 
 def victims(rows: list[dict]) -> list[float]:
     """One accuracy for each victim; those that DP-SGD trained are left out."""
     own = [r for r in rows if r["defense"] != "dp_sgd" and r.get("victim_accuracy") is not None]
-    trained = dict.fromkeys((r.get("victim_seed") or 0, r["victim_accuracy"]) for r in own)
-    return [accuracy for _, accuracy in trained]
+    return [accuracy for _, accuracy in trained(own)]
 
 
 def curves_of(rows: list[dict], attack: str = "knockoff") -> dict[Curve, list[Summary]]:

@@ -181,9 +181,19 @@ def stat(values: list) -> Stat:
     return Stat(fmean(values), stdev(values) if len(values) > 1 else None)
 
 
+def trained(rows: list[dict]) -> list[tuple[int | None, float | None]]:
+    """The victims behind rows: the seed and accuracy of each.
+
+    Those of one seed that were trained on machines which round differently are as many victims.
+    The accuracy is None where no row of a seed says it.
+    """
+    both = dict.fromkeys((row.get("victim_seed"), row.get("victim_accuracy")) for row in rows)
+    known = {seed for seed, accuracy in both if accuracy is not None}
+    return [(seed, at) for seed, at in both if at is not None or seed not in known]
+
+
 def _summary(curve: Curve, strength: float, rows: list[dict]) -> Summary:
-    # Victims of one seed, trained on machines that round differently, are as many victims.
-    victims = {(row.get("victim_seed"), row.get("victim_accuracy")) for row in rows}
+    victims = trained(rows)
     seeds = Counter((row.get("victim_seed"), row["seed"]) for row in rows)
     (_, seed), times = seeds.most_common(1)[0]
     if times > 1:

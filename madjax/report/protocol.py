@@ -9,11 +9,10 @@ from typing import NamedTuple
 from madjax import config, store
 from madjax.errors import InputError
 from madjax.report.angles import is_traced
-from madjax.report.found import interval, percent, whole
+from madjax.report.found import interval, percent, unspoiled, whole
 from madjax.report.names import is_plain_mad, name
-from madjax.report.pairs import Pair, pair_of, pairs
-from madjax.report.points import curve_of, is_sound, stat, summarise
-from madjax.report.readings import unspoiled
+from madjax.report.pairs import Pair, grouped, pair_of, pairs
+from madjax.report.points import curve_of, is_sound, stat
 from madjax.report.rows import read_rows
 
 
@@ -111,18 +110,18 @@ def _beside(pair: Pair, said: str, reference: str) -> str:
 
 
 def _epochs(rows: list[dict]) -> Iterable[str]:
-    own = [row for row in whole(rows) if not is_traced(row)]
-    for run in dict.fromkeys(row.get("config", "") for row in own):
-        for point in summarise([row for row in own if row.get("config", "") == run]):
-            curve, best = point.curve, point.attacker_accuracy_best
-            last = is_plain_mad(curve) and (curve.defense, curve.layers) == ("mad", "last")
-            known = None not in (point.attacker_accuracy.mean, best.mean)
-            if known and last and curve.attack == "knockoff" and 0.9 <= point.strength < 1:
-                yield (
-                    f"last {percent(point.attacker_accuracy)}, best {percent(best)}, epsilon "
-                    f"{point.strength:g} ({name(curve.dataset)}, {curve.budget:,} queries, "
-                    f"n = {point.n}, {run})"
-                )
+    own = [row for row in whole(rows) if is_sound(row) and not is_traced(row)]
+    for (curve, strength), at in grouped(own).items():
+        final = stat([row["attacker_accuracy"] for row in at])
+        best = stat([row.get("attacker_accuracy_best") for row in at])
+        last = is_plain_mad(curve) and (curve.defense, curve.layers) == ("mad", "last")
+        if best.mean and last and curve.attack == "knockoff" and 0.9 <= strength < 1:
+            where = f"{name(curve.dataset)}, {curve.budget:,} queries, n = {len(at)}"
+            runs = dict.fromkeys(row["config"] for row in at if row.get("config"))
+            yield (
+                f"last {percent(final)}, best {percent(best)}, epsilon {strength:g} "
+                f"({', '.join((where, *runs))})"
+            )
 
 
 def _as_published(rows: list[dict]) -> Iterable[str]:

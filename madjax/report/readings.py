@@ -12,6 +12,7 @@ from madjax.report.found import (
     NEAR,
     NO,
     PARTLY,
+    REASONABLE,
     TABLE_1,
     YES,
     Found,
@@ -211,7 +212,7 @@ def entropy(defense: str, paper: float) -> Reading:
 def below_70(rows: list[dict]) -> Found | None:
     """What it costs the defender to bring the attacker below 70 %: MAD beside what adds noise.
 
-    Of a defence that never does, what its lowest attacker costs.
+    Of a defence that never does, what its lowest attacker costs is told, and not compared.
     """
     own = whole(rows)
     curves = curves_of(own)
@@ -235,12 +236,12 @@ def below_70(rows: list[dict]) -> Found | None:
         for name, (cost, point) in told.items()
     )
     n = min(point.n for _, point in told.values())
-    (cost, point), *others = told.values()  # MAD's comes first
-    below = difference(
-        r["attacker_accuracy"] - 70 for r in behind(own, point.curve, point.strength)
-    )
-    if point.attacker_accuracy.mean >= 70 or cost >= min(other for other, _ in others):
+    costs = {name: cost for name, (cost, p) in told.items() if p.attacker_accuracy.mean < 70}
+    cost, point = told["MAD"]
+    if costs.get("MAD", math.inf) > REASONABLE or cost > min(costs.values()):
         return Found(said, n, NO)
+    accuracies = [r["attacker_accuracy"] for r in behind(own, point.curve, point.strength)]
+    below = difference(accuracy - 70 for accuracy in accuracies)
     return Found(said, n, YES if cost <= 1 + NEAR and signed(below, -1) == YES else PARTLY)
 
 
@@ -291,5 +292,6 @@ def efficiency(rows: list[dict]) -> Found | None:
     said = f"{mean:.0f} times ({min(times):.0f} to {max(times):.0f}) at epsilon {at:g}"
     cost = fmean(costs)
     said += f", for {cost:.1f} points"
-    holds = YES if mean >= 10 and cost <= 10 else PARTLY if mean >= 3 else NO
+    surely = mean >= 10 and 1 not in beyond
+    holds = YES if surely and cost <= REASONABLE else PARTLY if mean >= 3 else NO
     return Found(bound + said, len(times), holds)

@@ -55,10 +55,10 @@ def recovered(defense: str) -> Reading:
         curve, bare = first(curves, defense=defense), unspoiled(rows, "knockoff")
         if curve is None or not bare or bare[0]["budget"] != curve.budget:
             return None
-        point = curves[curve][-1]
-        if point.is_undefended:
+        point, most = curves[curve][-1], fmean(r["attacker_accuracy"] for r in bare)
+        if point.is_undefended or not most:
             return None
-        share = point.attacker_accuracy.mean / fmean(r["attacker_accuracy"] for r in bare)
+        share = point.attacker_accuracy.mean / most
         said = (
             f"{share:.2f} times ({percent(point.attacker_accuracy)} at strength {point.strength:g})"
         )
@@ -93,7 +93,8 @@ def labels_before_mad(rows: list[dict]) -> Found | None:
 def not_helped_by(kinds: tuple[str, ...]) -> Reading:
     """How much more the best of these attackers has than the plain one, before MAD.
 
-    At the epsilon below 1 at which it gains most.
+    At the epsilon below 1 at which it gains most; whether it is little is asked of each of them at
+    each epsilon.
     """
 
     def read(rows: list[dict]) -> Found | None:
@@ -102,7 +103,7 @@ def not_helped_by(kinds: tuple[str, ...]) -> Reading:
         for at in sorted({r["strength"] for r in own}):
             here = [r for r in own if r["strength"] == at]
             plain = whole(here)
-            for name in {r.get("variant") or "" for r in here}:
+            for name in sorted({r.get("variant") or "" for r in here}):
                 others = [r for r in here if r.get("variant") == name]
                 each = paired(others, plain, "attacker_accuracy")
                 if name.startswith(kinds) and each:
@@ -110,10 +111,11 @@ def not_helped_by(kinds: tuple[str, ...]) -> Reading:
         if not told:
             return None
         name, at = max(told, key=lambda key: told[key].mean)
-        gain = told[name, at]
-        little, surely = (end is not None and end <= NEAR for end in (gain.mean, gain.high))
-        holds = YES if surely else PARTLY if little or not gain.is_told else NO
-        return Found(f"{name}: {interval(gain)} points at epsilon {at:g}", gain.n, holds)
+        gain, gains = told[name, at], told.values()
+        little = all(each.high is not None and each.high <= NEAR for each in gains)
+        helped = any(each.mean > NEAR and (each.low is None or each.low > 0) for each in gains)
+        said = f"{name}: {interval(gain)} points at epsilon {at:g}"
+        return Found(said, gain.n, YES if little else NO if helped else PARTLY)
 
     return read
 

@@ -573,6 +573,7 @@ def test_the_protocol_is_that_of_the_rows_beside_the_papers():
 def test_disagreements_are_measured_where_rows_can():
     rows = curve([(0.0, 99.0, 98.0), (0.9, 98.5, 80.0)], attacker_accuracy_best=92.0)
     rows += curve([(0.9, 98.5, 82.0)], layers="all")
+    rows += [row(strength=0.9, seed=3, status="diverged", attacker_accuracy=None)]
     said = {each.what: list(each.measured(rows)) for each in DISAGREEMENTS}
     assert said["which epoch"] == [
         "last 80.0 ± 1.0, best 92.0 ± 0.0, epsilon 0.9 (MNIST, 5,000 queries, n = 3, study)"

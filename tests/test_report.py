@@ -187,6 +187,7 @@ def test_seeds_of_several_victims_are_points_of_one_curve():
     assert report.summarise(elsewhere)[0].victims == 6  # each was trained twice
     older = [{**r, "victim_accuracy": None if r["seed"] == 1 else 98.0} for r in rows]
     assert report.summarise(older)[0].victims == 3
+    assert report.summarise([{**r, "victim_accuracy": None} for r in rows])[0].victims == 3
 
 
 def test_the_agreement_with_the_victim_has_a_column_where_rows_have_it():

@@ -84,7 +84,7 @@ def convert(source: Path, out: Path) -> None:
     try:
         with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as lines:
             arrays = letters(lines)
-    except (EOFError, zlib.error, ValueError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{source}: {error}") from None
     np.savez_compressed(out, **arrays)
     print(f"{out.name}: {len(arrays['x_train']):,} train and {len(arrays['x_test']):,} test images")

@@ -148,6 +148,15 @@ def parted(points: list[Summary]) -> tuple[Summary, list[Summary]] | None:
     return (begin, others) if begin.is_undefended and others else None
 
 
+def parts_of(
+    rows: list[dict], defense: str, attack: str = "knockoff"
+) -> tuple[Summary, list[Summary]] | None:
+    """`parted` of a defence's curve against one attack; None where there is none."""
+    curves = curves_of(rows, attack)
+    curve = first(curves, defense=defense)
+    return parted(curves[curve]) if curve else None
+
+
 def loss(begin: Summary, point: Summary) -> float:
     """Points of accuracy that the defender pays."""
     return begin.defender_accuracy.mean - point.defender_accuracy.mean

@@ -115,7 +115,7 @@ def _epochs(rows: list[dict]) -> Iterable[str]:
         final = stat([row["attacker_accuracy"] for row in at])
         best = stat([row.get("attacker_accuracy_best") for row in at])
         last = is_plain_mad(curve) and (curve.defense, curve.layers) == ("mad", "last")
-        if best.mean and last and curve.attack == "knockoff" and 0.9 <= strength < 1:
+        if best.mean is not None and last and curve.attack == "knockoff" and 0.9 <= strength < 1:
             where = f"{name(curve.dataset)}, {curve.budget:,} queries, n = {len(at)}"
             runs = dict.fromkeys(row["config"] for row in at if row.get("config"))
             yield (

@@ -27,6 +27,7 @@ from madjax.report.found import (
     loss,
     mad,
     parted,
+    parts_of,
     percent,
     queries_for,
     reading,
@@ -117,9 +118,7 @@ def from_every_attack(rows: list[dict]) -> Found | None:
 
 def _affordable(rows: list[dict], attack: str) -> tuple[Summary, Summary] | None:
     """The undefended point, and that of MAD at the largest epsilon that costs less than a point."""
-    curves = curves_of(whole(rows), attack)
-    curve = mad(curves)
-    parts = curve and parted(curves[curve])
+    parts = parts_of(whole(rows), "mad", attack)
     if not parts:
         return None
     begin, points = parts
@@ -149,9 +148,7 @@ def most_taken(defense: str) -> Reading:
     """The most that a defence takes from the attacker at any measured strength."""
 
     def read(rows: list[dict]) -> Found | None:
-        curves = curves_of(whole(rows))
-        curve = first(curves, defense=defense)
-        parts = curve and parted(curves[curve])
+        parts = parts_of(whole(rows), defense)
         if not parts:
             return None
         begin, points = parts

@@ -19,8 +19,7 @@ from madjax.report.found import (
     labels_alone,
     learns,
     loss,
-    mad,
-    parted,
+    parts_of,
     percent,
     taken_by,
     unspoiled,
@@ -72,9 +71,7 @@ def labels_before_mad(rows: list[dict]) -> Found | None:
 
     At the largest epsilon that costs the defender less than 5 points.
     """
-    curves = curves_of(labels_alone(rows))
-    curve = mad(curves)
-    parts = curve and parted(curves[curve])
+    parts = parts_of(labels_alone(rows), "mad")
     if not parts:
         return None
     begin, points = parts
@@ -103,10 +100,10 @@ def not_helped_by(kinds: tuple[str, ...]) -> Reading:
         for at in sorted({r["strength"] for r in own}):
             here = [r for r in own if r["strength"] == at]
             plain = whole(here)
-            for name in sorted({r.get("variant") or "" for r in here}):
+            names = {r.get("variant") or "" for r in here}
+            for name in sorted(name for name in names if name.startswith(kinds)):
                 others = [r for r in here if r.get("variant") == name]
-                each = paired(others, plain, "attacker_accuracy")
-                if name.startswith(kinds) and each:
+                if each := paired(others, plain, "attacker_accuracy"):
                     told[name, at] = each
         if not told:
             return None

@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from madjax.files import check_can_write, save_npz, write_atomically
+
 HIGH, WIDE = 16, 8
 """Rows and columns of a raster."""
 ASPECT, LONGEST, ENLARGED = 1.4, 20, 2.2
@@ -81,12 +83,13 @@ def letters(lines: Iterable[str]) -> dict[str, np.ndarray]:
 
 def convert(source: Path, out: Path) -> None:
     """Write the .npz, and print how many letters it has. ValueError for a file that is none."""
+    check_can_write(out)
     try:
         with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as lines:
             arrays = letters(lines)
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{source}: {error}") from None
-    np.savez_compressed(out, **arrays)
+    write_atomically(out, lambda draft: save_npz(draft, arrays))
     print(f"{out.name}: {len(arrays['x_train']):,} train and {len(arrays['x_test']):,} test images")
 
 
@@ -116,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,7 +1,9 @@
 """Files that a crash leaves whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from madjax.errors import InputError
 
@@ -26,6 +28,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise InputError(
             f"{path} cannot be written ({error.strerror or error}): give another"
         ) from error
+
+
+def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as a compressed .npz of exactly this path, whatever its suffix."""
+    with path.open("wb") as file:  # savez adds a suffix to a path
+        np.savez_compressed(file, **arrays)
 
 
 def check_can_write(path: Path) -> None:

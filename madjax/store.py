@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from madjax import checkpoints, processes
 from madjax.errors import InputError, in_one_line
-from madjax.files import write_atomically
+from madjax.files import save_npz, write_atomically
 
 CONFIG = "config.json"
 ROWS = "rows.jsonl"
@@ -255,12 +255,7 @@ def save_trace(directory: Path, name: str, columns: dict[str, np.ndarray]) -> No
     """Write the arrays of a trace as `traces/NAME.npz`, whole or not at all."""
     folder = directory / TRACES
     folder.mkdir(exist_ok=True)
-
-    def write(draft: Path) -> None:
-        with draft.open("wb") as file:  # savez adds a suffix to a path
-            np.savez_compressed(file, **columns)
-
-    write_atomically(folder / f"{name}.npz", write)
+    write_atomically(folder / f"{name}.npz", lambda draft: save_npz(draft, columns))
 
 
 @processes.by_first

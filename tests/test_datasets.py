@@ -343,16 +343,28 @@ def test_half_a_download_of_letters_is_refused(tmp_path, monkeypatch, capsys):
     script = load_script("make_kassel_letters")
     lines = "".join(line_of("a", 0, pixels(i, 16, 8) % 2) for i in range(50))
     packed, source = gzip.compress(lines.encode()), tmp_path / "letter.data.gz"
-    out = tmp_path / "none" / "letters.npz"
-    monkeypatch.setattr("sys.argv", ["make_kassel_letters", str(source), "--out", str(out)])
+    monkeypatch.setattr("sys.argv", ["make_kassel_letters", str(source)])
     broken = packed[:200] + bytes([packed[200] ^ 255]) + packed[201:]
     for damaged in (packed[: len(packed) // 2], broken, lines.encode()):
         source.write_bytes(damaged)
         assert script.main() == 2
         assert f"error: {source}: " in capsys.readouterr().err
-    source.write_bytes(packed)
+
+
+def test_letters_are_written_where_they_are_asked_for_or_not_made(tmp_path, monkeypatch, capsys):
+    """The name is kept, whatever its suffix."""
+    script = load_script("make_kassel_letters")
+    source, out = tmp_path / "letter.data", tmp_path / "none" / "letters"
+    monkeypatch.setattr("sys.argv", ["make_kassel_letters", str(source), "--out", str(out)])
     assert script.main() == 2
-    assert f"No such file or directory: '{out}'" in capsys.readouterr().err
+    assert f"there is no directory {out.parent}; make it" in capsys.readouterr().err
+    out.parent.mkdir()
+    assert script.main() == 2
+    assert f"No such file or directory: '{source}'" in capsys.readouterr().err
+    source.write_text(line_of("a", 0, np.ones((16, 8))))
+    assert script.main() == 0
+    assert capsys.readouterr().out == "letters: 1 train and 0 test images\n"
+    assert [path.name for path in out.parent.iterdir()] == ["letters"]
 
 
 @pytest.mark.skipif(not (FULL / "kassel_letters.npz").is_file(), reason="full data are not here")

@@ -29,13 +29,20 @@ SCRIPTS = sorted(
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs a script as `python experiments/NAME.py WORDS` does, in an empty directory."""
+    """Runs a script as `python experiments/NAME.py WORDS` does, in an empty directory.
+
+    Its exit status has to be 0.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXPERIMENTS)
 
     def run(name, *words):
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name="__main__")
+        try:
+            runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
 
     return run
 

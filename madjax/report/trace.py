@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from madjax.errors import InputError
-from madjax.files import write_atomically
+from madjax.files import save_npz, write_atomically
 
 
 def read_trace(directory: str | Path) -> dict[str, np.ndarray]:
@@ -62,11 +62,6 @@ def write_trace(directory: str | Path, path: str | Path) -> None:
     write_atomically(path, lambda draft: WRITERS[path.suffix](draft, columns))
 
 
-def _npz(path: Path, columns: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # savez adds a suffix to a path
-        np.savez_compressed(file, **columns)
-
-
 def _parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
     import pyarrow  # lazy: half a second that tables do not need
     from pyarrow import parquet
@@ -74,4 +69,4 @@ def _parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
     parquet.write_table(pyarrow.table(columns), path)
 
 
-WRITERS: dict[str, Callable] = {".npz": _npz, ".parquet": _parquet}
+WRITERS: dict[str, Callable] = {".npz": save_npz, ".parquet": _parquet}

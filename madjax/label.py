@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from madjax.polytope import Polytope, best_linear, cosines, exchange, rounded, slopes
+from madjax.steps import TOLERANCE
 
 Array = jax.Array
 
@@ -32,9 +33,13 @@ def farthest_keeping_label(
     """The best answer v [K] found with |v - y|_1 <= epsilon and v_j + margin <= v_k, k = argmax y.
 
     y [K]; gram [K, K], c [K] as for `madjax.polytope.farthest`. y where there is no such answer.
+    Without a margin the label stays ahead by 1e-6, or by as much as it is in y, so that no rounding
+    makes another class the first.
     """
     gram = rounded(gram)
-    top, given = y.max(), jnp.minimum(epsilon / 2, y.sum())
+    top, others = y.max(), jnp.where(jnp.arange(y.size) == y.argmax(), -jnp.inf, y)
+    margin = jnp.maximum(margin, jnp.minimum(top - others.max(), TOLERANCE))
+    given = jnp.minimum(epsilon / 2, y.sum())
     low = jnp.maximum(top - given, (y.sum() + (y.size - 1) * margin) / y.size)
     high = jnp.minimum(top + given, y.sum())
     at = jax.vmap(partial(_best_at, y, gram, c, given, margin))

@@ -203,7 +203,12 @@ class LineSearch(Solver):
             y_tilde = step(y, y_star, epsilon, self.distance)
             return reach(y, y_tilde, y, self.constraints) if self.constraints else y_tilde
 
-        y_star = self.oracle(y, gram)
+        y_star = jnp.asarray(self.oracle(y, gram), y.dtype)
+        if y_star.ndim not in (1, 2) or y_star.shape[-1] != y.size:
+            raise InputError(
+                f"the oracle {name_of(self.oracle)} gives an array of shape {y_star.shape} for "
+                f"{y.size} classes: it is to give a target [K], or several [N, K]"
+            )
         if y_star.ndim == 1:
             return end(y_star)
         ends = jax.vmap(end)(y_star)
@@ -241,13 +246,15 @@ def solve(
             (y [K], gram [K, K], epsilon) -> y_tilde [K].
 
     Returns:
-        y_tilde float32 [K], on the simplex as y is, within epsilon of y.
+        y_tilde float32 [K], on the simplex as y is, within epsilon of y. A solver or an oracle of
+        your own has to see to that: its shape is checked, and nothing else.
 
     Edge cases:
         epsilon = 0: y, bit for bit.
         a budget beyond the farthest answer: y*, bit for bit.
         y is the surrogate's own posterior: y; the true gradient vanishes (`defined`).
         gram = 0: y; no answer moves the attacker.
+        a traced gram that is not finite: y. (`madjax.perturb` answers as with G = I.)
         gram times a positive number: the same answer.
         two vertices with equal H: the first of them is y*.
         no answer found at which all constraints hold: y; `solver.report` says so.
@@ -255,8 +262,9 @@ def solve(
         logits, log-probabilities or percent for y: refused, where y is not traced.
 
     Raises:
-        InputError: shapes that do not fit; a solver that is no function; where they are not traced,
-            epsilon < 0, y that is no posterior, a gram that is not finite.
+        InputError: shapes that do not fit, of what solver and oracle give too; several budgets; a
+            solver that is no function; where they are not traced, epsilon < 0, y that is no
+            posterior, a gram that is not finite.
 
     Example:
         >>> import jax.numpy as jnp, madjax
@@ -267,7 +275,13 @@ def solve(
     """
     check_solver(solver)
     y, gram, epsilon = _checked(y, gram, epsilon)
-    return _guarded(solver(y, gram, epsilon), y, gram, epsilon)
+    y_tilde = jnp.asarray(solver(y, gram, epsilon), y.dtype)
+    if y_tilde.shape != y.shape:
+        raise InputError(
+            f"the solver {name_of(solver)} gives an array of shape {y_tilde.shape} for "
+            f"{y.size} classes: it is to give y_tilde [K]"
+        )
+    return _guarded(y_tilde, y, gram, epsilon)
 
 
 def _checked(y: Array, gram: Array, epsilon: Array | float) -> tuple[Array, Array, Array]:
@@ -280,7 +294,12 @@ def _checked(y: Array, gram: Array, epsilon: Array | float) -> tuple[Array, Arra
             "use jax.vmap over a batch"
         )
     check_gram(gram)
-    return y, gram, jnp.asarray(epsilon, jnp.float32)
+    epsilon = jnp.asarray(epsilon, jnp.float32)
+    if epsilon.ndim:
+        raise InputError(
+            f"epsilon has shape {epsilon.shape}: solve takes one budget; use jax.vmap over several"
+        )
+    return y, gram, epsilon
 
 
 def scaled(y: Array, gram: Array) -> tuple[Array, Array]:

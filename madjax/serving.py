@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from madjax.batching import map_within
 from madjax.errors import InputError
@@ -60,7 +61,8 @@ def perturb(
         x: the queries [B, ...].
         y: the victim's posteriors [B, K]; see `solve`.
         epsilon: one budget, or a grid of them [E], which costs hardly more than one.
-        solver: see `solve`. Programs are compiled once for each, too: equal ones count as one.
+        solver: see `solve`. Programs are compiled once for each, too. Equal ones count as one, but
+            no two with a `functools.partial` are equal: make such a solver once.
         layers: see `gram`.
         gram_method: the method of `gram`.
         chunk: see `gram`.
@@ -75,9 +77,12 @@ def perturb(
         no query: y_tilde is [0, K].
         a grid of no budgets: y_tilde is [0, B, K].
         a query alone: the answer it has in any batch.
+        under jit, a query whose gradients leave float32: the answer of G = I, for which gram is the
+            identity. Where nothing is traced it is refused.
 
     Raises:
-        InputError: see `solve`, and shapes that do not fit.
+        InputError: see `solve`, shapes that do not fit, and, under jit, parameters that are known
+            there and not finite.
 
     Example:
         >>> import jax, madjax
@@ -98,6 +103,8 @@ def perturb(
         raise InputError(f"epsilon has shape {epsilon.shape}: give one budget or a list of them")
     m = gram(apply, params, x, layers=layers, method=gram_method, chunk=chunk, memory=memory)
     check_gram(m)
+    if isinstance(m, jax.core.Tracer):
+        _check_finite(params)
     if m.shape[-1] != y.shape[-1]:
         raise InputError(
             f"the surrogate has {m.shape[-1]} classes and the posteriors {y.shape[-1]}: "
@@ -107,6 +114,18 @@ def perturb(
     return _solve_all(solver, memory, y, m, epsilon)
 
 
+def _check_finite(params: Any) -> None:
+    """Refuse parameters that a compiled program would hold, and that are NaN or infinite."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        if not np.isfinite(np.asarray(leaf).astype(np.float32)).all():
+            raise InputError(
+                f"the surrogate's parameter {jax.tree_util.keystr(path)} is not finite: give "
+                "another surrogate"
+            )
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _solve_all(
     solver: AnySolver, memory: int | None, y: Array, gram: Array, epsilon: Array
@@ -114,8 +133,12 @@ def _solve_all(
     """Queries [B, ...] at one budget or at E of them: [B, K] or [E, B, K]."""
 
     def answer(query: tuple[Array, Array]) -> Array:
+        y, gram = query
+        # Or a query that takes its gradients out of float32 would be told the truth.
+        gram = jnp.where(jnp.isfinite(gram).all(), gram, jnp.eye(y.size, dtype=gram.dtype))
+
         def within(epsilon: Array) -> Array:
-            return solve(*query, epsilon=epsilon, solver=solver)
+            return solve(y, gram, epsilon=epsilon, solver=solver)
 
         return jax.vmap(within)(epsilon) if epsilon.ndim else within(epsilon)
 
@@ -158,6 +181,7 @@ def defend(
         a victim in half precision: its softmax is taken in float32.
         a grid of budgets: y_tilde is [E, B, K].
         no query: y_tilde is [0, K].
+        a query that the victim gives logits of NaN: NaN under jit, else refused.
 
     Raises:
         InputError: at the first call: see `madjax.perturb`.
@@ -221,14 +245,16 @@ def export(
             `partial(perturb, apply, params, epsilon=0.5)` does: the file then serves a victim that
             is no JAX function, and holds the surrogate alone.
         classes: K, where posteriors are taken.
-        platforms: what the file runs on; none of them need be here. `madjax.conv.convolution`
-            chooses its form for the platform it is traced on: for others give networks
-            `convolution=jax.lax.conv_general_dilated`.
+        platforms: what the file runs on, as names or as one text, "cpu,cuda"; none of them need be
+            here. `madjax.conv.convolution` chooses its form for the platform it is traced on: for
+            others give networks `convolution=jax.lax.conv_general_dilated`.
 
     Raises:
         InputError: an unknown platform, posteriors without classes, or a file that cannot be
             written.
     """
+    if isinstance(platforms, str):
+        platforms = platforms.split(",")
     unknown = set(platforms) - {*PLATFORMS, "rocm"}
     if unknown or not platforms:
         raise InputError(
@@ -269,7 +295,7 @@ def load(path: str | Path) -> Predict:
         raise InputError(
             f"{path} is not an exported function: make it with madjax export"
         ) from error
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    here = jax.export.default_export_platform()
     if here not in exported.platforms:
         raise InputError(
             f"{path} runs on {', '.join(exported.platforms)}, not on {here}: export it again with "

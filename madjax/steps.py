@@ -20,12 +20,16 @@ TOLERANCE = 1e-6
 """A residual up to this is taken as 0: y itself meets many constraints only up to rounding."""
 
 
+def residuals(y_tilde: Array, y: Array, constraints: Sequence[Constraint]) -> Array:
+    """All residuals of all constraints, [R]; NaN counts as broken, and is inf."""
+    each = [jnp.ravel(jnp.asarray(rule(y_tilde, y), y.dtype)) for rule in constraints]
+    found = jnp.concatenate([jnp.zeros(0, y.dtype), *each])
+    return jnp.where(jnp.isnan(found), jnp.inf, found)
+
+
 def residual(y_tilde: Array, y: Array, constraints: Sequence[Constraint]) -> Array:
     """The largest residual of all constraints, -inf without any; NaN counts as broken."""
-    worst = jnp.full((), -jnp.inf, y.dtype)
-    for constraint in constraints:
-        worst = jnp.maximum(worst, jnp.max(jnp.asarray(constraint(y_tilde, y), y.dtype)))
-    return jnp.where(jnp.isnan(worst), jnp.inf, worst)
+    return residuals(y_tilde, y, constraints).max(initial=-jnp.inf)
 
 
 def holds(
@@ -75,12 +79,16 @@ def reach(start: Array, end: Array, y: Array, constraints: Sequence[Constraint])
     """The point of the segment nearest to its end, of those found, where the constraints hold.
 
     start, end, y [K] -> [K]. end itself if they hold there, else 32 bisections from start, at which
-    they must hold: the last point at which they do, where they hold up to a point only.
+    they must hold: the last point at which they do, where they hold up to a point only. A residual
+    that is below 0 at the start stays below it, by 5e-7 or as much as there: a top label that has
+    to be kept is then ahead, and not level.
     """
+    first = residuals(start, y, constraints)
+    # Stricter than `holds`, as the point that is returned may be rounded otherwise.
+    most = jnp.where(first < 0, jnp.maximum(first, -TOLERANCE / 2), TOLERANCE / 2)
 
     def inside(a: Array) -> Array:
-        # Stricter, as the point that is returned may be rounded otherwise.
-        return holds((1 - a) * start + a * end, y, constraints, TOLERANCE / 2)
+        return (residuals((1 - a) * start + a * end, y, constraints) <= most).all()
 
     a = _bisect(inside, y.dtype)
     return (1 - a) * start + a * end

@@ -540,6 +540,34 @@ def test_a_defence_is_mad_argmax_where_every_label_is_kept(solver, keeps):
     assert madjax.MAD(solver=solver).name == ("mad_argmax" if keeps else "mad")
 
 
+def top_k_set(v, k):
+    return np.sort(np.asarray(jax.lax.top_k(v, k)[1]), axis=1)
+
+
+def bin_of(v, y):
+    return np.floor(10 * np.take_along_axis(v, y.argmax(axis=1)[:, None], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "kept", "solver"),
+    [
+        (keep_label, lambda v, y: v.argmax(axis=1), LineSearch),
+        (keep_label, lambda v, y: v.argmax(axis=1), Ascend),
+        (partial(keep_top_k, k=3), lambda v, y: top_k_set(v, 3), LineSearch),
+        (keep_bin, bin_of, LineSearch),
+    ],
+    ids=["label", "label, ascend", "top k", "bin"],
+)
+def test_what_is_to_be_kept_is_kept_to_the_last_bit(constraint, kept, solver):
+    """Where the constraint ends the way, which without it most answers go on."""
+    y, gram = problems(200, 10, seed=11)
+    free = answered(y, gram, epsilon=0.99)
+    assert (kept(np.asarray(free.y_tilde), y) != kept(np.asarray(y), y)).any(axis=-1).mean() > 0.5
+    found = answered(y, gram, epsilon=0.99, solver=solver(constraints=(constraint,)))
+    np.testing.assert_array_equal(kept(found.y_tilde, y), kept(np.asarray(y), y))
+    assert found.info.defended.all()
+
+
 @pytest.mark.parametrize("solver", [LineSearch, Ascend])
 def test_constraints_of_a_solver_are_several_functions(solver):
     assert solver(constraints=[keep_label]).constraints == (keep_label,)

@@ -3,12 +3,16 @@
 import functools
 import importlib
 import json
+import linecache
+import math
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import save_file
 
@@ -34,6 +38,7 @@ from madjax import (
     jbda,
     store,
 )
+from madjax.config.names import is_own, named
 
 pytestmark = pytest.mark.smoke
 
@@ -577,6 +582,88 @@ def test_a_users_function_is_described_with_its_source(tmp_path, monkeypatch):
         said.append(config.describe(importlib.import_module(module).oracle)["source"])
     assert said[0] == said[2] != said[1]
     assert config.describe(madjax.extreme) == "madjax.mad.extreme"
+
+
+PARTS = """
+class Base:
+    slope = 1
+"""
+NETWORK = """
+import functools, math, jax, parts
+from madjax.constraints import l1
+MOST, KEPT, seen = 0.1, ("odd", 2), {}
+def deep(v): return v + 1
+@jax.jit
+def helper(v): return (lambda u: deep(u))(v)
+def unused(v): return v
+def again(v): return again(v) if v else v
+rule = functools.partial(helper, v=3)
+class Block(parts.Base):
+    @property
+    def wide(self): return helper(KEPT)
+class Net:
+    def __call__(self, x): return Block().wide + math.pi
+def constraint(y_tilde, y):
+    seen["now"] = l1(y_tilde, y)
+    return again(rule()) - MOST
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("network", "0.1", "0.3", {"constraint"}),
+        ("network", '("odd", 2)', '("odd", 3)', {"Net"}),
+        ("network", "v + 1", "v + 2", {"Net", "constraint"}),
+        ("network", "v=3", "v=4", {"constraint"}),
+        ("network", "if v else v", "if v else 0", {"constraint"}),
+        ("network", "{}", "{1: 2}", set()),
+        ("network", "def unused(v): return v", "", set()),
+        ("network", "x): return", "x): return 1 +", {"Net"}),
+        ("parts", "slope = 1", "slope = 2", {"Net"}),
+    ],
+)
+def test_an_edit_of_what_a_users_function_names_is_an_edit_of_it(
+    file, old, new, changed, tmp_path, monkeypatch
+):
+    """Of its own file and of others; what it does not name, or may change as it runs, is not."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def digests(**texts):
+        for name, text in texts.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        module = importlib.import_module("network")
+        return {name: config.describe(getattr(module, name)) for name in ("Net", "constraint")}
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    texts = {"network": NETWORK, "parts": PARTS}
+    before = digests(**texts)
+    assert texts[file].count(old) == 1
+    monkeypatch.setattr(math, "pi", 3.0)  # what is installed is not looked into
+    assert digests(**texts) == before
+    after = digests(**texts | {file: texts[file].replace(old, new)})
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+A, B, C, D, E, F = range(6)
+
+
+def names_six():
+    return F, A, D, E, C, B
+
+
+def test_what_is_named_has_an_order():
+    """Sets of text have another in each process."""
+    assert named(names_six) == list("012345")
+
+
+def test_what_is_installed_or_madjaxs_is_not_the_users():
+    assert is_own(names_six)
+    assert is_own(_Grown)
+    assert not any(map(is_own, (madjax.extreme, madjax.MAD, optax.adam, json.dumps, print, 3, np)))
 
 
 def test_what_cannot_be_described_is_named():

@@ -404,12 +404,19 @@ def test_a_query_sent_again_has_the_same_noise_unless_that_is_fresh():
     assert different(told(fresh, y, 5.0, x=x), told(fresh, y, 5.0, jnp.arange(7, 10), x=x)) == 6
 
 
+def scaled_noise(key, size, radius, order, *, scale):
+    return scale * gaussian(key, size, radius, order)
+
+
 def test_noise_is_named_or_a_function():
     y, numbers = awkward(4), jnp.arange(46)
     for noise in (uniform, gaussian):
         named, given = (RandomNoise(noise=n) for n in (noise.__name__, noise))
         np.testing.assert_array_equal(told(named, y, 2.0, numbers), told(given, y, 2.0, numbers))
         assert named.describe() == given.describe()
+    wide = RandomNoise(noise=partial(scaled_noise, scale=3.0))
+    assert wide.describe()["defense_variant"] == "scaled_noise(scale=3.0), l1 ball"
+    assert told(wide, y, 2.0, numbers).shape == y.shape
     assert RandomNoise(fresh=True).describe()["defense_variant"] == "uniform, l1 ball, fresh"
 
 

@@ -149,6 +149,11 @@ def no_gradient():
     same(solve(Y[0], 0 * M, epsilon=1.0), Y[0])
 
 
+def unknown_gram():
+    for unknown in (jnp.inf, jnp.nan):
+        same(jax.jit(partial(solve, epsilon=0.6))(Y[0], M.at[0, 1].set(unknown)), Y[0])
+
+
 def scaled():
     same(solve(Y[0], 16 * M, epsilon=0.7), solve(Y[0], M, epsilon=0.7))
 
@@ -188,6 +193,17 @@ def alone():
         )
 
 
+def out_of_range():
+    large = X.at[1].multiply(1e20)
+    got = jax.jit(partial(poisoned, epsilon=0.6))(large, Y)
+    plain = poisoned(large, Y, epsilon=0.6, layers="identity")
+    np.testing.assert_allclose(got[1], plain[1], atol=1e-6)
+    others = np.array([0, 2, 3])
+    np.testing.assert_allclose(got[others], poisoned(X[others], Y[others], epsilon=0.6), atol=1e-6)
+    with pytest.raises(InputError, match="the Gram matrix is not finite"):
+        poisoned(large, Y, epsilon=0.6)
+
+
 def no_query_is_poisoned():
     assert poisoned(X[:0], Y[:0], epsilon=0.6).shape == (0, 4)
 
@@ -203,6 +219,17 @@ def half_precision():
     logits = (X @ (2 * W)).astype(jnp.bfloat16)
     predict = defend(lambda x: logits, (linear, W), epsilon=0.0, gram_method="jacrev")
     same(predict(X), jax.nn.softmax(logits.astype(jnp.float32)))
+
+
+def unknown_logits():
+    def failing(x):
+        return (x @ (2 * W)).at[1].set(jnp.nan)
+
+    predict = defend(failing, (linear, W), epsilon=0.5, gram_method="jacrev")
+    got = jax.jit(predict)(X)
+    assert jnp.isnan(got).all(axis=1).tolist() == [False, True, False, False]
+    with pytest.raises(InputError, match="1 of 4 hold NaN or infinity"):
+        predict(X)
 
 
 def budgets():
@@ -371,6 +398,7 @@ TRIED = {
         "a budget beyond the farthest answer": any_budget,
         "y is the surrogate's own posterior": own_posterior,
         "gram = 0": no_gradient,
+        "a traced gram that is not finite": unknown_gram,
         "gram times a positive number": scaled,
         "two vertices with equal H": equal_vertices,
         "no answer found at which all constraints hold": contradiction,
@@ -382,12 +410,14 @@ TRIED = {
         "no query": no_query_is_poisoned,
         "a grid of no budgets": no_budgets,
         "a query alone": alone,
+        "under jit, a query whose gradients leave float32": out_of_range,
     },
     "defend": {
         "epsilon = 0": lambda: same(behind(epsilon=0.0)(X), VICTIM),
         "a victim in half precision": half_precision,
         "a grid of budgets": budgets,
         "no query": lambda: same(behind(epsilon=0.5)(X[:0]), jnp.zeros((0, 4))),
+        "a query that the victim gives logits of NaN": unknown_logits,
     },
     "fit": {
         "labels": labels,

@@ -499,6 +499,11 @@ def test_bad_input_is_named():
         solve(y, m, epsilon=float("nan"))
     with pytest.raises(InputError, match=r"use jax\.vmap"):
         solve(y[None], m[None], epsilon=0.1)
+    for grid in ([0.1] * y.size, [0.1, 0.2]):
+        with pytest.raises(InputError, match=r"solve takes one budget; use jax\.vmap over"):
+            solve(y, m, epsilon=grid)
+    with pytest.raises(InputError, match="y is no posterior: 2 of 3 hold NaN or infinity"):
+        madjax.mad.as_posterior(jnp.array([[0.5, 0.5], [jnp.nan, 1], [0, jnp.inf]]))
     w, x = jnp.ones((6, 4)), jnp.ones((5, 6))
     with pytest.raises(InputError, match="4 classes and the posteriors 3"):
         madjax.perturb(
@@ -508,3 +513,16 @@ def test_bad_input_is_named():
         madjax.perturb(
             lambda w, x: x @ w, w, x, jnp.ones((4, 4)) / 4, epsilon=0.1, gram_method="jacrev"
         )
+
+
+@pytest.mark.parametrize(
+    "target", [lambda y, m: 1.0, lambda y, m: y[:2], lambda y, m: m[None], lambda y, m: y[:0]]
+)
+def test_a_solver_or_an_oracle_that_gives_another_shape_is_named(target):
+    y, g = problem(0)
+    own = LineSearch(target)
+    for solve_one in (partial(solve, solver=own), jax.jit(partial(solve, solver=own))):
+        with pytest.raises(InputError, match=r"oracle <lambda> gives .* of shape \(.*\) for 5"):
+            solve_one(y, g @ g.T, epsilon=0.1)
+    with pytest.raises(InputError, match=r"solver <lambda> gives .* of shape \(.*\) for 5"):
+        solve(y, g @ g.T, epsilon=0.1, solver=lambda y, m, epsilon: target(y, m))

@@ -166,9 +166,9 @@ def test_another_seed_asks_for_its_own_images(tmp_path):
         (lambda x: posteriors(x)[:-1], r"with an array of shape \(15, 3\): ask is to return"),
         (
             lambda x: np.log(posteriors(x)),
-            "no posteriors: .* ask is to return probabilities",
+            "16 of .* 16 answers are no posteriors: entries run from .* ask is to return prob",
         ),
-        (lambda x: posteriors(x) * np.nan, "entries run from nan to nan"),
+        (lambda x: posteriors(x) * np.nan, "16 of 16 hold NaN or infinity; ask"),
     ],
 )
 def test_answers_that_are_no_posteriors_are_named_and_not_kept(ask, words, tmp_path):
@@ -180,6 +180,23 @@ def test_answers_that_are_no_posteriors_are_named_and_not_kept(ask, words, tmp_p
     sound = RemoteVictim(posteriors, num_classes=CLASSES, directory=tmp_path)
     attack_with(KNOCKOFF, sound)
     assert sound.asked == 30
+
+
+def test_posteriors_beside_answers_that_are_none_are_kept(tmp_path):
+    """One of 16 answers is rounded so far that it does not sum to 1: the others were paid for."""
+
+    def truncated(images):
+        said = np.array(posteriors(images))
+        said[len(said) // 2] *= 0.9
+        return said
+
+    victim = RemoteVictim(truncated, num_classes=CLASSES, directory=tmp_path, batch=16)
+    with pytest.raises(InputError, match=r"1 of .* 16 answers are no posteriors: .* 0\.9"):
+        attack_with(KNOCKOFF, victim)
+    assert victim.asked == 15
+    sound = RemoteVictim(posteriors, num_classes=CLASSES, directory=tmp_path)
+    attack_with(KNOCKOFF, sound)
+    assert (sound.asked, sound.kept) == (15, 15)
 
 
 def test_bad_settings_are_named(tmp_path):

@@ -47,6 +47,52 @@ def test_defend_is_softmax_then_perturb(networks, layers, oracle):
         np.testing.assert_allclose(jax.jit(predict)(x[i : i + 1])[0], want[i], atol=1e-5)
 
 
+class Normed(nn.Module):
+    """A network whose answers do not change with the scale of its queries."""
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.Dense(8, use_bias=False)(x)
+        return nn.Dense(5)(nn.relu(hidden / abs(hidden).max(axis=1, keepdims=True)))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_no_query_switches_the_defence_off(saved, tmp_path):
+    """One that takes the Gram matrix out of float32 has the answer of G = I, and others theirs."""
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    victim, surrogate = (Normed().init(jax.random.key(i), x) for i in (1, 2))
+    victim = partial(Normed().apply, victim)
+    predict = partial(madjax.defend, victim, (Normed().apply, surrogate), epsilon=0.5)
+    defended = predict()
+    if saved:
+        madjax.export(defended, tmp_path / "it", shape=(6,), dtype=jnp.float32)
+        defended = madjax.load(tmp_path / "it")
+    large = x.at[1].multiply(1.3e19)
+    y = jax.nn.softmax(victim(large))
+    np.testing.assert_allclose(y, jax.nn.softmax(victim(x)), atol=1e-5)
+    with pytest.raises(InputError, match="the Gram matrix is not finite"):
+        predict()(large)
+    got = np.asarray(defended(large) if saved else jax.jit(defended)(large))
+    plain = np.asarray(predict(layers="identity")(large))
+    np.testing.assert_allclose(got[1], plain[1], atol=1e-6)
+    np.testing.assert_allclose(abs(got - y).sum(axis=1), 0.5, atol=1e-5)
+    others = np.array([0, 2, 3])
+    np.testing.assert_allclose(got[others], predict()(x[others]), atol=1e-5)
+    assert abs(got - plain)[others].max() > 0.1
+
+
+def test_a_broken_surrogate_is_refused_before_it_is_compiled(networks, tmp_path):
+    victim, (apply, params), x = networks
+    broken = jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), params)
+    predict = madjax.defend(victim, (apply, broken), epsilon=0.4, layers="last")
+    message = r"parameter \['batch_stats'\]\['BatchNorm_0'\]\['mean'\] is not finite"
+    with pytest.raises(InputError, match=message):
+        jax.jit(predict)(x)
+    with pytest.raises(InputError, match=message):
+        madjax.export(predict, tmp_path / "it", shape=x.shape[1:])
+    assert not (tmp_path / "it").exists()
+
+
 def test_a_file_answers_batches_of_any_size_without_the_models_code(networks, tmp_path):
     victim, surrogate, x = networks
     solver = madjax.LineSearch(madjax.argmax_preserving)
@@ -137,7 +183,7 @@ def test_bad_files_and_queries_are_named(networks, tmp_path):
     madjax.export(predict, tmp_path / "a", shape=(8, 8, 1), platforms=("cuda",))
     with pytest.raises(InputError, match="runs on cuda, not on cpu: export it again"):
         madjax.load(tmp_path / "a")
-    madjax.export(predict, tmp_path / "a", shape=(8, 8, 1), platforms=("cpu",))
+    madjax.export(predict, tmp_path / "a", shape=(8, 8, 1), platforms="cpu")
     loaded = madjax.load(tmp_path / "a")
     for wrong in (x[0], x.astype(jnp.float32), x[:, :4]):
         with pytest.raises(InputError, match=r"takes uint8 queries \[B, 8, 8, 1\], not"):

@@ -38,12 +38,12 @@ class RemoteVictim:
     queries from the directory, and asks only for what is not there. An image that was asked before
     under another number is asked again, as a random defence would answer otherwise.
 
-    asked counts the queries that ask has answered, kept those that the directory answered; failure
-    is what ask raised last, which `madjax.steal` raises again.
+    asked counts the queries that ask has answered by a posterior, kept those that the directory
+    answered; failure is what ask raised last, which `madjax.steal` raises again.
 
     Raises:
         InputError: a directory with answers of other classes; at a query, answers that are no
-            posteriors [B, num_classes].
+            posteriors [B, num_classes], of which those that are have been kept.
     """
 
     def __init__(self, ask: Ask, *, num_classes: int, directory: str | Path, batch: int = 64):
@@ -83,20 +83,24 @@ class RemoteVictim:
                 answers[i], self.kept = paid, self.kept + 1
         for at in range(0, len(missing), self.batch):
             some = missing[at : at + self.batch]
-            answers[some] = self._checked(self.ask(images[some]), len(some))
-            self._keep([(*_name(numbers[i], images[i]), answers[i]) for i in some])
+            answers[some] = self._shaped(self.ask(images[some]), len(some))
+            wrong = [i for i in some if off_the_simplex(answers[i])]
+            sound = [i for i in some if i not in wrong]
+            self._keep([(*_name(numbers[i], images[i]), answers[i]) for i in sound])
+            if wrong:
+                raise InputError(
+                    f"{len(wrong)} of the victim's {len(some)} answers are no posteriors: "
+                    f"{off_the_simplex(answers[wrong])}; ask is to return probabilities: let it "
+                    "divide rounded ones by their sum"
+                )
         return answers
 
-    def _checked(self, said: Any, size: int) -> np.ndarray:
+    def _shaped(self, said: Any, size: int) -> np.ndarray:
         said = np.asarray(said, np.float32)
         if said.shape != (size, self.num_classes):
             raise InputError(
                 f"the victim answers {size} queries with an array of shape {said.shape}: ask is to "
                 f"return posteriors [{size}, {self.num_classes}]"
-            )
-        if wrong := off_the_simplex(said):
-            raise InputError(
-                f"the victim's answers are no posteriors: {wrong}; ask is to return probabilities"
             )
         return said
 

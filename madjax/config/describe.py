@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from madjax.config.names import named
 from madjax.errors import InputError
 
 
@@ -20,8 +21,9 @@ def describe(value: Any) -> Any:
     Dataclasses become objects of their class and all fields, other objects of their class and
     attributes; functions and classes their import path, methods also the object that they are of.
     What is not madjax's own has a digest of its source too, null where that cannot be had, and a
-    function the values in its closure. The source of what it calls is not looked at. Arrays are
-    told apart by a digest. A field of metadata {"described": False} is left out, and one of
+    function the values in its closure. That of your own code, which is not installed, is also of
+    the functions, classes and constants of your own that it names, and of what those name. Arrays
+    are told apart by a digest. A field of metadata {"described": False} is left out, and one of
     {"described": "changed"} where it has its default: so those of before it was there keep their
     digest.
 
@@ -106,15 +108,19 @@ def _described_code(code: Any) -> Any:
 
 @functools.cache
 def _source_digest(code: Any) -> str | None:
-    """Of a function's source, and of a class with its bases from the same package."""
+    """Of a function's source, and of a class with its bases from the same package.
+
+    With them goes what they name, where that is the user's own.
+    """
     package = code.__module__.partition(".")[0]
     bases = [c for c in getattr(code, "__mro__", (code,)) if c.__module__.startswith(package)]
     # A decorated function's own is the decorator's; what that decorates is in the closure.
     parts = [code.__code__] if inspect.isfunction(code) else bases
     try:
-        return _sha("\n".join(map(inspect.getsource, parts)).encode())
+        said = [*map(inspect.getsource, parts), *named(code)]
     except (OSError, TypeError):
         return None
+    return _sha("\n".join(said).encode())
 
 
 def _sha(data: bytes, digits: int = 12) -> str:

@@ -290,7 +290,8 @@ def as_function(
 
     apply and known are the network and what the defence has prepared: for MAD, the surrogate.
     Randomness is a function of the key and of a query's content, or of its number where the
-    defence's noise is fresh; see `answers`.
+    defence's noise is fresh. Numbers are 0, 1, ... by default: a call with the key of another
+    repeats its noise, so give each a key or numbers of its own. See `answers`.
     """
 
     def defend(key: Array, x: Array, y: Array, numbers: Array | None = None) -> Array:

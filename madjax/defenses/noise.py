@@ -12,6 +12,7 @@ from madjax.constraints import l1, l2
 from madjax.defenses.defense import Defense
 from madjax.errors import InputError
 from madjax.linear import dot
+from madjax.mad import name_of
 
 Array = jax.Array
 
@@ -146,6 +147,6 @@ class RandomNoise(Defense):
 
     def describe(self) -> dict[str, str]:
         """The fields of a row that say which defence this was."""
-        noise = self.noise if isinstance(self.noise, str) else self.noise.__name__
+        noise = self.noise if isinstance(self.noise, str) else name_of(self.noise)
         parts = (f"{noise}, {self.ball.__name__} ball", "fresh" if self.fresh else "", self.variant)
         return super().describe() | {"defense_variant": ", ".join(filter(None, parts))}

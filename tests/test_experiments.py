@@ -97,6 +97,7 @@ def test_committed_reports_are_made_from_their_rows():
     ("name", "folders", "file"),
     [
         ("defenses_summary", ["mnist_defenses"], "summary.md"),
+        ("defenses_summary", ["mnist_defenses-fashion_mnist"], "summary.md"),
         ("angle_summary", ["mnist_angle", "mnist_angle_variants", "mnist_angle_age"], "summary.md"),
     ],
 )

@@ -4,6 +4,7 @@ The tables there have tests of their own (test_experiments.py, test_paper.py).
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,34 @@ def test_the_ablations_over_ten_seeds():
     assert f"the last is told from 0 ({lows[3]:.1f} to {behind[3].mean() + half[3]:.1f})" in TEXT
     (victim,) = {row["victim_accuracy"] for row in rows_of("mnist_defenses-more_seeds")}
     assert f"that was trained alike ({victim:.2f} %)" in TEXT
+
+
+def test_the_defences_before_fashion_mnist():
+    whole, labels = (partial(rows_of, "mnist_defenses-fashion_mnist", **t) for t in (WHOLE, LABELS))
+    bare, bare_labels = (values(own(defense="none")) for own in (whole, labels))
+    at = {(own, e): own(**LAST, strength=e) for own in (whole, labels) for e in (0.5, 0.99)}
+    sigmoid = {"defense": "reverse_sigmoid", "strength": 1}
+    (victim,) = {r["victim_accuracy"] for r in whole() if r["defense"] != "dp_sgd"}
+    assert f"Before a Fashion-MNIST victim of {victim:.2f} % the same attackers learn" in TEXT
+    assert f"letters ({said(bare)} % undefended)" in TEXT
+    told = f"at {accuracy(whole(**sigmoid))}, and at {accuracy(labels(**sigmoid))} where that keeps"
+    assert f"it has the attacker {told} the top label alone." in TEXT
+    taken = said(bare - values(at[whole, 0.5]))
+    assert f"MAD at 0.5 takes {taken} points, and costs the defender nothing." in TEXT
+    assert {r["defender_accuracy"] for r in at[whole, 0.5]} == {victim}
+    assert f"An attacker of top labels has {said(bare_labels)} % undefended." in TEXT
+    few, many = (np.mean(bare_labels - values(at[labels, e])) for e in (0.5, 0.99))
+    cost = victim - np.mean(values(at[labels, 0.99], "defender_accuracy"))
+    told = f"{few:.1f} points from it at 0.5, and {many:.1f} at 0.99, for {cost:.1f} of the"
+    assert f"MAD takes {told} defender's." in TEXT
+    every = values(whole(**ALL, strength=0.99))
+    long = values(whole(oracle="extreme_unnormalised", strength=0.99)) - every
+    identity = values(whole(**{**LAST, "layers": "identity"}, strength=0.99))
+    rest = (identity, values(whole(oracle="random_vertex", strength=0.99)), every)
+    apart = [long, *(own - values(at[whole, 0.99]) for own in rest)]
+    halves = [4.303 * own.std(ddof=1) / np.sqrt(3) for own in apart]  # Student's, n = 3
+    assert all(abs(own.mean()) < half for own, half in zip(apart, halves, strict=True))
+    assert "Three seeds tell no ablation from MAD" in TEXT
 
 
 def test_dp_sgd():

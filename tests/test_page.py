@@ -360,6 +360,8 @@ def test_what_an_attacker_below_70_costs_is_read_in_one_run():
     dear = [r | {"defender_accuracy": 50.0} if r["strength"] == 0.9 else r for r in rows]
     assert told(dear, "below 70 %")[0].found.holds == "no"
     assert told(curve([(0.0, 99.0, 98.0), (0.9, 97.0, 66.0)]), "below 70 %") == []
+    weak = [r | {"attacker_accuracy": 70.0} if r["strength"] == 0 else r for r in rows]
+    assert told(weak, "below 70 %") == []  # it is there without a defence
 
 
 def test_the_efficiency_of_queries_is_a_ratio_of_budgets():

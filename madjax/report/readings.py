@@ -209,7 +209,8 @@ def entropy(defense: str, paper: float) -> Reading:
 def below_70(rows: list[dict]) -> Found | None:
     """What it costs the defender to bring the attacker below 70 %: MAD beside what adds noise.
 
-    Of a defence that never does, what its lowest attacker costs is told, and not compared.
+    Of a defence that never does, what its lowest attacker costs is told, and not compared. Nothing
+    is read where the attacker is not above 70 % without a defence.
     """
     own = whole(rows)
     curves = curves_of(own)
@@ -220,6 +221,8 @@ def below_70(rows: list[dict]) -> Found | None:
     }
     parts = {said: parted(curves[curve]) for said, curve in rules.items() if curve}
     if not parts.get("MAD") or len(parts) < 2 or not all(parts.values()):
+        return None
+    if parts["MAD"][0].attacker_accuracy.mean <= 70:
         return None
     told: dict[str, tuple[float, Summary]] = {}
     for said, (begin, points) in parts.items():

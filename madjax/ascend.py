@@ -32,7 +32,7 @@ from madjax.linear import dot, solved
 from madjax.mad import LineSearch, Solver, argmax_preserving, label_margin, name_of, scaled
 from madjax.objectives import Objective, deviation, norm
 from madjax.polytope import POLYTOPES, Polytope, best_linear, farthest, parts
-from madjax.steps import Constraint, Distance, holds, reach, residual, step
+from madjax.steps import Constraint, Distance, holds, reach, residual, residuals, step
 
 Array = jax.Array
 Value = Callable[[Array], Array]
@@ -258,21 +258,21 @@ def augmented_lagrangian(
     follow max(0, m + w r), and the weight w grows.
     """
     scale = jnp.maximum(jnp.abs(value(start)), 1e-3)
-    residuals = partial(_residuals, y=y, constraints=constraints)
+    broken = partial(_residuals, y=y, constraints=constraints)
 
     def round_(carry: tuple[Array, Array, Array], rate: Array) -> tuple[tuple, None]:
         q, multipliers, weight = carry
 
         def loss(q: Array) -> Array:
             v = brought(_on_simplex(q))
-            pressure = jnp.maximum(multipliers + weight * residuals(v), 0)
+            pressure = jnp.maximum(multipliers + weight * broken(v), 0)
             return jnp.square(pressure).sum() / (2 * weight) - value(v) / scale
 
         q = _adam(loss, q, rate)
-        multipliers = jnp.maximum(multipliers + weight * residuals(brought(_on_simplex(q))), 0)
+        multipliers = jnp.maximum(multipliers + weight * broken(brought(_on_simplex(q))), 0)
         return (q, multipliers, 3 * weight), None
 
-    begin = (_coordinates(start), jnp.zeros_like(residuals(start)), jnp.asarray(10, y.dtype))
+    begin = (_coordinates(start), jnp.zeros_like(broken(start)), jnp.asarray(10, y.dtype))
     rates = jnp.geomspace(0.1, 0.003, OUTER, dtype=y.dtype)
     return brought(_on_simplex(jax.lax.scan(round_, begin, rates)[0][0]))
 
@@ -316,11 +316,8 @@ def _feasible_point(starts: Array, y: Array, constraints: Sequence[Constraint]) 
 
 
 def _residuals(v: Array, y: Array, constraints: Sequence[Constraint]) -> Array:
-    if not constraints:
-        return jnp.zeros(1, y.dtype)
-    found = [jnp.ravel(constraint(v, y)) for constraint in constraints]
     # An infinite distance has no gradient, and any large one says as much.
-    return jnp.minimum(jnp.nan_to_num(jnp.concatenate(found).astype(y.dtype), nan=10.0), 10.0)
+    return jnp.minimum(jnp.nan_to_num(residuals(v, y, constraints)), 10.0)
 
 
 def _coordinates(v: Array) -> Array:

@@ -50,7 +50,7 @@ def kl(y_tilde: Array, y: Array) -> Array:
 def off_the_simplex(y: np.ndarray) -> str:
     """What is wrong with rows [..., K] that are to be posteriors, to 0.01; nothing: ""."""
     if (unknown := ~np.isfinite(y).all(-1)).any():
-        return f"{unknown.sum()} of {unknown.size} hold NaN or infinity"
+        return f"NaN or infinity in {unknown.sum()} of {unknown.size}"
     total = y.sum(-1)
     if np.all(y >= -1e-6) and np.all(np.abs(total - 1) <= 0.01):
         return ""
@@ -67,7 +67,7 @@ def keep_label(y_tilde: Array, y: Array, *, margin: float = 0.0) -> Array:
     """The top label of y stays ahead of every other class by a margin: y~_j + margin <= y~_k.
 
     Residuals [K]; the first of equal top classes is the label. At margin 0 a solver leaves it ahead
-    by 5e-7 or by what it is ahead in y; of top classes equal in y any may come out first.
+    by 5e-7, or by what it is ahead in y; of top classes equal in y any may come out first.
     """
     label = y.argmax()
     behind = y_tilde + margin - y_tilde[label]

@@ -262,9 +262,9 @@ def solve(
         logits, log-probabilities or percent for y: refused, where y is not traced.
 
     Raises:
-        InputError: shapes that do not fit, of what solver and oracle give too; several budgets; a
-            solver that is no function; where they are not traced, epsilon < 0, y that is no
-            posterior, a gram that is not finite.
+        InputError: shapes that do not fit, also of what the solver or its oracle gives; several
+            budgets; a solver that is no function; where they are not traced, epsilon < 0, y that is
+            no posterior, a gram that is not finite.
 
     Example:
         >>> import jax.numpy as jnp, madjax

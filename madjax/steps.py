@@ -32,11 +32,9 @@ def residual(y_tilde: Array, y: Array, constraints: Sequence[Constraint]) -> Arr
     return residuals(y_tilde, y, constraints).max(initial=-jnp.inf)
 
 
-def holds(
-    y_tilde: Array, y: Array, constraints: Sequence[Constraint], tolerance: float = TOLERANCE
-) -> Array:
-    """Whether no residual at y_tilde is above the tolerance."""
-    return residual(y_tilde, y, constraints) <= tolerance
+def holds(y_tilde: Array, y: Array, constraints: Sequence[Constraint]) -> Array:
+    """Whether no residual at y_tilde is above `TOLERANCE`."""
+    return residual(y_tilde, y, constraints) <= TOLERANCE
 
 
 def step(y: Array, y_star: Array, epsilon: Array | float, distance: Distance = l1) -> Array:

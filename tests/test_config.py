@@ -658,6 +658,7 @@ def names_six():
 def test_what_is_named_has_an_order():
     """Sets of text have another in each process."""
     assert named(names_six) == list("012345")
+    assert named(json.JSONEncoder) == []  # it is installed, and names numbers
 
 
 def test_what_is_installed_or_madjaxs_is_not_the_users():

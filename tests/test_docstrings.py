@@ -228,7 +228,7 @@ def unknown_logits():
     predict = defend(failing, (linear, W), epsilon=0.5, gram_method="jacrev")
     got = jax.jit(predict)(X)
     assert jnp.isnan(got).all(axis=1).tolist() == [False, True, False, False]
-    with pytest.raises(InputError, match="1 of 4 hold NaN or infinity"):
+    with pytest.raises(InputError, match="NaN or infinity in 1 of 4"):
         predict(X)
 
 

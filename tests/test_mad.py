@@ -502,7 +502,7 @@ def test_bad_input_is_named():
     for grid in ([0.1] * y.size, [0.1, 0.2]):
         with pytest.raises(InputError, match=r"solve takes one budget; use jax\.vmap over"):
             solve(y, m, epsilon=grid)
-    with pytest.raises(InputError, match="y is no posterior: 2 of 3 hold NaN or infinity"):
+    with pytest.raises(InputError, match="y is no posterior: NaN or infinity in 2 of 3"):
         madjax.mad.as_posterior(jnp.array([[0.5, 0.5], [jnp.nan, 1], [0, jnp.inf]]))
     w, x = jnp.ones((6, 4)), jnp.ones((5, 6))
     with pytest.raises(InputError, match="4 classes and the posteriors 3"):

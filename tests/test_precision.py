@@ -100,7 +100,7 @@ def test_one_hot_posteriors_may_be_whole_numbers(kind, oracle):
     ids=["log", "logits", "percent", "twice", "nan", "outside", "zeros", "whole percent"],
 )
 def test_what_is_no_posterior_is_refused_where_it_can_be_seen(y):
-    wrong = "1 of 5 hold NaN or" if np.isnan(y).any() else "entries run from"
+    wrong = "NaN or infinity in 1 of 5" if np.isnan(y).any() else "entries run from"
     with pytest.raises(InputError, match=f"y is no posterior: {wrong}"):
         surrogate(y, epsilon=0.5)
     with pytest.raises(InputError, match="exp"):

@@ -168,7 +168,7 @@ def test_another_seed_asks_for_its_own_images(tmp_path):
             lambda x: np.log(posteriors(x)),
             "16 of .* 16 answers are no posteriors: entries run from .* ask is to return prob",
         ),
-        (lambda x: posteriors(x) * np.nan, "16 of 16 hold NaN or infinity; ask"),
+        (lambda x: posteriors(x) * np.nan, "NaN or infinity in 16 of 16; ask"),
     ],
 )
 def test_answers_that_are_no_posteriors_are_named_and_not_kept(ask, words, tmp_path):

@@ -81,11 +81,25 @@ def test_no_query_switches_the_defence_off(saved, tmp_path):
     assert abs(got - plain)[others].max() > 0.1
 
 
+def test_parameters_may_be_plain_numbers():
+    params = {"w": np.eye(3, dtype=np.float32), "scale": 2.0, "classes": 3}
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+
+    def scaled(params, x):
+        return x @ (params["w"] * params["scale"])
+
+    told = partial(madjax.defend, jnp.sin, epsilon=0.3, gram_method="jacrev", layers="identity")
+    got = jax.jit(told((scaled, params)))(x)
+    np.testing.assert_allclose(got, told((scaled, params))(x), atol=1e-6)
+    with pytest.raises(InputError, match=r"the parameter \['scale'\] holds NaN or inf"):
+        jax.jit(told((scaled, params | {"scale": np.inf})))(x)
+
+
 def test_a_broken_surrogate_is_refused_before_it_is_compiled(networks, tmp_path):
     victim, (apply, params), x = networks
     broken = jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), params)
     predict = madjax.defend(victim, (apply, broken), epsilon=0.4, layers="last")
-    message = r"parameter \['batch_stats'\]\['BatchNorm_0'\]\['mean'\] is not finite"
+    message = r"\['batch_stats'\]\['BatchNorm_0'\]\['mean'\] holds NaN"
     with pytest.raises(InputError, match=message):
         jax.jit(predict)(x)
     with pytest.raises(InputError, match=message):

@@ -20,6 +20,9 @@ def named(code: Any) -> list[str]:
     A constant is a number, text, or a tuple of such: lists and the like may change as the code
     runs, so that nothing is said of them, nor of arrays, nor of code that is installed.
     """
+    code = inspect.unwrap(code)
+    if not is_own(code):
+        return []
     seen, waiting, said = {id(code)}, [code], []
 
     def consider(value: Any) -> None:
@@ -57,9 +60,6 @@ def is_own(value: Any) -> bool:
 
 def _names_of(code: Any) -> Iterator[Any]:
     """The global values that a function names, or the bases and methods of a class."""
-    code = inspect.unwrap(code)
-    if not is_own(code):
-        return
     functions = [code]
     if inspect.isclass(code):
         yield from code.__bases__
